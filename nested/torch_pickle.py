@@ -1,0 +1,243 @@
+"""Tensors of PyTorch checkpoints (.pth) as numpy arrays, without torch and without running what the file says.
+
+Two layouts are read. zip (torch >= 1.6): members `<name>/data.pkl` and `<name>/data/<key>`, one per storage.
+Legacy stream: four pickles (magic number, protocol 1001, system facts, the object), a pickled list of storage keys,
+then for each key an int64 element count and the raw bytes.
+A pickle is a program. Here it can build dicts, lists, numbers, strings and *descriptions* of tensors, nothing else:
+every global it names is looked up in a short table (never imported), anything not in the table is refused by name,
+and storages are read only after the pickle has ended, with every offset and stride checked against the bytes present.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+LIMIT = 2**40  # elements in a tensor; a stride of 0 could claim any number of them
+
+STORAGES = {
+    "DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2", "BFloat16Storage": "bf16", "LongStorage": "i8",
+    "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A flat run of numbers somewhere in the file: dtype 'f4' ... or 'bf16', its key there, its element count."""
+
+    dtype: str
+    key: str
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * (2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A strided view of a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Inert:
+    """Stands for an object whose content is not wanted (argparse.Namespace, numpy scalars): swallows everything."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    @staticmethod
+    def __setstate__(*state):
+        pass
+
+
+_INERT = {
+    ("argparse", "Namespace"), ("_codecs", "encode"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"), ("torch", "device"),
+}  # fmt: skip
+
+
+class _Refused(ValueError):
+    """The pickle is readable and asks for something that is not allowed."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds containers and descriptions of tensors; refuses every other global by name. Notes each storage met."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.storages = {}
+
+    def find_class(self, module, name):
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) in _INERT:
+            return _Inert
+        known = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch", "Size"): tuple,
+            ("torch._utils", "_rebuild_tensor"): self.tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+            ("torch._utils", "_rebuild_parameter"): self.parameter,
+        }
+        if (module, name) not in known:
+            raise _Refused(
+                f"its pickle asks for {f'{module}.{name}'!r}, which no plain checkpoint needs; nothing was run. "
+                "Get the file from a source you trust, or re-save its state_dict alone"
+            )
+        return known[module, name]
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _, size, *view = pid
+        if kind != "storage" or dtype not in STORAGES.values() or view not in ([], [None]) or size < 0:
+            raise _Refused(f"its pickle refers to unknown data ({kind!r}); re-save its state_dict with torch")
+        self.storages[str(key)] = Storage(dtype, str(key), int(size))
+        return self.storages[str(key)]
+
+    def tensor(self, storage, offset, shape, strides, *_):
+        if not isinstance(storage, Storage):
+            raise _Refused("its pickle builds a tensor without a storage; the file is damaged")
+        return Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+
+    def parameter(self, data, *_):
+        return data
+
+
+def _unpickle(stream) -> tuple[object, dict[str, Storage]]:
+    """(the object, the storages it refers to by key) of one pickle."""
+    unpickler = _Unpickler(stream)
+    try:
+        return unpickler.load(), unpickler.storages
+    except _Refused:
+        raise
+    except Exception as error:  # a pickle's opcodes can fail in any way: all of them mean a damaged or foreign file
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"its pickle cannot be read ({reason}); the file is truncated or foreign") from error
+
+
+def _flatten(value, name: str) -> Iterator[tuple[str, Tensor]]:
+    """(dotted name, tensor) for every tensor inside nested dicts and lists; anything else is left out."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _flatten(item, f"{name}.{key}" if name else str(key))
+
+
+def _numbers(storage: Storage, raw: bytes) -> np.ndarray:
+    """The storage's elements; bfloat16, which numpy lacks, as the float32 of the same value."""
+    if len(raw) != storage.nbytes:
+        raise ValueError(
+            f"truncated: storage {storage.key} should hold {storage.nbytes} bytes, found {len(raw)}; get the file again"
+        )
+    if storage.dtype == "bf16":
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(raw, np.dtype(storage.dtype).newbyteorder("<"))
+
+
+def _view(name: str, tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
+    """The tensor's elements, read-only; a view that would leave its storage is refused."""
+    offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
+    whole = all(0 <= number < LIMIT for number in (offset, *shape, *strides)) and math.prod(shape) < LIMIT
+    sane = whole and len(shape) == len(strides)
+    reach = sum((n - 1) * step for n, step in zip(shape, strides, strict=False)) + 1 if math.prod(shape) else 0
+    if not sane or offset + reach > len(numbers):
+        raise ValueError(
+            f"tensor {name!r} (shape {shape}, strides {strides}, offset {offset}) leaves its storage of {len(numbers)} "
+            "elements; the file is damaged"
+        )
+    step_bytes = [step * numbers.itemsize for step in strides]
+    return np.lib.stride_tricks.as_strided(numbers[offset:], shape, step_bytes, writeable=False)
+
+
+def _require_little_endian(little: bool) -> None:
+    if not little:
+        raise ValueError("its numbers are big-endian, expected little-endian; re-save it on a little-endian machine")
+
+
+def _zip_parts(stream) -> tuple[object, Callable[[Storage], bytes]]:
+    try:
+        archive = zipfile.ZipFile(stream)
+    except Exception as error:  # mostly zipfile.BadZipFile; a damaged directory fails in other ways too
+        raise ValueError(f"truncated or damaged: it begins as a zip, but {error}; get the file again") from error
+    names = set(archive.namelist())
+    pickles = [name for name in names if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"a zip with {len(pickles)} members '*/data.pkl', expected 1: not a torch checkpoint")
+    root = pickles[0].removesuffix("data.pkl")
+
+    def member(name: str) -> bytes:
+        if root + name not in names:
+            raise ValueError(f"the zip has no member {root + name!r}; the file is damaged, get it again")
+        try:
+            return archive.read(root + name)
+        except Exception as error:  # zipfile and zlib each fail in their own way on a damaged member
+            raise ValueError(f"member {root + name!r} is damaged ({error}); get the file again") from error
+
+    if root + "byteorder" in names:
+        _require_little_endian(member("byteorder") == b"little")
+    content, _ = _unpickle(io.BytesIO(member("data.pkl")))
+    return content, lambda storage: member(f"data/{storage.key}")
+
+
+def _legacy_parts(stream) -> tuple[object, Callable[[Storage], bytes]]:
+    if _unpickle(stream)[0] != MAGIC or _unpickle(stream)[0] != PROTOCOL:
+        raise ValueError("a pickle, but not torch's: the magic number or the protocol 1001 is missing")
+    facts, _ = _unpickle(stream)
+    _require_little_endian(isinstance(facts, dict) and facts.get("little_endian") is True)
+    content, storages = _unpickle(stream)
+    keys, _ = _unpickle(stream)
+    if not isinstance(keys, list) or not storages.keys() <= set(map(str, keys)):
+        raise ValueError("its list of storages does not have all its tensors use; the file is damaged, get it again")
+    file_size, raw = os.fstat(stream.fileno()).st_size, {}
+    for key in map(str, keys):
+        count = int.from_bytes(stream.read(8), "little", signed=True)
+        storage, left = storages.get(key), file_size - stream.tell()
+        if storage is None or count != storage.size or left < storage.nbytes:
+            raise ValueError(f"truncated or damaged: {storage} has {count} elements and {left} bytes left in the file; "
+                             "get the file again")  # fmt: skip
+        raw[key] = stream.read(storage.nbytes)
+    return content, lambda storage: raw[storage.key]
+
+
+def read_stream(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(tensors whose dotted name starts with `prefix`, by full name; every tensor name) of an open binary .pth file."""
+    start = stream.read(4)
+    stream.seek(0)
+    if start == b"PK\x03\x04":
+        content, raw = _zip_parts(stream)
+    elif start[:1] == b"\x80":
+        content, raw = _legacy_parts(stream)
+    else:
+        start = stream.read(24)
+        raise ValueError(f"not a torch checkpoint: it begins with {start!r}, expected a zip or torch's legacy stream; "
+                         "a web page or another format was saved under this name? Get it again")  # fmt: skip
+    tensors = list(_flatten(content, ""))
+    numbers, found = {}, {}
+    for name, tensor in tensors:
+        if not name.startswith(prefix):
+            continue
+        if name in found:
+            raise ValueError(f"two tensors have the name {name!r}; the file is damaged")
+        if tensor.storage not in numbers:
+            numbers[tensor.storage] = _numbers(tensor.storage, raw(tensor.storage))
+        found[name] = _view(name, tensor, numbers[tensor.storage])
+    return found, [name for name, _ in tensors]
