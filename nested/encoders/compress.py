@@ -1,0 +1,278 @@
+"""Compression of encoder features: streamed SVD basis, pooling, truncation, standardisation (Nested Diffusion, 3.3).
+
+A FEATURE is a grid [B, h, w, C]: an encoder vector of the whole image is 1x1xC, of M x M crops MxMxC, a feature map
+g x g x C, image patches (H/f)x(W/f)x(f f C). One path serves all of them:
+
+    x - mean -> basis [C, K]                 leading right singular vectors of the centred data (Covariance -> Basis)
+      -> adaptive average pooling to (h', w')                        -> the first d of the K channels
+      -> (. - m_k) / s_k                     per-channel statistics over images and positions (Moments)
+
+The basis needs the covariance over all images and positions: Gram matrices in float32 on the device per batch, about
+the mean of the first batch, summed in float64 on the host (float32 sums lose the trailing components). The statistics
+m, s of ANY pooling and truncation follow in closed form from the second moments between positions,
+
+    y_p' = sum_p A_p'p x_p,   E[y_k] = mean_p' (A S1_k),   E[y_k^2] = mean_p' (A S2_k A^T)_p'p',
+
+so a level's shape can change without encoding again. Both kinds of sums merge: any number of shards gives one result.
+
+The paper does not say whether CVPR's basis is shared between positions or whether features are centred, nor repeats
+the standardisation of the ICLR version; here the basis is shared, features are centred and standardised, because
+sigma in {0, .5, 1} presupposes unit variance. Host arithmetic is numpy float64 throughout.
+"""
+
+import dataclasses
+import hashlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# --- pass 1: covariance and basis --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Covariance:
+    """Sums over n vectors of C channels: n, mean [C] and scatter [C, C] = sum (x - mean)(x - mean)^T, float64."""
+
+    n: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    def merge(self, other):
+        """The same sums over both sets (Chan, Golub & LeVeque 1979)."""
+        n = self.n + other.n
+        delta = other.mean - self.mean
+        between = np.outer(delta, delta) * (self.n * other.n / n)
+        return Covariance(n, self.mean + delta * (other.n / n), self.scatter + other.scatter + between)
+
+
+@jax.jit
+def _gram(x_BhwC, shift_C, mask_B):
+    """Sum [C] and Gram matrix [C, C] of x - shift over the images of mask 1, float32; whether each image is finite."""
+    finite = jnp.isfinite(x_BhwC).all((1, 2, 3))
+    keep = mask_B[:, None, None, None] > 0  # a padding image adds 0, also where its features are not finite
+    x = jnp.where(keep, x_BhwC - shift_C[None, None, None], 0.0).reshape(-1, x_BhwC.shape[-1])
+    gram = jnp.einsum("nc,nd->cd", x, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return x.sum(0), gram, finite
+
+
+class CovarianceStream:
+    """Adds batches of features up to a Covariance: Gram matrices on the device, sums in float64 on the host."""
+
+    def __init__(self):
+        self._shift = None
+        self._positions, self._sum, self._gram = 0, 0.0, 0.0
+
+    def add(self, x_BhwC, valid):
+        """x_BhwC: features [B, h, w, C], of which the first `valid` images count. Returns finite: bool [valid]."""
+        if self._shift is None:
+            mean = np.asarray(x_BhwC[:valid], np.float64).mean((0, 1, 2))
+            self._shift = np.where(np.isfinite(mean), mean, 0.0).astype(np.float32)
+        mask = (np.arange(x_BhwC.shape[0]) < valid).astype(np.float32)
+        total, gram, finite = _gram(x_BhwC, self._shift, mask)
+        self._positions += valid * x_BhwC.shape[1] * x_BhwC.shape[2]
+        self._sum = self._sum + np.asarray(total, np.float64)
+        self._gram = self._gram + np.asarray(gram, np.float64)
+        return np.asarray(finite)[:valid]
+
+    def result(self):
+        n = self._positions
+        mean = self._sum / n
+        return Covariance(n, self._shift.astype(np.float64) + mean, self._gram - n * np.outer(mean, mean))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Basis:
+    """mean [C], vectors [C, K] (orthonormal columns, leading first), eigenvalues [C] of the covariance; float64."""
+
+    mean: np.ndarray
+    vectors: np.ndarray
+    eigenvalues: np.ndarray
+
+    def explained_variance(self):
+        """Share of the variance kept by the first 1, 2, ..., K channels, [K]; 1 for data that do not vary at all."""
+        total = self.eigenvalues.sum()
+        kept = np.cumsum(self.eigenvalues[: self.vectors.shape[1]])
+        return kept / total if total > 0 else np.ones_like(kept)
+
+    def sha256(self):
+        digest = hashlib.sha256()
+        for array in (self.mean, self.vectors, self.eigenvalues):
+            digest.update(np.ascontiguousarray(array, "<f8").tobytes())
+        return digest.hexdigest()
+
+
+def fit_basis(covariance, components):
+    """The leading min(components, C) eigenvectors; the largest entry of each is positive, so that signs are fixed."""
+    eigenvalues, vectors = np.linalg.eigh(covariance.scatter / covariance.n)
+    eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0.0), vectors[:, ::-1][:, :components]
+    largest = vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])]
+    return Basis(covariance.mean, vectors * np.where(largest < 0, -1.0, 1.0), eigenvalues)
+
+
+@jax.jit
+def project(x_BhwC, mean_C, vectors_CK):
+    """(x - mean) @ vectors in float32: [B, h, w, C] -> [B, h, w, K]."""
+    x = x_BhwC.astype(jnp.float32) - mean_C[None, None, None]
+    return jnp.einsum("bhwc,ck->bhwk", x, vectors_CK, precision=jax.lax.Precision.HIGHEST)
+
+
+# --- pass 2: moments between positions ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over n images of a grid of P = h w positions and K channels: first [K, P], second [K, P, P], float64."""
+
+    n: int
+    first: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def of(cls, z_BhwK):
+        """The moments of one batch of projected features (numpy, any float type)."""
+        z_KBP = np.ascontiguousarray(z_BhwK.reshape(len(z_BhwK), -1, z_BhwK.shape[-1]).transpose(2, 0, 1), np.float64)
+        return cls(len(z_BhwK), z_KBP.sum(1), z_KBP.transpose(0, 2, 1) @ z_KBP)
+
+    def merge(self, other):
+        return Moments(self.n + other.n, self.first + other.first, self.second + other.second)
+
+
+def standardisation(moments, pooling, channels):
+    """Mean [d] and standard deviation [d] of each of the first d channels after pooling [P', P], over images and
+    positions, float64. Raises ValueError for a channel that does not vary (it carries nothing: fewer channels)."""
+    mean = (moments.first[:channels] @ pooling.T).mean(1) / moments.n
+    square = np.einsum("ip,kpq,iq->k", pooling, moments.second[:channels], pooling, optimize=True)
+    square = square / (moments.n * len(pooling))
+    variance = square - mean**2
+    dead = np.flatnonzero(variance <= 1e-10 * np.maximum(square.max(), np.finfo(np.float64).tiny))
+    if dead.size:
+        raise ValueError(
+            f"channel {dead[0]} of {channels} has no variance left after pooling to {len(pooling)} position(s); "
+            f"use at most {dead[0]} channels"
+        )
+    return mean, np.sqrt(variance)
+
+
+# --- pooling -----------------------------------------------------------------------------------------------------
+
+
+def pooling_matrix(size, pooled):
+    """One dimension of adaptive average pooling, [pooled, size]: output i is the mean of the inputs
+    floor(i size / pooled) ... ceil((i + 1) size / pooled) - 1 (torch.nn.AdaptiveAvgPool2d)."""
+    matrix = np.zeros((pooled, size))
+    for i in range(pooled):
+        start, stop = i * size // pooled, -(-(i + 1) * size // pooled)
+        matrix[i, start:stop] = 1.0 / (stop - start)
+    return matrix
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LevelTransform:
+    """A stored projected grid [B, h, w, K] -> the standardised level variable [B, h', w', d], float32.
+
+    rows [h', h], columns [w', w]: pooling; mean, std [d]. All float64, made by fit_level.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+    def encode(self, grid_BhwK):
+        """[B, h, w, K], as stored -> [B, h', w', d]."""
+        x = jnp.asarray(grid_BhwK)[..., : len(self.mean)].astype(jnp.float32)
+        rows, columns = np.float32(self.rows), np.float32(self.columns)
+        x = jnp.einsum("bhwk,ih,jw->bijk", x, rows, columns, precision=jax.lax.Precision.HIGHEST)
+        return (x - np.float32(self.mean)[None, None, None]) / np.float32(self.std)[None, None, None]
+
+
+def fit_level(moments, grid, shape):
+    """LevelTransform from a stored grid (h, w) to a level's shape (h', w', d), with h' <= h, w' <= w, d <= K."""
+    rows, columns = pooling_matrix(grid[0], shape[0]), pooling_matrix(grid[1], shape[1])
+    mean, std = standardisation(moments, np.kron(rows, columns), shape[2])
+    return LevelTransform(rows, columns, mean, std)
+
+
+# --- information -------------------------------------------------------------------------------------------------
+
+
+def information_bits(dimensions, sigma):
+    """Bits per image that pass through z + sigma noise: KL(N(z, sigma^2 I) || N(0, I)) averaged over standardised z
+    of `dimensions` numbers in all = d (sigma^2 - log sigma^2) / (2 log 2); inf at sigma = 0 (nothing is hidden)."""
+    if sigma == 0:
+        return math.inf
+    return 0.5 * dimensions * (sigma**2 - math.log(sigma**2)) / math.log(2)
+
+
+# --- codecs: level-1 spaces with a decoder -----------------------------------------------------------------------
+
+
+def normalise(images):
+    """uint8 images -> float32 in [-1, 1]: x / 127.5 - 1."""
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_images(x):
+    """Inverse of normalise: rounded, clipped to 0..255, uint8."""
+    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
+
+
+def patchify(x_BHWC, patch):
+    """[B, H, W, C] -> [B, H/f, W/f, f f C] for patches of f x f pixels, a patch's rows first, channels last."""
+    batch, height, width, channels = x_BHWC.shape
+    x = x_BHWC.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // patch, width // patch, patch * patch * channels)
+
+
+def unpatchify(x_BhwC, patch):
+    """Inverse of patchify."""
+    batch, height, width, channels = x_BhwC.shape
+    x = x_BhwC.reshape(batch, height, width, patch, patch, channels // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height * patch, width * patch, channels // patch**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """z_1 = the image in [-1, 1]."""
+
+    def encode(self, images):
+        return normalise(images)
+
+    def decode(self, z_BHWC):
+        return to_images(z_BHWC)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PatchPCA:
+    """z_1 = the leading coefficients of f x f image patches in their orthonormal basis; decoding is the transpose.
+
+    One global scale makes the variance over all channels 1, the convention of latent diffusion (Rombach et al. 2022,
+    0.18215 for its autoencoder): the channels keep their relative sizes, so unit noise hides the fine ones first,
+    and the error of a unit of z is the same in every channel.
+    mean [f f C], vectors [f f C, K]: float32; scale: 1 / std.
+    """
+
+    patch: int
+    mean: np.ndarray
+    vectors: np.ndarray
+    scale: float
+
+    @classmethod
+    def from_basis(cls, basis, patch, channels):
+        variance = basis.eigenvalues[:channels].mean()
+        if variance <= 0:
+            raise ValueError("codec.patch_pca: the images do not vary: nothing to encode; check the data")
+        vectors = basis.vectors[:, :channels].astype(np.float32)
+        return cls(patch, basis.mean.astype(np.float32), vectors, float(1.0 / np.sqrt(variance)))
+
+    def encode(self, images):
+        """uint8 [B, H, W, C] -> float32 [B, H/f, W/f, K]."""
+        return project(patchify(normalise(images), self.patch), self.mean, self.vectors) * self.scale
+
+    def decode(self, z_BhwK):
+        """[B, H/f, W/f, K] -> uint8 [B, H, W, C]."""
+        z = z_BhwK.astype(jnp.float32) / self.scale
+        x = jnp.einsum("bhwk,ck->bhwc", z, self.vectors, precision=jax.lax.Precision.HIGHEST)
+        return to_images(unpatchify(x + self.mean[None, None, None], self.patch))

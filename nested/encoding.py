@@ -1,0 +1,301 @@
+"""The plan of one encoding run: its configuration, the files it writes, what they depend on, who waits for whom.
+
+    encoding.json                                   written first: what the files are made from, the record layout
+    statistics/covariance-00003-of-00012.npz        pass 1, one per shard
+    statistics/bases.npz                            the SVD bases
+    latents-00003-of-00012.array_record             pass 2
+    statistics/moments-00003-of-00012.npz           pass 2, written after its shard: the shard is done
+    statistics.npz, latents.json                    written last
+
+Shard i belongs to process i % process_count. A directory made from anything else than what the run asks for is refused.
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+import time
+from typing import Protocol
+
+import jax
+import numpy as np
+from absl import logging
+
+from input_pipeline import latents as records
+from nested.files import atomic_write
+
+CLAIM_FILE = "encoding.json"
+STATISTICS_FILE = "statistics.npz"
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """config.encoder. features: grids to store, among the encoder's; components: channels kept of each; fit_images:
+    the basis is fitted to the first so many images (0: all); shard_images: records per shard."""
+
+    name: str
+    weights: str
+    input_size: int
+    map: str
+    vector: str
+    features: tuple
+    components: int
+    fit_images: int
+    batch_size: int
+    shard_images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """config.codec. name: 'pixels' | 'patch_pca'; patch (pixels), channels (kept of patch^2 C): of patch_pca only."""
+
+    name: str
+    patch: int
+    channels: int
+
+
+class Encoder(Protocol):
+    """What encode() needs. fingerprint is the sha256 of the weights; features can be traced by jax (its shapes are
+    looked up before any work is done)."""
+
+    name: str
+    fingerprint: str
+
+    def features(self, images) -> dict:
+        """uint8 [B, H, W, C] -> {name: float32 [B, h, w, C']}, for every name of EncoderConfig.features."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One call of encode(): its arguments, and what follows from them."""
+
+    source: object
+    encoder: Encoder
+    config: EncoderConfig
+    codec: CodecConfig
+    directory: pathlib.Path
+    process_index: int
+    process_count: int
+    timeout_s: float
+    image_shape: tuple
+    grids: dict  # feature -> (h, w, C), the codec's patches included
+
+    @property
+    def stored(self):
+        """feature -> (h, w, K) of the features that go into the records."""
+        return {
+            name: (*grid[:2], min(self.config.components, grid[2]))
+            for name, grid in self.grids.items()
+            if name != "patches"
+        }
+
+    @property
+    def fields(self):
+        features = tuple(records.Field(name, "float16", shape) for name, shape in self.stored.items())
+        return (records.Field("label", "int32", ()), *features, records.Field("image", "uint8", self.image_shape))
+
+    @property
+    def num_shards(self):
+        return -(-len(self.source) // self.config.shard_images)
+
+    @property
+    def fit_shards(self):
+        """Shards that hold an image of the basis' fit."""
+        return -(-self.fit_images // self.config.shard_images)
+
+    @property
+    def fit_images(self):
+        return min(self.config.fit_images, len(self.source)) or len(self.source)
+
+    @property
+    def mine(self):
+        return range(self.process_index, self.num_shards, self.process_count)
+
+    def span(self, shard):
+        start = shard * self.config.shard_images
+        return start, min(start + self.config.shard_images, len(self.source))
+
+    def shard(self, i):
+        return self.directory / f"latents-{i:05d}-of-{self.num_shards:05d}.array_record"
+
+    def sidecar(self, kind, i):
+        return self.directory / "statistics" / f"{kind}-{i:05d}-of-{self.num_shards:05d}.npz"
+
+    @property
+    def bases(self):
+        return self.directory / "statistics" / "bases.npz"
+
+    @property
+    def statistics(self):
+        return self.directory / STATISTICS_FILE
+
+    @property
+    def index(self):
+        return self.directory / records.INDEX_FILE
+
+
+def plan(source, encoder, config, codec, directory, process_index, process_count, timeout_s):
+    if len(source) == 0:
+        raise ValueError("the data set is empty: nothing to encode; check config.data")
+    for key in ("components", "batch_size", "shard_images"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"encoder.{key}: {getattr(config, key)} given; it must be at least 1")
+    if config.fit_images < 0:
+        raise ValueError(f"encoder.fit_images: {config.fit_images} given; 0 = all images, or how many")
+    if codec.name not in ("pixels", "patch_pca"):
+        raise ValueError(f"codec.name: {codec.name!r} given; choose from 'pixels', 'patch_pca'")
+    shape = tuple(np.shape(source[0]["image"]))
+    if len(shape) != 3 or shape[2] not in (1, 3):
+        raise ValueError(f"image 0: shape {shape}; images must be [H, W, 1 or 3]")
+    grids = {}
+    if config.features:
+        batch = jax.ShapeDtypeStruct((config.batch_size, *shape), np.uint8)
+        outputs = jax.eval_shape(encoder.features, batch)
+        grids = {name: tuple(outputs[name].shape[1:]) for name in config.features}
+    if codec.name == "patch_pca":
+        grids["patches"] = _patch_grid(codec, shape)
+    return Job(source, encoder, config, codec, directory, process_index, process_count, timeout_s, shape, grids)
+
+
+def _patch_grid(codec, shape):
+    height, width, channels = shape
+    if codec.patch < 1 or height % codec.patch or width % codec.patch:
+        raise ValueError(f"codec.patch: {codec.patch} does not divide the images' {height}x{width}; give a divisor")
+    full = codec.patch**2 * channels
+    if not 1 <= codec.channels <= full:
+        raise ValueError(
+            f"codec.channels: {codec.channels} given; a {codec.patch}x{codec.patch} patch of {channels} channel(s) "
+            f"has 1 to {full}"
+        )
+    return height // codec.patch, width // codec.patch, full
+
+
+def _made_from(job):
+    """What the files depend on, by the config's names. Batch size and process count are not among it."""
+    keys = ("input_size", "map", "vector", "features", "components", "fit_images", "shard_images")
+    made = {f"encoder.{key}": getattr(job.config, key) for key in keys}
+    made["encoder.features"] = list(job.config.features)
+    made |= {"encoder.name": job.encoder.name, "encoder.weights_sha256": job.encoder.fingerprint}
+    made["codec.name"] = job.codec.name
+    if job.codec.name == "patch_pca":
+        made |= {"codec.patch": job.codec.patch, "codec.channels": job.codec.channels}
+    made |= {"data.fingerprint": job.source.fingerprint, "data.num_images": len(job.source)}
+    made |= {"data.num_classes": job.source.num_classes, "data.image_shape": list(job.image_shape)}
+    return made
+
+
+def claim(job):
+    """Writes encoding.json, or compares with the one that is there."""
+    path, made = job.directory / CLAIM_FILE, _made_from(job)
+    text = json.dumps({"made_from": made, "fields": [field.to_json() for field in job.fields]}, indent=1)
+    if not path.exists():
+        strangers = sorted(file.name for file in job.directory.glob("*.array_record"))
+        if strangers:
+            raise ValueError(
+                f"{job.directory}: holds {strangers[0]} but no {CLAIM_FILE} that says what made it; "
+                "use another latents_dir or delete it"
+            )
+        if job.process_index == 0:
+            atomic_write(path, text)
+        wait(job, [path], f"{CLAIM_FILE} (process 0)")
+    try:
+        found = json.loads(path.read_text())["made_from"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete {job.directory} and encode again") from error
+    differing = [key for key in sorted({*found, *made}) if found.get(key) != made.get(key)]
+    if differing:
+        pairs = "; ".join(f"{key} {found.get(key)}, config says {made.get(key)}" for key in differing)
+        raise ValueError(f"latents in {job.directory} were made with {pairs}: use another latents_dir or delete it")
+
+
+def complete(job):
+    """Whether latents.json is there with every shard it lists; if a shard is gone, latents.json goes as well."""
+    if not job.index.exists():
+        return False
+    for shard in records.read_index(job.directory)["shards"]:
+        path = job.directory / shard["file"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            logging.warning("%s is missing or was cut: it is encoded again", path)
+            path.unlink(missing_ok=True)
+            job.index.unlink(missing_ok=True)
+    return job.index.exists()
+
+
+def wait(job, paths, what):
+    """Polls until all `paths` exist. Raises TimeoutError when none has been added for job.timeout_s."""
+    progress, changed, missing = Progress(f"waiting for {what}", len(paths)), time.monotonic(), paths
+    while still := [path for path in missing if not path.exists()]:
+        now = time.monotonic()
+        changed = now if len(still) < len(missing) else changed
+        missing = still
+        if now - changed > job.timeout_s:
+            raise TimeoutError(
+                f"process {job.process_index}: waited {job.timeout_s:.0f} s for {what}: {missing[0]} is still missing; "
+                f"are all {job.process_count} encoding processes running, and do they share {job.directory}?"
+            )
+        progress.show(len(paths) - len(missing))
+        time.sleep(0.1)
+    if missing is not paths:
+        progress.show(len(paths))
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def save(path, parts):
+    """Writes {name: dataclass of arrays} to one .npz, whole or not at all, under "name/field"."""
+    arrays = {
+        f"{name}/{field.name}": getattr(part, field.name)
+        for name, part in parts.items()
+        for field in dataclasses.fields(part)
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    atomic_write(path, buffer.getvalue())
+
+
+def load(path, kind, prefix=""):
+    """The inverse of save, for the parts under `prefix`, all of the dataclass `kind`."""
+    with np.load(path, allow_pickle=False) as archive:
+        names = dict.fromkeys(key.rpartition("/")[0] for key in archive.files if key.startswith(prefix))
+        fields = [field.name for field in dataclasses.fields(kind)]
+        return {
+            name.removeprefix(prefix): kind(*(archive[f"{name}/{field}"][()] for field in fields)) for name in names
+        }
+
+
+def merged(paths, kind):
+    """{name: the parts of all files merged, in the order of `paths`}."""
+    total = load(paths[0], kind)
+    for path in paths[1:]:
+        part = load(path, kind)
+        total = {name: total[name].merge(part[name]) for name in total}
+    return total
+
+
+class Progress:
+    """A line with done / total, rate and ETA: rewritten on a terminal, else logged about every 10 s."""
+
+    def __init__(self, what, total):
+        self._what, self._total, self._done = what, total, 0
+        self._start = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, done):
+        self._done = done
+        now = time.monotonic()
+        finished = done >= self._total
+        if now - self._shown < (0.2 if self._terminal else 10.0) and not (finished and self._terminal):
+            return
+        self._shown = now
+        rate = done / max(now - self._start, 1e-9)
+        eta = f", {(self._total - done) / rate:.0f} s left" if done and not finished else ""
+        line = f"{self._what}: {done:,} of {self._total:,}, {rate:,.1f}/s{eta}"
+        if self._terminal:
+            sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if finished else ""))
+            sys.stderr.flush()
+        else:
+            logging.info("%s", line)
+
+    def add(self, count):
+        self.show(self._done + count)

@@ -1,0 +1,173 @@
+"""Streaming statistics against whole-data algebra, pooling against its definition, codecs against their inverses."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested.encoders import compress
+
+
+def features(seed, images=60, grid=(3, 4), channels=7, offset=3.0):
+    """Correlated features with a mean far from zero (what breaks sums of raw squares), neighbours alike."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(channels, channels)) * 0.6 ** np.arange(channels)
+    x = rng.normal(size=(images, *grid, channels)) + rng.normal(size=(images, 1, 1, channels))
+    return (x @ mixing.T + offset).astype(np.float32)
+
+
+def stream(x, batch=16):
+    """Through CovarianceStream in batches of one size, the last filled up with junk."""
+    sums = compress.CovarianceStream()
+    for start in range(0, len(x), batch):
+        part = x[start : start + batch]
+        padded = np.concatenate([part, np.full((batch - len(part), *x.shape[1:]), np.nan, np.float32)])
+        assert sums.add(jnp.asarray(padded), len(part)).all()
+    return sums.result()
+
+
+def test_streamed_basis_equals_svd_of_the_whole():
+    x = features(0)
+    basis = compress.fit_basis(stream(x), components=4)
+    rows = x.reshape(-1, 7).astype(np.float64)
+    _, singular, right = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    np.testing.assert_allclose(basis.mean, rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(basis.eigenvalues, singular**2 / len(rows), rtol=2e-5)
+    assert basis.vectors.shape == (7, 4)
+    np.testing.assert_allclose(np.abs(np.sum(basis.vectors * right[:4].T, 0)), 1.0, atol=1e-6)
+    assert (basis.vectors[np.abs(basis.vectors).argmax(0), np.arange(4)] > 0).all()
+    share = np.cumsum(singular**2)[:4] / np.sum(singular**2)
+    np.testing.assert_allclose(basis.explained_variance(), share, rtol=1e-5)
+
+
+def test_a_large_offset_costs_no_accuracy():
+    """The first batch's mean is subtracted before squares are summed: a mean of 1000 deviations still leaves 1e-4."""
+    plain, shifted = stream(features(1, offset=0.0)), stream(features(1, offset=0.0) + np.float32(1000.0))
+    np.testing.assert_allclose(shifted.scatter, plain.scatter, atol=1e-4 * np.abs(plain.scatter).max())
+
+
+def test_merged_shards_equal_one_pass():
+    x = features(2)
+    whole = stream(x)
+    parts = [stream(x[:16]), stream(x[16:21]), stream(x[21:])]
+    merged = functools.reduce(compress.Covariance.merge, parts)
+    assert merged.n == whole.n == 60 * 12
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(merged.scatter, whole.scatter, rtol=1e-4, atol=1e-4)
+    rows = x.reshape(-1, 7).astype(np.float64)
+    exact = [compress.Covariance(len(r), r.mean(0), np.cov(r.T, bias=True) * len(r)) for r in (rows[:100], rows[100:])]
+    np.testing.assert_allclose(exact[0].merge(exact[1]).scatter, np.cov(rows.T, bias=True) * len(rows), rtol=1e-12)
+
+
+def test_not_finite_images_are_reported():
+    x = features(3, images=8)
+    x[2, 1, 1, 0], x[5, 0, 0, 3] = np.nan, np.inf
+    finite = compress.CovarianceStream().add(jnp.asarray(x), 6)
+    assert np.flatnonzero(~finite).tolist() == [2, 5]
+
+
+def test_explained_variance_of_constant_data():
+    basis = compress.fit_basis(stream(np.full((4, 1, 1, 3), 2.0, np.float32)), 2)
+    np.testing.assert_array_equal(basis.explained_variance(), [1.0, 1.0])
+
+
+def test_hash_follows_the_basis():
+    basis = compress.fit_basis(stream(features(0)), 3)
+    assert basis.sha256() == compress.fit_basis(stream(features(0)), 3).sha256()
+    assert basis.sha256() != compress.fit_basis(stream(features(1)), 3).sha256()
+
+
+@pytest.mark.parametrize("size, pooled", [(14, 8), (14, 14), (7, 1), (5, 3), (4, 2)])
+def test_adaptive_pooling_is_the_mean_of_its_window(size, pooled):
+    x = np.random.default_rng(0).normal(size=size)
+    windows = [(math.floor(i * size / pooled), math.ceil((i + 1) * size / pooled)) for i in range(pooled)]
+    expected = [np.mean(x[start:stop]) for start, stop in windows]
+    np.testing.assert_allclose(compress.pooling_matrix(size, pooled) @ x, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 5), (2, 3, 2), (3, 1, 4)])
+def test_pooled_standardisation_equals_brute_force(shape):
+    z = features(4, channels=5).astype(np.float16)
+    moments = compress.Moments.of(z[:23]).merge(compress.Moments.of(z[23:]))
+    assert moments.n == 60
+    transform = compress.fit_level(moments, (3, 4), shape)
+    rows, columns = compress.pooling_matrix(3, shape[0]), compress.pooling_matrix(4, shape[1])
+    pooled = np.einsum("bhwk,ih,jw->bijk", z.astype(np.float64), rows, columns)[..., : shape[2]]
+    np.testing.assert_allclose(transform.mean, pooled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(transform.std, pooled.std((0, 1, 2)), rtol=1e-10)
+    y = np.asarray(jax.jit(transform.encode)(z))
+    assert y.shape == (60, *shape) and y.dtype == np.float32
+    np.testing.assert_allclose(y, (pooled - pooled.mean((0, 1, 2))) / pooled.std((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(y.mean((0, 1, 2)), 0.0, atol=1e-5)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 1.0, atol=1e-5)
+
+
+def test_a_channel_without_variance_is_refused():
+    z = features(5, channels=4)
+    z[..., 2] = 1.5
+    with pytest.raises(ValueError, match="channel 2 of 4 has no variance left.*use at most 2 channels"):
+        compress.fit_level(compress.Moments.of(z), (3, 4), (1, 1, 4))
+
+
+def test_information_is_the_mean_divergence():
+    rng = np.random.default_rng(6)
+    z = rng.normal(size=(1000, 5))
+    z = (z - z.mean(0)) / z.std(0)
+    for sigma in (0.3, 1.0, 2.0):  # KL(N(z, s^2 I) || N(0, I)) = (d s^2 + |z|^2 - d - d log s^2) / 2 nats
+        nats = 0.5 * (5 * sigma**2 + (z**2).sum(1) - 5 - 5 * math.log(sigma**2))
+        assert compress.information_bits(5, sigma) == pytest.approx(nats.mean() / math.log(2), rel=1e-12)
+    assert compress.information_bits(5, 0) == math.inf
+
+
+def test_patchify_round_trip_and_order():
+    x = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    patches = compress.patchify(x, 2)
+    assert patches.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(patches[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
+    np.testing.assert_array_equal(compress.unpatchify(patches, 2), x)
+
+
+def test_pixels_round_trip_and_clip():
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    z = compress.Pixels().encode(images)
+    assert float(z.min()) == -1.0 and float(z.max()) == 1.0
+    np.testing.assert_array_equal(compress.Pixels().decode(z), images)
+    np.testing.assert_array_equal(compress.Pixels().decode(jnp.array([-3.0, -0.001, 0.001, 3.0])), [0, 127, 128, 255])
+
+
+def images_and_codec(channels, patch=4):
+    """Smooth 16 x 16 colour images, and the codec fitted to them."""
+    rng = np.random.default_rng(7)
+    coarse = rng.integers(0, 256, (50, 4, 4, 3)).astype(np.float32)
+    images = np.asarray(jax.image.resize(coarse, (50, 16, 16, 3), "bilinear")).round().astype(np.uint8)
+    patches = compress.patchify(compress.normalise(images), patch)
+    basis = compress.fit_basis(stream(np.asarray(patches)), channels)
+    return images, compress.PatchPCA.from_basis(basis, patch, channels), basis
+
+
+def test_patch_pca_is_exact_at_full_rank():
+    images, codec, _ = images_and_codec(48)
+    z = jax.jit(codec.encode)(images)
+    assert z.shape == (50, 4, 4, 48) and z.dtype == jnp.float32
+    np.testing.assert_array_equal(jax.jit(codec.decode)(z), images)
+
+
+def test_patch_pca_keeps_what_it_says():
+    """Truncated: the mean squared error is the sum of the dropped eigenvalues, and the variance of z over all is 1."""
+    images, codec, basis = images_and_codec(8)
+    z = np.asarray(codec.encode(images), np.float64)
+    np.testing.assert_allclose(z.mean((0, 1, 2)), 0.0, atol=1e-5)
+    assert np.mean(z**2) == pytest.approx(1.0, rel=1e-5)
+    x = np.asarray(compress.patchify(compress.normalise(images), 4), np.float64)
+    error = x - (z / codec.scale @ codec.vectors.T.astype(np.float64) + codec.mean)
+    assert (error**2).sum(-1).mean() == pytest.approx(basis.eigenvalues[8:].sum(), rel=1e-4)
+    assert 0.5 < basis.explained_variance()[-1] < 1.0
+
+
+def test_patch_pca_refuses_flat_images():
+    basis = compress.fit_basis(stream(np.zeros((4, 1, 1, 4), np.float32)), 2)
+    with pytest.raises(ValueError, match="images do not vary"):
+        compress.PatchPCA.from_basis(basis, 2, 2)

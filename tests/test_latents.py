@@ -1,0 +1,125 @@
+"""The way back from records: level variables, images, the report; and the records as a data source."""
+
+import dataclasses
+import pathlib
+import pickle
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from toy_encoding import CONFIG, IMAGES, LEVELS, Source, batch, one_line, run
+
+from input_pipeline import latents as records
+from nested import encoding, latents
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("latents")
+    run(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_variables_are_standardised_and_decode(finished):
+    levels = latents.read(finished, LEVELS)
+    assert levels.fields == ("crops1", "map", "image")
+    raw = batch(finished, levels.fields)
+    assert set(raw) == set(levels.fields)
+    z = jax.jit(levels.variables)(raw, jax.random.key(0))
+    assert {name: x.shape[1:] for name, x in z.items()} == {level.name: level.shape for level in LEVELS}
+    for name in ("z3", "z2"):
+        np.testing.assert_allclose(np.mean(z[name], (0, 1, 2)), 0.0, atol=1e-5)
+        np.testing.assert_allclose(np.std(z[name], (0, 1, 2)), 1.0, atol=1e-5)
+    assert np.mean(np.square(z["z1"])) == pytest.approx(1.0, rel=1e-5)
+    np.testing.assert_array_equal(jax.jit(levels.decode)(z["z1"]), Source().images)
+
+
+def test_pixels_need_no_encoder(tmp_path):
+    config = dataclasses.replace(CONFIG, features=())
+    run(tmp_path, config=config, codec=encoding.CodecConfig("pixels", 0, 0))
+    levels = latents.read(tmp_path, [latents.LevelSource("z1", "pixels", (8, 8, 3))])
+    z = levels.variables(batch(tmp_path), jax.random.key(0))
+    np.testing.assert_allclose(z["z1"], Source().images / 127.5 - 1.0, atol=1e-6)
+    np.testing.assert_array_equal(levels.decode(z["z1"]), Source().images)
+
+
+def test_report(finished):
+    rows = latents.read(finished, LEVELS).report({"z3": 1.0, "z2": 0})
+    assert [row["name"] for row in rows] == ["z3", "z2", "z1"]
+    assert rows[0]["bits_per_image"] == pytest.approx(2 / np.log(2))
+    assert rows[2]["explained_variance"] == pytest.approx(1.0) and "sigma" not in rows[2]
+    text = latents.format_report(rows).splitlines()
+    assert "2.9 bits per image at sigma 1" in text[0] and "unlimited information at sigma 0" in text[1]
+
+
+@pytest.mark.parametrize(
+    "level, message",
+    [
+        (("z2", "map", (5, 4, 5)), r"level z2: shape 5x4x5 cannot come from 'map', which stores 4x4x5"),
+        (("z2", "map", (4, 4, 6)), r"shape 4x4x6 cannot come from 'map'"),
+        (("z2", "map", (0, 4, 5)), r"shape 0x4x5 cannot come from 'map'"),
+        (("z2", "crops4", (4, 4, 5)), r"source 'crops4' is not in these latents, only pixels, crops1, map, patch_pca"),
+        (("z2", "pixels", (4, 4, 3)), r"level z2: shape 4x4x3 given; 'pixels' of the images here is 8x8x3"),
+        (("z2", "patch_pca", (4, 4, 13)), r"shape 4x4x13 given; 'patch_pca' of the patches here is 4x4x12"),
+    ],
+)
+def test_refuses_levels_that_do_not_fit(finished, level, message):
+    with pytest.raises(ValueError, match=message) as error:
+        latents.read(finished, (latents.LevelSource(*level), *LEVELS[2:]))
+    assert one_line(error)
+
+
+def test_the_finest_level_needs_a_decoder(finished):
+    with pytest.raises(ValueError, match=r"level z2: source 'map' has no decoder.*'pixels', 'patch_pca'"):
+        latents.read(finished, LEVELS[:2])
+
+
+def test_a_dead_channel_names_the_level(tmp_path):
+    """3 images span 2 dimensions of crops1: the third channel is empty."""
+    run(tmp_path, Source(3))
+    with pytest.raises(ValueError, match=r"level z3 \(crops1\): channel 2 of 4 has no variance left.*at most 2 ch"):
+        latents.read(tmp_path, LEVELS)
+
+
+def test_reading_refuses_unfinished_and_damaged_directories(copy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"latents.json: not found: .* run --mode=encode"):
+        latents.read(tmp_path / "nowhere", LEVELS)
+    (copy / "statistics.npz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="statistics.npz: damaged, or of another encoding"):
+        latents.read(copy, LEVELS)
+    (copy / "statistics.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="statistics.npz: not found"):
+        latents.read(copy, LEVELS)
+    (copy / "latents.json").write_text("{")
+    with pytest.raises(ValueError, match="latents.json: not valid JSON"):
+        records.LatentRecords(copy)
+
+
+def test_latent_records_are_a_source(finished):
+    source = pickle.loads(pickle.dumps(records.LatentRecords(finished)))
+    assert len(source) == IMAGES and source.num_classes == 4 and source.image_shape == (8, 8, 3)
+    assert "44 encoded images in 3 shard(s)" in source.describe()
+    np.testing.assert_array_equal(source[40]["image"], Source().images[40])
+    again = pickle.loads(pickle.dumps(source))  # with open readers
+    np.testing.assert_array_equal(again[15]["image"], Source().images[15])
+    for index in (-1, IMAGES):
+        with pytest.raises(IndexError):
+            source[index]
+    with pytest.raises(ValueError, match="no field 'depth' in these latents, only label, crops1, map, image"):
+        records.LatentRecords(finished, ("depth",))
+
+
+def test_pack_checks_shapes():
+    fields = (records.Field("label", "int32", ()), records.Field("x", "float16", (2, 3)))
+    record = {"label": 7, "x": np.arange(6).reshape(2, 3)}
+    found = records.unpack(records.pack(record, fields), fields)
+    assert found["label"] == 7 and found["x"].dtype == np.float16
+    np.testing.assert_array_equal(found["x"], record["x"])
+    with pytest.raises(ValueError, match=r"record field 'x': shape \(3, 2\), the layout says \(2, 3\)"):
+        records.pack(record | {"x": np.zeros((3, 2))}, fields)

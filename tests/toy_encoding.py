@@ -1,0 +1,87 @@
+"""A tiny data set and encoder for the tests of encoding and of reading latents."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline import latents as records
+from nested import encode, encoding, latents
+from nested.encoders import compress
+
+IMAGES = 44  # 3 shards of 16, 16, 12; batches of 6: every shard ends in a padded batch
+CONFIG = encoding.EncoderConfig(
+    name="toy", weights="", input_size=32, map="stage4", vector="pool", features=("crops1", "map"), components=5,
+    fit_images=0, batch_size=6, shard_images=16,
+)  # fmt: skip
+CODEC = encoding.CodecConfig(name="patch_pca", patch=2, channels=12)
+LEVELS = (
+    latents.LevelSource("z3", "crops1", (1, 1, 4)),
+    latents.LevelSource("z2", "map", (2, 3, 3)),
+    latents.LevelSource("z1", "patch_pca", (4, 4, 12)),
+)
+
+
+class Killed(BaseException):
+    """As if the process had been killed here."""
+
+
+class Source:
+    """Random colour images of 8 x 8, labels 0..3. damage {i: example} replaces some; killed_at {i: n}: read n kills."""
+
+    num_classes, fingerprint = 4, "a1b2"
+
+    def __init__(self, count=IMAGES, damage=None, killed_at=None, size=8):
+        rng = np.random.default_rng(0)
+        self.images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+        self.labels = rng.integers(0, 4, count)
+        self.damage, self.killed_at = damage or {}, killed_at or {}
+        self.reads = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        self.reads.append(i)
+        if i in self.killed_at and self.reads.count(i) == self.killed_at[i]:
+            raise Killed
+        return {"image": self.images[i], "label": np.int32(self.labels[i])} | self.damage.get(i, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A random linear encoder of the mean and of 2 x 2 patches; NaN or huge features for images that begin with
+    the value given."""
+
+    name: str = "toy"
+    fingerprint: str = "cafe"
+    nan_at: int = -1
+    huge_at: int = -1
+
+    def features(self, images):
+        x = images.astype(jnp.float32) / 127.5
+        bad = jnp.where(images[:, 0, 0, 0] == self.nan_at, jnp.nan, 1.0)
+        bad = jnp.where(images[:, 0, 0, 0] == self.huge_at, 3e4, bad)[:, None, None, None]
+        weights = np.random.default_rng(1).normal(size=(12, 9)).astype(np.float32)
+        patches = compress.patchify(x, 2)
+        maps = patches @ weights * bad
+        return {"map": maps, "crops1": jnp.tanh(maps).mean((1, 2), keepdims=True) * bad}
+
+
+def run(directory, source=None, encoder=None, config=CONFIG, codec=CODEC, **processes):
+    source = Source() if source is None else source
+    return encode.encode(source, encoder or Toy(), config, codec, directory, **processes)
+
+
+def content(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def batch(directory, fields=None):
+    source = records.LatentRecords(directory, fields)
+    rows = [source[i] for i in range(len(source))]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
