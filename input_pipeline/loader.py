@@ -1,0 +1,172 @@
+"""Batches of examples as a pure function of (seed, step, row).
+
+With N examples, seed k and global batch B, let pi_e be the permutation of epoch e, drawn from (k, e) by grain's shuffle
+(an index cipher: pi_e(j) costs O(1) and no table). Row r of the global batch of step s is the example
+
+    pi_e(j),  where  e, j = divmod(s * B + r, N),
+
+so a batch may span two epochs. Host p of P holds the rows p*B/P <= r < (p+1)*B/P of every batch, in order, and reads no
+others. Nothing else enters: threads, worker processes, the number of hosts and the step a run starts from change which
+process does the work, never a row. So there is no iterator state to save: resuming at step s is `start_step=s`.
+No noise is drawn here; that belongs into the jitted step, whose keys also depend on (seed, step, row) only.
+
+A batch is a dict of numpy arrays with the rows stacked on a new first axis. Numbers keep their dtype; a str becomes one
+numpy unicode array ('<U' as wide as the longest of the batch), so captions travel beside the numbers and through
+worker processes without pickling objects. They are to be tokenised before they reach jax.
+
+grain's own batching is not used: it acts on the rows of one shard, where here the rows of one host are wanted.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from input_pipeline.sources import Source
+
+
+def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Stacks records with the same keys and shapes: {"image": [H, W, C]} * B -> {"image": [B, H, W, C]}.
+
+    Raises: ValueError naming the key where records disagree in keys or shapes.
+    """
+    keys = records[0].keys()
+    for record in records:
+        if record.keys() != keys:
+            raise ValueError(f"records of one batch have different keys: {sorted(keys)} and {sorted(record)}")
+    batch = {}
+    for key in keys:
+        values = [np.asarray(record[key]) for record in records]
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"records of one batch have {key!r} of different shapes, such as {shapes[0]} and {shapes[1]}: "
+                "wrap the source in input_pipeline.transforms.Transformed to give all images one size"
+            )
+        batch[key] = np.stack(values)
+    return batch
+
+
+@dataclass(frozen=True)
+class _HostRows:
+    """step -> this host's rows of the global batch of that step."""
+
+    source: Source
+    order: grain.MapDataset | range  # position in the repeated, shuffled data -> index of the example
+    batch_size: int  # of the global batch
+    first_row: int
+    end_row: int
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        start = int(step) * self.batch_size
+        end = min(start + self.end_row, len(self.order))
+        positions = range(start + self.first_row, end)
+        return collate([self.source[int(self.order[position])] for position in positions])
+
+
+def _iterate(steps: range, read: _HostRows, threads: int, workers: int) -> grain.DatasetIterator:
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(read)
+    # A thread or a worker reads whole batches, so the order of batches cannot depend on their number.
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if workers:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(batches)
+
+
+def _check(source: Source, *bounds: tuple[str, int, int]) -> None:
+    """bounds: (name, value, least value allowed)."""
+    if len(source) == 0:
+        raise ValueError(f"the data set is empty: {source.describe()}; check config.data.path")
+    for name, value, least in bounds:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
+def batches(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    workers: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's rows of the global batches of the steps start_step, start_step + 1, ...
+
+    Args:
+      source: random access to the examples; picklable when workers > 0.
+      seed: of the order of the examples, 0 or more. Batches hold nothing else that is random.
+      batch_size: B, rows of the global batch; it may exceed len(source).
+      start_step: the first step wanted; any step costs the same.
+      process_index, process_count: p and P; this host gets the rows p*B/P to (p+1)*B/P.
+      threads: batches read at a time in one process (0: read when asked for, no prefetch). 2 * threads wait ready.
+      workers: processes that read, each with its own threads (0: this process reads). They are spawned, so a script
+        needs `if __name__ == "__main__"`, absl's flags must have been parsed, and close() should be called at the end.
+      shuffle: a new permutation each epoch; False keeps the source's order in every epoch.
+      epochs: passes over the data before the iterator ends, None for no end. Rows that do not fill the last global
+        batch are dropped: every batch has B rows.
+
+    Returns: an iterator of {name: [B/P, ...] array} with a method close().
+
+    Raises: ValueError (one line) for an empty source, a batch size that process_count does not divide, fewer examples
+      than one batch with finite epochs, or a process, step, thread or worker number out of range.
+    """
+    _check(
+        source,
+        ("seed", seed, 0),
+        ("batch_size", batch_size, 1),
+        ("start_step", start_step, 0),
+        ("threads", threads, 0),
+        ("workers", workers, 0),
+    )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be in 0..{process_count - 1} (process_count - 1), found {process_index}")
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by the {process_count} processes: "
+            f"choose a multiple of {process_count}"
+        )
+    order = grain.MapDataset.range(len(source)).seed(seed)
+    order = (order.shuffle() if shuffle else order).repeat(epochs)
+    steps = range(start_step, len(order) // batch_size)
+    if not steps:
+        raise ValueError(
+            f"no batch at start_step {start_step}: {epochs} epochs of {len(source)} examples hold {steps.stop} batches "
+            f"of {batch_size}"
+        )
+    rows = batch_size // process_count
+    read = _HostRows(source, order, batch_size, process_index * rows, (process_index + 1) * rows)
+    return _iterate(steps, read, threads, workers)
+
+
+def in_order(
+    source: Source,
+    batch_size: int,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    threads: int = 2,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over the examples start, ..., stop - 1 in order (encoding, evaluation); the last batch may be short.
+
+    Args:
+      source, threads, workers: as for batches().
+      batch_size: rows of a batch.
+      start, stop: the part of the source to read, for a host or a shard of its own; stop None is len(source).
+
+    Returns: an iterator of {name: [batch_size or fewer, ...] array} with a method close().
+
+    Raises: ValueError (one line) for an empty source, or a part that is empty or not within the source.
+    """
+    _check(source, ("batch_size", batch_size, 1), ("threads", threads, 0), ("workers", workers, 0))
+    stop = len(source) if stop is None else stop
+    if not 0 <= start < stop <= len(source):
+        raise ValueError(f"no examples {start} to {stop} in a source of {len(source)}: {source.describe()}")
+    steps = range(0, -(-(stop - start) // batch_size))
+    return _iterate(steps, _HostRows(source, range(start, stop), batch_size, 0, batch_size), threads, workers)

@@ -1,0 +1,143 @@
+"""Images from files to arrays of one size: decoding, crops, resizing, channels, flips. numpy and Pillow only.
+
+An image is uint8 [H, W, C] with C = 1 (grey) or 3 (RGB). Resampling is Pillow's, which filters before it reduces
+(antialiasing), on 8-bit values: the pictures that the papers' encoders and FID references were computed from.
+"""
+
+import io
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from input_pipeline.sources import ImageSource, fingerprint_of
+
+MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
+# Formats people keep pictures in. Pillow knows more, and runs Ghostscript for one of them (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# What Pillow raises on files of these formats with random bytes changed or cut off, and on more than 178 Mpixels.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
+
+def check_channels(channels: int) -> None:
+    """Raises ValueError unless channels is 1 or 3."""
+    if channels not in MODE_OF_CHANNELS:
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), found {channels}")
+
+
+def decode_image(file: str | pathlib.Path | bytes, channels: int = 3) -> np.ndarray:
+    """A file, or a file's bytes, of one of FORMATS in any mode -> uint8 [H, W, channels].
+
+    The camera's EXIF rotation is applied, transparency is laid over white, 16-bit grey keeps its high byte, and of an
+    animation the first frame is taken.
+
+    Raises: one of DECODE_ERRORS for what is not a whole image.
+    """
+    check_channels(channels)
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} (32-bit) has no defined range of grey levels; convert the file to 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return _to_array(image.convert(MODE_OF_CHANNELS[channels]))
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    array = np.array(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _to_pillow(image_HWC: np.ndarray) -> Image.Image:
+    return Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
+
+
+def to_channels(image_HWC: np.ndarray, channels: int) -> np.ndarray:
+    """Grey [H, W, 1] to RGB by repetition, RGB to grey by ITU-R 601 luma (.299 R + .587 G + .114 B, Pillow's "L")."""
+    check_channels(channels)
+    return _to_array(_to_pillow(image_HWC).convert(MODE_OF_CHANNELS[channels]))
+
+
+def resize(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The whole image as a square [size, size, C], bicubic; the aspect ratio is not kept."""
+    return _to_array(_to_pillow(image_HWC).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The central square [size, size, C] of the image scaled until its shorter side is `size`.
+
+    As ADM (guided-diffusion image_datasets.py, center_crop_arr), which U-ViT, DiT and the FID references use: halve
+    both sides by box averages while the shorter one is at least twice `size`, then scale by bicubic interpolation, the
+    sides rounded half to even, and cut at floor((side - size) / 2).
+    """
+    image = _to_pillow(image_HWC)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return _to_array(image.crop((left, top, left + size, top + size)))
+
+
+def random_flip(image_HWC: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The image mirrored left to right with probability 1/2, by one draw of the generator."""
+    return image_HWC[:, ::-1] if generator.random() < 0.5 else image_HWC
+
+
+CROPS = {"center": center_crop, "stretch": resize}
+
+
+@dataclass(frozen=True, eq=False)
+class Transformed:
+    """A source whose images are brought to [image_size, image_size, channels]; labels and captions pass through.
+
+    crop: "center" keeps the aspect ratio and loses the margins (ADM), "stretch" keeps the whole image.
+    The fingerprint covers the transformation, as latents of other crops are other latents.
+    """
+
+    source: ImageSource
+    image_size: int
+    crop: str
+    channels: int
+
+    def __post_init__(self):
+        check_channels(self.channels)
+        if self.crop not in CROPS:
+            raise ValueError(f"crop must be one of {sorted(CROPS)}, found {self.crop!r}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, found {self.image_size}")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.source[index]
+        image = CROPS[self.crop](record["image"], self.image_size)
+        return {**record, "image": to_channels(image, self.channels)}
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.image_size, self.image_size, self.channels)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of((self.source.fingerprint, f"{self.crop} {self.image_shape}"))
+
+    def describe(self) -> str:
+        return f"{self.source.describe()}, {self.crop} to {'x'.join(map(str, self.image_shape))}"
+
+    def check(self) -> None:
+        self.source.check()

@@ -1,0 +1,271 @@
+"""Folders of image files and prepared TFDS directories, whole and damaged."""
+
+import io
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from input_pipeline import image_files, loader
+from input_pipeline.image_files import ImageFolder, Tfds
+from input_pipeline.transforms import Transformed
+
+
+def png(level, height=4, width=3):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (level, level, level)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(root, files):
+    """files: path below root -> bytes."""
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def levels(source):
+    """The grey level of each image: which file answered."""
+    return [int(source[i]["image"][0, 0, 0]) for i in range(len(source))]
+
+
+@pytest.fixture
+def warnings_logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda form, *values: lines.append(form % values))
+    return lines
+
+
+def test_class_folders(tmp_path):
+    files = {"dog/b.png": png(1), "cat/z.png": png(2), "cat/deep/a.png": png(3), "cat/a.JPG": png(4), ".git/x": b"x"}
+    source = ImageFolder(write(tmp_path, files | {"cat/.DS_Store": b"x"}))
+    assert source.class_names == ("cat", "dog") and source.num_classes == 2 and source.image_shape == (None, None, 3)
+    assert levels(source) == [4, 3, 2, 1]  # cat/a.JPG, cat/deep/a.png, cat/z.png, dog/b.png
+    assert [int(source[i]["label"]) for i in range(4)] == [0, 0, 0, 1] and source[0]["label"].dtype == np.int32
+    assert source[0]["image"].shape == (4, 3, 3) and "caption" not in source[0]
+    assert source.describe() == f"image folder {tmp_path}: 4 files, 2 classes"
+    assert ImageFolder(tmp_path, channels=1)[0]["image"].shape == (4, 3, 1)
+    assert source.check() is None
+    with pytest.raises(IndexError):
+        source[4]
+
+
+def test_plain_folder(tmp_path):
+    source = ImageFolder(write(tmp_path, {"b.png": png(2), "a.png": png(1)}))
+    assert levels(source) == [1, 2] and source.num_classes == 0 and source[1]["label"] == 0
+
+
+def test_captions(tmp_path):
+    entries = (("x/b.png", "ein Bär"), ("a.png", "a"), ("a.png", "b"))
+    lines = [{"file": file, "caption": caption} for file, caption in entries]
+    write(tmp_path, {"a.png": png(1), "x/b.png": png(2), "unlisted.png": png(3)})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    source = ImageFolder(tmp_path)
+    assert levels(source) == [2, 1, 1] and source.num_classes == 0
+    assert source.describe() == f"image folder {tmp_path}: 3 files, captions"
+    batch = next(loader.in_order(source, 3))
+    assert batch["caption"].tolist() == ["ein Bär", "a", "b"] and batch["image"].shape == (3, 4, 3, 3)
+    (tmp_path / "captions.jsonl").write_text((tmp_path / "captions.jsonl").read_text().replace('"b"}', '"c"}'))
+    assert ImageFolder(tmp_path).fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"file": "a.png"', "is not"),
+        ('{"file": "a.png"}', "is not"),
+        ('["a.png", "a"]', "is not"),
+        ('{"file": "a.png", "caption": 3}', "is not"),
+        ('{"file": 3, "caption": "a"}', "is not"),
+        ('{"file": "/etc/passwd", "caption": "a"}', "names '/etc/passwd', which is not a path below"),
+        ('{"file": "x/../../a.png", "caption": "a"}', "names 'x/../../a.png', which is not a path below"),
+    ],
+)
+def test_bad_captions(tmp_path, line, message):
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "caption": "a"}\n' + line)
+    with pytest.raises(ValueError, match=f"captions.jsonl line 2 {message}") as error:
+        ImageFolder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def damaged_folder(root):
+    """a 1, b truncated, c text, d 4, e a dangling link."""
+    write(root, {"a.png": png(1), "b.png": png(2, 40, 40)[:-30], "c.png": b"not an image", "d.png": png(4)})
+    (root / "e.png").symlink_to(root / "nowhere.png")
+    return root
+
+
+def test_bad_images_are_refused_by_name(tmp_path):
+    source = ImageFolder(damaged_folder(tmp_path))
+    with pytest.raises(ValueError) as error:
+        source.check()
+    message = str(error.value)
+    assert message.startswith(f"3 of 5 files in {tmp_path} are not whole images, max_bad_images is 0: b.png (")
+    assert all(f"{name}.png (" in message for name in "bce") and "d.png" not in message and "\n" not in message
+
+
+def test_bad_images_are_refused_when_read_without_check(tmp_path):
+    source = ImageFolder(damaged_folder(tmp_path))
+    assert source[0]["image"][0, 0, 0] == 1
+    with pytest.raises(ValueError, match="1 of 5 files .*: b.png .*; repair or remove them"):
+        source[1]
+    with pytest.raises(ValueError, match="1 of 5 files"):  # nor is it passed over the second time
+        source[1]
+    two_allowed = ImageFolder(tmp_path, max_bad_images=2)
+    with pytest.raises(ValueError, match="3 of 5 files .*, max_bad_images is 2: b.png .*c.png .*e.png"):
+        levels(two_allowed)
+
+
+def test_within_the_limit_the_next_good_image_takes_the_place(tmp_path, warnings_logged):
+    damaged_folder(tmp_path)
+    checked, unchecked = ImageFolder(tmp_path, max_bad_images=3), ImageFolder(tmp_path, max_bad_images=3)
+    checked.check()
+    assert [line.split()[0] for line in warnings_logged] == ["b.png", "c.png", "e.png"]
+    for source in (checked, unchecked, pickle.loads(pickle.dumps(checked))):
+        assert levels(source) == levels(source) == [1, 4, 4, 4, 1]
+    assert len(warnings_logged) == 6  # once for each source that found out by itself
+
+
+def test_a_replacement_brings_its_own_label_and_caption(tmp_path):
+    source = ImageFolder(write(tmp_path, {"cat/a.png": b"", "dog/a.png": png(2)}), max_bad_images=1)
+    assert [int(source[i]["label"]) for i in range(2)] == [1, 1]
+    (tmp_path / "captions.jsonl").write_text(
+        '{"file": "cat/a.png", "caption": "a cat"}\n{"file": "dog/a.png", "caption": "a dog"}'
+    )
+    assert ImageFolder(tmp_path, max_bad_images=1)[0]["caption"] == "a dog"
+
+
+def test_long_lists_of_bad_images_are_cut(tmp_path):
+    source = ImageFolder(write(tmp_path, {f"{i:02}.png": b"x" for i in range(13)}))
+    with pytest.raises(ValueError, match="13 of 13 files .*09.png .* and 3 more; repair") as error:
+        source.check()
+    assert "10.png" not in str(error.value)
+    with pytest.raises(ValueError, match="none of the 13 files in .* is an image"):
+        ImageFolder(tmp_path, max_bad_images=13)[0]
+
+
+def test_the_check_does_not_depend_on_threads(tmp_path, monkeypatch):
+    found = []
+    for threads in (1, 7):
+        monkeypatch.setattr(image_files, "CHECK_THREADS", threads)
+        with pytest.raises(ValueError) as error:
+            ImageFolder(damaged_folder(tmp_path / str(threads))).check()
+        found.append(str(error.value).replace(str(tmp_path / str(threads)), ""))
+    assert found[0] == found[1]
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no directory {tmp_path}/no: set config.data.path"):
+        ImageFolder(tmp_path / "no")
+    with pytest.raises(ValueError, match=f"no images in {tmp_path}: set config.data.path"):
+        ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"files beside its class folders, such as README \(2 in all\)"):
+        ImageFolder(write(tmp_path, {"cat/a.png": png(1), "README": b"", "z.png": png(1)}))
+
+
+def test_fingerprint_of_a_folder(tmp_path):
+    first = ImageFolder(write(tmp_path, {"a/1.png": png(1), "b/1.png": png(2)})).fingerprint
+    assert ImageFolder(tmp_path).fingerprint == first != ImageFolder(tmp_path, channels=1).fingerprint
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert ImageFolder(moved).fingerprint == first
+    (moved / "b" / "1.png").write_bytes(png(2, height=60))
+    assert ImageFolder(moved).fingerprint != first
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Seven grey images of different heights with two classes, as TFDS writes them; no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    class Seven(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=["even", "odd"]),
+                "number": np.int64,
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(7, 2), "test": self._generate_examples(2, 0)}
+
+        def _generate_examples(self, count, classes):
+            for i in range(count):
+                label = i % classes if classes else -1
+                yield i, {"image": io.BytesIO(png(10 * i, height=4 + i)), "label": label, "number": i}
+
+    builder = Seven(data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    assert "tensorflow" not in sys.modules
+    return builder.data_path
+
+
+def test_tfds(prepared):
+    source = Tfds(str(prepared), "train")
+    records = [source[i] for i in range(len(source))]
+    numbers = [int(record["image"][0, 0, 0]) // 10 for record in records]
+    assert sorted(numbers) == list(range(7))  # TFDS shuffles as it writes
+    assert [int(record["label"]) for record in records] == [number % 2 for number in numbers]
+    assert [record["image"].shape for record in records] == [(4 + number, 3, 3) for number in numbers]
+    assert records[0].keys() == {"image", "label"} and records[0]["label"].dtype == np.int32
+    assert source.class_names == ("even", "odd") and source.num_classes == 2 and source.image_shape == (None, None, 3)
+    assert source.describe() == "TFDS seven/1.0.0 (train): 7 images, 2 classes" and source.check() is None
+    first = Tfds(prepared, "train[:3]", channels=1)
+    assert len(first) == 3 and first[0]["image"].shape[-1] == 1 and first.fingerprint != source.fingerprint
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[2]["image"], records[2]["image"])
+    batch = next(loader.in_order(Transformed(source, 4, "center", 1), 7))
+    assert batch["image"].shape == (7, 4, 4, 1) and "tensorflow" not in sys.modules
+
+
+def copy_of(prepared, to, name, old, new):
+    """The prepared directory with one text replaced, once, in one of its files."""
+    to.mkdir()
+    for file in prepared.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    text = (to / name).read_text()
+    assert old in text
+    (to / name).write_text(text.replace(old, new, 1))
+    return to
+
+
+def test_tfds_that_cannot_be_read(prepared, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is not a data set prepared by TFDS .* config.data.path"):
+        Tfds(tmp_path, "train")
+    with pytest.raises(ValueError, match="Unknown split 'val'. Should be one of"):
+        Tfds(prepared, "val")
+    with pytest.raises(ValueError, match=r"TFDS seven/1.0.0 \(test\): label -1 of example 1 is out of range"):
+        Tfds(prepared, "test")[1]
+    records = copy_of(prepared, tmp_path / "a", "dataset_info.json", '"array_record"', '"tfrecord"')
+    with pytest.raises(ValueError, match="prepared as tfrecord, which needs TensorFlow .* file_format='array_record'"):
+        Tfds(records, "train")
+    renamed = copy_of(prepared, tmp_path / "b", "features.json", '"image":', '"picture":')
+    with pytest.raises(ValueError, match="feature 'image' must be of type Image, found None") as error:
+        Tfds(renamed, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_fingerprint_of_tfds(prepared, tmp_path):
+    copied = copy_of(prepared, tmp_path / "a", "dataset_info.json", "", "")
+    first = Tfds(prepared, "train").fingerprint
+    assert Tfds(copied, "train").fingerprint == first != Tfds(prepared, "test").fingerprint
+    assert Tfds(prepared, "train", channels=1).fingerprint != first
+    with next(copied.glob("*train*")).open("ab") as shard:
+        shard.write(b"more")
+    assert Tfds(copied, "train").fingerprint != first
+
+
+def test_tfds_without_labels(prepared, tmp_path):
+    unlabelled = copy_of(prepared, tmp_path / "a", "features.json", '"label":', '"kind":')
+    source = Tfds(unlabelled, "train")
+    assert source.num_classes == 0 and source[1]["label"] == 0
+    numbered = copy_of(unlabelled, tmp_path / "b", "features.json", '"number":', '"label":')
+    with pytest.raises(ValueError, match="feature 'label' must be of type ClassLabel, found Tensor"):
+        Tfds(numbered, "train")

@@ -1,0 +1,168 @@
+"""The order of the data is a pure function of (seed, step, row)."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from input_pipeline import loader
+from input_pipeline.sources import SyntheticLatents
+
+
+class Numbers:
+    """Record i is {"number": i}; remembers what was read."""
+
+    num_classes = 0
+    fingerprint = "0"
+
+    def __init__(self, size):
+        self.size = size
+        self.read = []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return {"number": np.int64(index)}
+
+    def describe(self):
+        return f"{self.size} numbers"
+
+
+def take(count, size=10, **options):
+    """The first `count` batches of range(size), as [count, rows]."""
+    options = {"seed": 0, "batch_size": 4, "threads": 0, **options}
+    iterator = loader.batches(Numbers(size), **options)
+    result = np.stack([batch["number"] for batch in itertools.islice(iterator, count)])
+    iterator.close()
+    return result
+
+
+def test_every_epoch_is_another_permutation():
+    epochs = take(15).reshape(6, 10)  # 15 batches of 4 are 6 epochs of 10: batches span epochs
+    assert (np.sort(epochs, axis=1) == np.arange(10)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_a_row_depends_on_its_position_not_on_the_batch_size():
+    np.testing.assert_array_equal(take(15).reshape(-1), take(4, batch_size=15).reshape(-1))
+
+
+def test_seed_and_shuffle():
+    assert (take(5) != take(5, seed=1)).any()
+    # Seed 1 is not seed 0 one epoch later, as it would be were epochs seeded by seed + epoch.
+    assert (take(5, seed=1).reshape(2, 10)[0] != take(5, seed=0).reshape(2, 10)[1]).any()
+    np.testing.assert_array_equal(take(5, shuffle=False).reshape(-1), np.tile(np.arange(10), 2))
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_hosts_hold_the_rows_of_one_global_batch(process_count):
+    hosts = [
+        take(6, batch_size=8, process_index=index, process_count=process_count) for index in range(process_count)
+    ]
+    np.testing.assert_array_equal(np.concatenate(hosts, axis=1), take(6, batch_size=8))
+
+
+def test_a_host_reads_only_its_rows():
+    source = Numbers(100)
+    iterator = loader.batches(source, seed=0, batch_size=8, process_index=1, process_count=4, threads=0)
+    rows = np.concatenate([next(iterator)["number"] for _ in range(5)])
+    assert source.read == rows.tolist() and len(rows) == 5 * 2
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_starting_at_a_step_equals_skipping_to_it(step):
+    np.testing.assert_array_equal(take(4, start_step=step), take(4 + step)[step:])
+
+
+def test_any_step_costs_the_same():
+    source = Numbers(1000)
+    began = time.monotonic()
+    far = loader.batches(source, seed=0, batch_size=4, start_step=10**12, threads=0)
+    near = loader.batches(source, seed=0, batch_size=4, start_step=10**12 - 1, threads=0)
+    next(near)
+    np.testing.assert_array_equal(next(far)["number"], next(near)["number"])
+    assert time.monotonic() - began < 5 and len(source.read) == 12
+
+
+def test_threads_and_workers_change_nothing():
+    expected = take(7, batch_size=6, start_step=2)
+    np.testing.assert_array_equal(expected, take(7, batch_size=6, start_step=2, threads=3))
+    np.testing.assert_array_equal(expected, take(7, batch_size=6, start_step=2, threads=1, workers=2))
+
+
+def test_batch_larger_than_the_data():
+    batch = take(1, size=3, batch_size=9)[0].reshape(3, 3)
+    assert (np.sort(batch, axis=1) == np.arange(3)).all()
+
+
+def test_epochs_end_with_full_batches():
+    source = Numbers(10)
+    result = list(itertools.islice(loader.batches(source, seed=0, batch_size=4, epochs=2, start_step=1), 9))
+    assert [len(batch["number"]) for batch in result] == [4] * 4  # 2 * 10 // 4 - 1
+
+
+@pytest.mark.parametrize(
+    "size, options, message",
+    [
+        (0, {}, "the data set is empty: 0 numbers; check config.data.path"),
+        (10, {"batch_size": 6, "process_count": 4}, "batch_size 6 is not divisible by the 4 processes"),
+        (10, {"process_index": 2, "process_count": 2}, r"process_index must be in 0..1 .*found 2"),
+        (10, {"batch_size": 0}, "batch_size must be at least 1, found 0"),
+        (10, {"threads": -1}, "threads must be at least 0, found -1"),
+        (10, {"workers": -1}, "workers must be at least 0, found -1"),
+        (10, {"start_step": -1}, "start_step must be at least 0, found -1"),
+        (10, {"batch_size": 12, "epochs": 1}, "no batch at start_step 0: 1 epochs of 10 examples hold 0 batches"),
+        (10, {"seed": -1}, "seed must be at least 0, found -1"),
+    ],
+)
+def test_bad_requests(size, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        take(1, size=size, **options)
+    assert "\n" not in str(error.value)
+
+
+def numbers_in_order(size=10, **options):
+    return [batch["number"].tolist() for batch in loader.in_order(Numbers(size), 4, **options)]
+
+
+def test_in_order_is_one_pass_with_a_short_last_batch():
+    assert numbers_in_order() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert numbers_in_order(start=3, stop=8, threads=0) == [[3, 4, 5, 6], [7]]
+    assert numbers_in_order(size=8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("part", [{"start": 4, "stop": 4}, {"stop": 11}, {"start": -1}])
+def test_in_order_refuses_parts_that_are_not_there(part):
+    with pytest.raises(ValueError, match="no examples .* in a source of 10: 10 numbers"):
+        numbers_in_order(**part)
+
+
+def test_collate():
+    batch = loader.collate([{"label": np.int32(3), "caption": "a cat"}, {"label": np.int32(1), "caption": "katzen"}])
+    assert batch["label"].dtype == np.int32 and batch["label"].tolist() == [3, 1]
+    assert batch["caption"].dtype == "<U6" and batch["caption"].tolist() == ["a cat", "katzen"]
+    with pytest.raises(ValueError, match=r"'image' of different shapes, such as \(2, 2, 3\) and \(2, 4, 3\)"):
+        loader.collate([{"image": np.zeros((2, 4, 3))}, {"image": np.zeros((2, 2, 3))}])
+    with pytest.raises(ValueError, match="different keys: .'a'. and .'a', 'b'."):
+        loader.collate([{"a": 0}, {"a": 0, "b": 0}])
+
+
+class Broken(Numbers):
+    def __getitem__(self, index):
+        raise ValueError("cat.png is not an image")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_of_the_source_reaches_the_caller(threads):
+    with pytest.raises(ValueError, match="^cat.png is not an image"):
+        next(loader.batches(Broken(10), seed=0, batch_size=4, threads=threads))
+
+
+def test_batches_of_several_arrays():
+    source = SyntheticLatents((("z2", (1, 1, 8)), ("z1", (4, 4, 2))), num_examples=6, num_classes=3, seed=0)
+    batch = next(loader.batches(source, seed=0, batch_size=5))
+    assert {key: value.shape for key, value in batch.items()} == {"label": (5,), "z2": (5, 1, 1, 8), "z1": (5, 4, 4, 2)}
+    assert batch["z1"].dtype == np.float32

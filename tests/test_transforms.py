@@ -1,0 +1,187 @@
+"""Image transformations against plain statements of what they do."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline import transforms
+from input_pipeline.sources import ImagesInMemory
+
+
+def noise(height, width, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def bicubic(values_N, size):
+    """Keys' cubic (a = -1/2) stretched by the reduction, rows of weights summing to one: [N, ...] -> [size, ...]."""
+    length = len(values_N)
+    scale = length / size
+    stretch = max(scale, 1.0)
+    centers = (np.arange(size) + 0.5) * scale
+    x = np.abs((np.arange(length) + 0.5)[None] - centers[:, None]) / stretch
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    weights /= weights.sum(1, keepdims=True)
+    return np.tensordot(weights, values_N, axes=1)
+
+
+def resampled(image_HWC, height, width):
+    """Columns first, rounded to 8 bits, then rows, as Pillow does."""
+    columns = np.clip(np.round(bicubic(image_HWC.astype(np.float64).swapaxes(0, 1), width)), 0, 255).swapaxes(0, 1)
+    return np.clip(np.round(bicubic(columns, height)), 0, 255)
+
+
+def assert_within_one_grey_level(found, expected):
+    assert found.dtype == np.uint8 and found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("height, width, size", [(13, 19, 10), (9, 21, 9), (6, 5, 8)])
+def test_center_crop_without_halving(height, width, size):
+    image = noise(height, width)
+    scale = size / min(height, width)
+    scaled = resampled(image, round(height * scale), round(width * scale))
+    top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
+    expected = scaled[top : top + size, left : left + size]
+    assert_within_one_grey_level(transforms.center_crop(image, size), expected)
+
+
+def test_center_crop_halves_by_box_means_while_twice_the_size():
+    image = noise(40, 80, 1)  # 40 >= 2 * 8: 20 x 40; 20 >= 16: 10 x 20; then bicubic to 8 x 16 and 4 columns off
+    for _ in range(2):
+        columns = np.floor((image[:, 0::2].astype(np.float64) + image[:, 1::2]) / 2 + 0.5)
+        image = np.floor((columns[0::2] + columns[1::2]) / 2 + 0.5)
+    expected = resampled(image, 8, 16)[:, 4:12]
+    found = transforms.center_crop(noise(40, 80, 1), 8)
+    assert_within_one_grey_level(found, expected)
+    one_step = resampled(noise(40, 80, 1), 8, 16)[:, 4:12]  # the same without halving is another picture
+    assert np.abs(found.astype(int) - one_step).max() > 10
+
+
+def test_resize_keeps_the_whole_image():
+    assert_within_one_grey_level(transforms.resize(noise(12, 7), 5), resampled(noise(12, 7), 5, 5))
+
+
+def test_channels():
+    grey = noise(3, 4, 1)
+    np.testing.assert_array_equal(transforms.to_channels(grey, 3), np.repeat(grey, 3, axis=2))
+    luma = noise(3, 4).astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    assert_within_one_grey_level(transforms.to_channels(noise(3, 4), 1), luma[..., None])
+    np.testing.assert_array_equal(transforms.to_channels(grey, 1), grey)
+    with pytest.raises(ValueError, match="channels must be 1 .grey. or 3 .RGB., found 4"):
+        transforms.to_channels(grey, 4)
+
+
+def test_random_flip_follows_the_generator():
+    image = noise(2, 3)
+    flips = [
+        bool((transforms.random_flip(image, np.random.default_rng(seed)) == image[:, ::-1]).all()) for seed in range(50)
+    ]
+    assert flips == [np.random.default_rng(seed).random() < 0.5 for seed in range(50)]
+
+
+def test_decoding_applies_the_exif_rotation():
+    upright = noise(6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    turned = Image.fromarray(np.rot90(upright))
+    np.testing.assert_array_equal(transforms.decode_image(encoded(turned, exif=exif)), upright)
+
+
+def test_decoding_lays_transparency_over_white():
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 3] = 0, 128, 255  # black: clear, half, opaque
+    for image in (Image.fromarray(rgba), Image.fromarray(rgba[..., [0, 3]], "LA")):
+        found = transforms.decode_image(encoded(image))
+        np.testing.assert_array_equal(found[0], [[255] * 3, [127] * 3, [0] * 3])
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([10, 20, 30])
+    assert transforms.decode_image(encoded(palette)).tolist() == [[[10, 20, 30]]]
+    assert transforms.decode_image(encoded(palette, transparency=0)).tolist() == [[[255, 255, 255]]]
+
+
+def test_decoding_of_modes():
+    assert transforms.decode_image(encoded(Image.new("1", (2, 3), 1)), 1).tolist() == [[[255]] * 2] * 3
+    red = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
+    assert transforms.decode_image(encoded(red, "TIFF")).tolist() == [[[255, 0, 0]]]
+    sixteen = Image.fromarray(np.array([[0, 255, 256, 40000, 65535]], np.uint16))
+    assert transforms.decode_image(encoded(sixteen), 1)[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+    with pytest.raises(ValueError, match="mode F .* no defined range"):
+        transforms.decode_image(encoded(Image.fromarray(np.zeros((1, 1), np.float32)), "TIFF"))
+    with pytest.raises(ValueError, match="channels must be"):
+        transforms.decode_image(encoded(sixteen), 2)
+
+
+def damaged_files():
+    rng = np.random.default_rng(0)
+    for kind in transforms.FORMATS:
+        whole = encoded(Image.fromarray(noise(24, 20)), kind)
+        for _ in range(20):
+            yield whole[: rng.integers(len(whole))]
+            changed = bytearray(whole)
+            for position in rng.integers(0, min(len(whole), 200), 4):
+                changed[position] = rng.integers(256)
+            yield bytes(changed)
+    yield b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # never handed to Ghostscript
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of these before it raises
+def test_damaged_files_raise_the_errors_that_are_expected():
+    refused = 0
+    for data in damaged_files():
+        try:
+            transforms.decode_image(data)
+        except transforms.DECODE_ERRORS:
+            refused += 1
+    assert refused > 150
+    with pytest.raises(OSError, match="cannot identify"):
+        transforms.decode_image(data)
+
+
+def source(**options):
+    images = ImagesInMemory(noise(6, 8)[None].repeat(2, 0), np.array([0, 1]), 2, ("a", "b"), "two")
+    return transforms.Transformed(images, **{"image_size": 4, "crop": "center", "channels": 1, **options})
+
+
+def test_transformed():
+    center, stretch = source(), source(crop="stretch", channels=3)
+    np.testing.assert_array_equal(
+        center[1]["image"], transforms.to_channels(transforms.center_crop(noise(6, 8), 4), 1)
+    )
+    np.testing.assert_array_equal(stretch[1]["image"], transforms.resize(noise(6, 8), 4))
+    assert center[1]["label"] == 1 and len(center) == 2
+    assert center.image_shape == (4, 4, 1) == center[0]["image"].shape
+    assert (center.num_classes, center.class_names) == (2, ("a", "b"))
+    assert center.describe() == "two: 2 images 6x8x3, 2 classes, center to 4x4x1"
+    variants = [source(), source(crop="stretch"), source(image_size=5), source(channels=3)]
+    assert len({variant.fingerprint for variant in variants}) == 4
+    assert source().fingerprint == center.fingerprint
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"crop": "centre"}, r"crop must be one of \['center', 'stretch'\], found 'centre'"),
+        ({"channels": 2}, "channels must be 1 .grey. or 3 .RGB., found 2"),
+        ({"image_size": 0}, "image_size must be at least 1, found 0"),
+    ],
+)
+def test_bad_transformations(options, message):
+    with pytest.raises(ValueError, match=message):
+        source(**options)
+
+
+def test_check_asks_the_source(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ImagesInMemory, "check", lambda images: asked.append(images))
+    transformed = source()
+    transformed.check()
+    assert asked == [transformed.source]
