@@ -38,7 +38,7 @@ def encode(source, encoder, config, codec, latents_dir, *, process_index=0, proc
     """Encodes `source` into `latents_dir`; returns the content of latents.json (see _finish). Safe to repeat: finished
     work is kept, and a complete directory returns at once.
 
-    source: len, [i] -> {"image": uint8 [H, W, C], "label": int}, .fingerprint, .num_classes (0: no labels).
+    source: len, [i] -> {"image": uint8 [H, W, C], "label": int}, .fingerprint, .num_classes (0: no labels), .check().
     timeout_s: how long to wait for the other processes without any progress of theirs.
     Raises, each in one line: ValueError (empty data; images of unequal shape; a label outside [0, num_classes); NaN or
     infinity in a feature; latents_dir made from something else), OSError (not writable), TimeoutError.
@@ -48,6 +48,7 @@ def encode(source, encoder, config, codec, latents_dir, *, process_index=0, proc
     encoding.claim(job)
     if encoding.complete(job):
         return json.loads(job.index.read_text())
+    source.check()  # a folder's unreadable files are all found, named and counted before the work begins
     cache = {}
     if not job.bases.exists():
         _covariances(job, cache)

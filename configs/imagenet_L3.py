@@ -1,0 +1,7 @@
+"""configs/imagenet.py with L3: commands, cost and published scores are there. Arguments: class, synthetic."""
+
+from configs import imagenet
+
+
+def get_config(arg: str = ""):
+    return imagenet.get_config(f"L3,{arg}")

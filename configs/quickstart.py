@@ -1,0 +1,27 @@
+"""Quick start: 1,797 real handwritten digits (8x8, from scikit-learn), a three-level nested diffusion, two CPU cores.
+
+    python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.default()
+    config.data.update(source="digits", num_classes=10, holdout=128)
+    config.encoder.update(input_size=64, map="stage4", features=("map",), components=64)
+    small = common.uvit(width=96, depth=4, num_heads=3, time_mlp=True, final_conv=False)
+    base = common.uvit(width=128, depth=4, num_heads=4, time_mlp=True)
+    config.levels = (
+        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, guidance=0.5, backbone=small),
+        common.level("z2x2", "map", (2, 2, 16), 1, sigma=0.5, guidance=0.4, backbone=small),
+        common.level("x", "pixels", (8, 8, 1), 2, guidance=0.3, backbone=base, threshold="static"),
+    )
+    config.hierarchy.update(label_levels=("z1x1", "z2x2", "x"), noise_gamma=0.3)
+    config.train.update(
+        batch_size=128, steps=2500, eval_every=500, sample_every=0, save_every=500, log_every=50, keep=2
+    )
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=50, decay="cosine", ema_decay=0.998, weight_decay=0.03)
+    config.sample.update(num_samples=100, batch_size=100, columns=10, scale=6)
+    config.evaluate.update(num_samples=1000, num_reference=1797)
+    return config

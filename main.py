@@ -1,0 +1,91 @@
+"""Trains, samples and scores hierarchical diffusion models.
+
+    python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--mode=train]
+    python main.py --config=... --workdir=... --mode=sample --num_samples=64 --out=grid.png
+    python main.py --config=configs/imagenet_L5.py --mode=summary --out=summary.json
+
+On a pod run the same command on every host (README, "On a pod"). This file is kept short: look in nested/.
+"""
+
+import os
+import sys
+import traceback
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+MODES = ("train", "encode", "sample", "evaluate", "summary")
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "a file of configs/, e.g. configs/imagenet_L3.py", lock_config=True)
+flags.DEFINE_string("workdir", None, "where checkpoints, metrics, pictures and latents go (gs:// on a pod)")
+flags.DEFINE_enum("mode", "train", MODES, "what to do")
+flags.DEFINE_integer("num_samples", 0, "sample: how many; 0: config.sample.num_samples")
+flags.DEFINE_string("out", "", "sample: OUT.png and OUT.npz; summary: the JSON file")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; only where JAX cannot find out itself")
+flags.DEFINE_integer("num_processes", None, "number of processes; with --coordinator_address")
+flags.DEFINE_integer("process_id", None, "this process's number; with --coordinator_address")
+flags.mark_flag_as_required("config")
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+def start_jax(workdir: str | None) -> None:
+    """Distributed start-up where asked for, and a compilation cache that outlives the process."""
+    if FLAGS.coordinator_address or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    if workdir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compilation_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def run() -> None:
+    from nested import build, evaluate, sample, summary, train
+    from nested.files import check_writable
+
+    config, mode = FLAGS.config, FLAGS.mode
+    if mode == "summary":
+        print(summary.summary(build.levels(config), train.abstract_state(config), FLAGS.out))
+        return
+    if not FLAGS.workdir:
+        raise ValueError(f"--mode={mode} needs --workdir, the folder of the run")
+    workdir = str(check_writable(FLAGS.workdir))
+    start_jax(workdir)
+    if mode == "train":
+        train.train(config, workdir)
+    elif mode == "encode":
+        build.latents(config, workdir)
+    elif mode == "sample":
+        sample.sample(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out)
+    else:
+        evaluate.evaluate(config, workdir)
+
+
+def is_ours(path: str) -> bool:
+    """Whether a source file is of this repository, not of a library."""
+    return os.path.abspath(path).startswith(ROOT + os.sep) and "site-packages" not in path
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
+    logging.set_verbosity(logging.INFO)
+    # Libraries tell much at INFO (orbax every file, jax every missing backend): only their warnings are shown.
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno > logging.logging.INFO or is_ours(record.pathname)
+    )
+    try:
+        run()
+    except Exception as error:
+        # Our own errors are one line a person can act on; anything else keeps its traceback.
+        if not is_ours(traceback.extract_tb(error.__traceback__)[-1].filename):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            os._exit(1)  # a process that waits for its peers at exit would keep them all hanging
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

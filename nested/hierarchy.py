@@ -1,0 +1,237 @@
+"""A hierarchy is a tuple of levels, coarse to fine; each is a Gaussian diffusion over its own variable.
+
+    p(z_1, ..., z_L) = p(z_L) prod_l p(z_l | z_{>l})                       (Nested Diffusion, CVPR 2025, Sec. 3, Eq. 5)
+    loss             = sum_l E || target_l - net_l(z_l^(t), t, z-hat_{>l}, label) ||^2
+    z-hat_m          = z_m + sigma_m n      what a finer level sees of level m in training (Sec. 3.3)
+
+A level's networks are its own: levels can be trained together or one at a time, and reused in a deeper hierarchy.
+With probability `cond_drop` a training row loses its conditions: coarser variables become the backbone's learnable
+empty token, the label becomes the null class. The same null conditions are what guidance subtracts.
+
+All functions map over the leaves of a level's variable, one array [B, h, w, c] or a tuple of them.
+Row i of a batch draws its times, noises and drops from its own key, so nothing depends on how rows are split over
+devices, hosts or accumulation steps.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nested import denoiser as dn
+from nested.process import Process, check_name
+
+DROP_MODES = ("joint", "independent")
+
+Tree = Any
+Cond = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One level.
+
+    shape: the variable's shape without the batch axis, (h, w, c), or a tuple of such shapes.
+    conditions: names of the coarser levels this one sees; cond_sigmas: their sigma_m, in the same order.
+    num_classes: 0 when the level does not see the label; otherwise labels are 0..num_classes-1, null = num_classes.
+    cond_drop, drop_mode: see the module docstring; 'joint' drops everything with one coin, 'independent' tosses one
+        coin per condition.
+    guidance: w of classifier-free guidance, cond + w (cond - uncond); 0 evaluates no null condition.
+    noise_gamma: in sampling a condition is shown as z + (t/T)^(gamma/2) sigma n, n fixed per sample, so its variance is
+        (t/T)^gamma sigma^2 (CVPR Sec. 4.2); infinity shows it clean.
+    threshold: None, or a transform DenoiseFn -> DenoiseFn that limits x0 in sampling.
+    """
+
+    name: str
+    shape: Tree
+    backbone: nn.Module
+    process: Process
+    sampler: Callable
+    conditions: tuple[str, ...] = ()
+    cond_sigmas: tuple[float, ...] = ()
+    num_classes: int = 0
+    cond_drop: float = 0.0
+    drop_mode: str = "joint"
+    guidance: float = 0.0
+    noise_gamma: float = math.inf
+    threshold: Callable | None = None
+    leaf_weights: tuple[float, ...] = (1.0,)
+    loss_weight: float = 1.0
+
+    def __post_init__(self):
+        check_name("hierarchy.drop_mode", self.drop_mode, DROP_MODES)
+
+
+def is_shape(node) -> bool:
+    return isinstance(node, tuple) and all(isinstance(size, int) for size in node)
+
+
+def map_shape(function: Callable, shape: Tree) -> Tree:
+    """Maps over a level's shape tree, whose leaves are tuples of ints."""
+    return jax.tree.map(function, shape, is_leaf=is_shape)
+
+
+def rows(key: jax.Array, number: int) -> jax.Array:
+    """[number] keys, the i-th a function of (key, i) only."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number))
+
+
+def fold(keys: jax.Array, data: int) -> jax.Array:
+    """fold_in(data) on every row's key."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def normal(keys: jax.Array, shape: Tree, dtype=jnp.float32) -> Tree:
+    """N(0, I) of `shape` for each row's key: leaves [B, *shape]."""
+    leaves, structure = jax.tree.flatten(shape, is_leaf=is_shape)
+    return structure.unflatten(
+        jax.vmap(lambda key, leaf=leaf: jax.random.normal(key, leaf, dtype))(fold(keys, i))
+        for i, leaf in enumerate(leaves)
+    )
+
+
+def null_cond(level: Level, cond: Cond) -> Cond:
+    """The conditions of `level` with all of them absent (what 10 % of training rows and guidance see)."""
+    null = dict(cond)
+    for name in level.conditions:
+        null[f"keep_{name}"] = jnp.zeros_like(cond[f"keep_{name}"])
+    if level.num_classes:
+        null["label"] = jnp.full_like(cond["label"], level.num_classes)
+    return null
+
+
+def conditions(level: Level, variables: Mapping[str, Tree], labels: jax.Array | None) -> Cond:
+    """The conditions of `level`, all present, from the coarser levels' variables and the labels [B]."""
+    cond = {}
+    for name in level.conditions:
+        cond[name] = variables[name]
+        cond[f"keep_{name}"] = jnp.ones(jax.tree.leaves(variables[name])[0].shape[0], bool)
+    if level.num_classes:
+        cond["label"] = labels
+    return cond
+
+
+def train_conditions(level: Level, variables: Mapping[str, Tree], labels: jax.Array | None, keys: jax.Array) -> Cond:
+    """As `conditions`, noised by each coarser level's sigma and dropped with probability cond_drop."""
+    cond = conditions(level, variables, labels)
+    for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
+        shape = jax.tree.map(lambda z: z.shape[1:], variables[name])
+        noise = normal(fold(keys, i), shape)
+        cond[name] = jax.tree.map(lambda z, n, s=sigma: z + s * n, variables[name], noise)
+    if not level.cond_drop:
+        return cond
+    null = null_cond(level, cond)
+    optional = [key for key in cond if key.startswith("keep_") or key == "label"]
+    for i, name in enumerate(sorted(optional)):
+        coin = fold(keys, 1000 + (i if level.drop_mode == "independent" else 0))
+        dropped = jax.vmap(jax.random.bernoulli, (0, None))(coin, level.cond_drop)
+        cond[name] = jnp.where(dropped, null[name], cond[name])
+    return cond
+
+
+def apply(level: Level, params: Tree, *, train: bool) -> Callable:
+    """The level's raw network as a function (x_t, c_noise, cond) -> prediction."""
+    return lambda x, c_noise, cond: level.backbone.apply({"params": params}, x, c_noise, cond, train=train)
+
+
+def init(levels: Sequence[Level], key: jax.Array) -> dict[str, Tree]:
+    """{level name: parameters}. A level's parameters depend on (key, its name's place from the top) only, so that
+    deeper and shallower hierarchies of equal shapes start from equal coarse levels."""
+    shapes = {level.name: level.shape for level in levels}
+    params = {}
+    for i, level in enumerate(levels):
+        zeros = {n: map_shape(lambda s: jnp.zeros((1, *s)), shape) for n, shape in shapes.items()}
+        cond = conditions(level, zeros, jnp.zeros(1, jnp.int32))
+        variables = level.backbone.init(jax.random.fold_in(key, i), zeros[level.name], jnp.zeros(1), cond, train=False)
+        params[level.name] = variables["params"]
+    return params
+
+
+def sample_times(levels: Sequence[Level], keys: jax.Array) -> dict[str, jax.Array]:
+    """Each level's training times [B] for the whole global batch (stratified sampling needs all of it)."""
+    return {level.name: level.process.sample_time(fold(fold(keys, i), 0)) for i, level in enumerate(levels)}
+
+
+def losses(
+    levels: Sequence[Level],
+    params: Mapping[str, Tree],
+    variables: Mapping[str, Tree],
+    labels: jax.Array | None,
+    times: Mapping[str, jax.Array],
+    keys: jax.Array,
+    *,
+    only: Sequence[str] | None = None,
+    train: bool = True,
+) -> dict[str, jax.Array]:
+    """Per-row loss [B] of every level (or of those named in `only`), each times its loss_weight.
+
+    variables: {level name: clean variable}; keys: [B] typed keys. train=False (validation) keeps every condition and
+    its noise, and drops none.
+    """
+    result = {}
+    for i, level in enumerate(levels):
+        if only is not None and level.name not in only:
+            continue
+        level_keys = fold(keys, i)
+        if not train:
+            level = dataclasses.replace(level, cond_drop=0.0)
+        x0, t = variables[level.name], times[level.name]
+        noise = normal(fold(level_keys, 1), level.shape)
+        cond = train_conditions(level, variables, labels, fold(level_keys, 2))
+        x_t = level.process.corrupt(x0, noise, t)
+        raw = apply(level, params[level.name], train=train)(x_t, level.process.c_noise(t), cond)
+        weights = level.leaf_weights
+        result[level.name] = level.loss_weight * level.process.loss(raw, x0, noise, x_t, t, leaf_weights=weights)
+    return result
+
+
+def noised_conditions(level: Level, denoise: Callable, keys: jax.Array) -> Callable:
+    """`denoise` seeing its coarser variables noised by (t/T)^gamma sigma^2 (a DenoiseFn -> DenoiseFn transform)."""
+    if math.isinf(level.noise_gamma):
+        return denoise
+
+    def noised(x_t, t, cond):
+        cond = dict(cond)
+        for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
+            noise = normal(fold(keys, i), jax.tree.map(lambda z: z.shape[1:], cond[name]))
+            scale = sigma * t ** (level.noise_gamma / 2)
+            cond[name] = jax.tree.map(
+                lambda z, n, s=scale: z + s.reshape(-1, *[1] * (z.ndim - 1)) * n, cond[name], noise
+            )
+        return denoise(x_t, t, cond)
+
+    return noised
+
+
+def sample_level(level: Level, params: Tree, cond: Cond, keys: jax.Array) -> Tree:
+    """One level's variable [B, ...] given its conditions."""
+    denoise = dn.denoiser(apply(level, params, train=False), level.process)
+    denoise = dn.guided(denoise, lambda c: null_cond(level, c), level.guidance)
+    if level.threshold is not None:
+        denoise = level.threshold(denoise)
+    denoise = noised_conditions(level, denoise, fold(keys, 2))
+    return level.sampler(fold(keys, 1), denoise, level.process, normal(fold(keys, 0), level.shape), cond)
+
+
+def sample(
+    levels: Sequence[Level],
+    params: Mapping[str, Tree],
+    keys: jax.Array,
+    labels: jax.Array | None = None,
+    fixed: Mapping[str, Tree] | None = None,
+) -> dict[str, Tree]:
+    """Samples every level coarse to fine: {level name: variable [B, ...]}.
+
+    keys: [B], one per sample: sample i depends on its key (and label) only. `fixed` gives variables that are not
+    resampled, as in the paper's Figure 1 (fix the coarser levels, resample the finer ones).
+    """
+    variables = dict(fixed or {})
+    for i, level in enumerate(levels):
+        if level.name not in variables:
+            cond = conditions(level, variables, labels)
+            variables[level.name] = sample_level(level, params[level.name], cond, fold(keys, i))
+    return variables

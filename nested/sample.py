@@ -1,0 +1,145 @@
+"""Sampling: batches of whole hierarchies, and the pictures people look at.
+
+Sample i is a function of (config.seed, i): its keys are fold_in(seed, i) and its label is i modulo the number of
+classes, whatever the batch size, the number of devices and of hosts.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from nested import build, hierarchy, partition, pictures
+from nested.checkpoint import latest_step, restore_subtree
+from nested.writers import Progress, read_metrics
+
+Tree = Any
+
+
+def sample_keys(seed: int, indices: Sequence[int]) -> jax.Array:
+    """[B] keys of the samples with these indices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+
+
+def sample_labels(num_classes: int, indices: Sequence[int]) -> jax.Array:
+    """[B] int32: sample i has class i mod num_classes (0 where there are no classes)."""
+    return jnp.asarray(indices, jnp.int32) % max(num_classes, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A hierarchy ready to draw images: `draw` is jitted once, (params, keys [B], labels [B], fixed) -> (uint8 images
+    [B, H, W, C], {level: variable}), with whole results on every host."""
+
+    config: Any
+    levels: tuple[hierarchy.Level, ...]
+    latents: Any
+    mesh: Any
+    draw: Callable
+
+    def batches(self, params: Tree, number: int) -> Iterator[np.ndarray]:
+        """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time. The last batch is
+        run full and cut, so that one shape is compiled."""
+        size = min(self.config.sample.batch_size, number)
+        for start in range(0, number, size):
+            indices = np.arange(start, start + size)
+            labels = sample_labels(self.config.data.num_classes, indices)
+            images, _ = self.draw(params, sample_keys(self.config.seed, indices), labels, {})
+            yield np.asarray(images)[: number - start]
+
+    def images(self, params: Tree, number: int, what: str) -> np.ndarray:
+        """All of `batches`, [number, H, W, C], with a progress line."""
+        progress, images, done = Progress(number, 0), [], 0
+        for batch in self.batches(params, number):
+            images.append(batch)
+            done += len(batch)
+            progress.update(done, what)
+        return np.concatenate(images)
+
+    def cascade(self, params: Tree, number: int = 8, first: int = 0) -> list[tuple[str, np.ndarray]]:
+        """Rows of the paper's Figure 1: sample `first`, then number - 1 others that share its label and, row by row,
+        none of its levels, its coarsest, its two coarsest ...: [(caption, uint8 images [number, H, W, C])].
+
+        The first column is the same sample in every row."""
+        indices = np.concatenate([[first], np.arange(number - 1) + 10**6 * (first + 1)])
+        keys = sample_keys(self.config.seed, indices)
+        labels = jnp.broadcast_to(sample_labels(self.config.data.num_classes, [first]), (number,))
+        images, variables = self.draw(params, keys, labels, {})
+        rows = [("all levels resampled", np.asarray(images))]
+        for kept in range(1, len(self.levels)):
+            names = [level.name for level in self.levels[:kept]]
+            fixed = {n: jax.tree.map(lambda z: jnp.broadcast_to(z[:1], z.shape), variables[n]) for n in names}
+            images, _ = self.draw(params, keys, labels, fixed)
+            rows.append((f"{', '.join(names)} fixed", np.asarray(images)))
+        return rows
+
+    def with_guidance(self, weights: Sequence[float]) -> "Generator":
+        """The same hierarchy with other guidance weights, coarse to fine."""
+        levels = [dataclasses.replace(level, guidance=w) for level, w in zip(self.levels, weights, strict=True)]
+        return generator(self.config, levels, self.latents, self.mesh)
+
+
+def generator(config, levels: Sequence[hierarchy.Level], latents, mesh) -> Generator:
+    """A Generator for these levels; `latents` decodes the finest level's variable."""
+
+    def draw(params, keys, labels, fixed):
+        variables = hierarchy.sample(levels, params, keys, labels, fixed)
+        return latents.decode(variables[levels[-1].name]), variables
+
+    draw = jax.jit(draw, out_shardings=partition.replicated(mesh))
+    return Generator(config, tuple(levels), latents, mesh, draw)
+
+
+def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
+    """(generator, EMA parameters, step) of the newest checkpoint in `workdir`."""
+    _, latents = build.latents(config, workdir)
+    levels = build.levels(config)
+    mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
+    shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
+    abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))
+    ema = restore_subtree(workdir, {"ema": abstract})["ema"]
+    return generator(config, levels, latents, mesh), ema, latest_step(workdir)
+
+
+def grid_of(config, images: np.ndarray) -> np.ndarray:
+    return pictures.image_grid(images, columns=config.sample.columns, scale=config.sample.scale)
+
+
+def save_grid(gen: Generator, ema: Tree, path: str) -> np.ndarray:
+    """Writes a grid of config.sample.num_samples samples as PNG (process 0) and returns it."""
+    grid = grid_of(gen.config, gen.images(ema, gen.config.sample.num_samples, "samples"))
+    if jax.process_index() == 0:
+        pictures.save_png(grid, path)
+    return grid
+
+
+def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
+    """Writes samples.png, hierarchy.png (where there is more than one level) and curves.png; their paths."""
+    paths = [os.path.join(workdir, "samples.png")]
+    save_grid(gen, ema, paths[0])
+    if len(gen.levels) > 1:
+        rows = [row for first in (2, 5) for row in gen.cascade(ema, first=first)]
+        paths.append(os.path.join(workdir, "hierarchy.png"))
+        if jax.process_index() == 0:
+            pictures.save_png(pictures.hierarchy_picture(rows, scale=gen.config.sample.scale), paths[-1])
+    metrics = read_metrics(workdir) if jax.process_index() == 0 else []
+    if metrics:
+        paths.append(os.path.join(workdir, "curves.png"))
+        pictures.loss_curves(metrics, paths[-1], [level.name for level in gen.levels])
+    return paths
+
+
+def sample(config, workdir: str, num_samples: int, out: str) -> None:
+    """The mode `sample`: OUT.png (a grid of the first ten rows) and OUT.npz (arr_0, as the ADM evaluator reads)."""
+    gen, ema, step = restored(config, workdir)
+    images = gen.images(ema, num_samples, "samples")
+    base = os.path.splitext(out)[0] if out else os.path.join(workdir, f"samples_{num_samples}")
+    if jax.process_index() == 0:
+        pictures.save_png(grid_of(config, images[: 10 * config.sample.columns]), base + ".png")
+        pictures.save_samples(base + ".npz", images)
+    logging.info("%d samples of step %d: %s.png and %s.npz", num_samples, step, base, base)

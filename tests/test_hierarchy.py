@@ -1,0 +1,168 @@
+"""nested/hierarchy.py: what conditions what, noise and drops row by row, the cascade of sampling."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested import hierarchy, process, samplers
+
+
+class Probe(nn.Module):
+    """A backbone whose output shows its conditions: bias + sum of kept conditions' means + label."""
+
+    conditions: tuple = ()
+    num_classes: int = 0
+
+    @nn.compact
+    def __call__(self, x, c_noise, cond, *, train):
+        bias = self.param("bias", nn.initializers.normal(1.0), (1,))
+        seen = jnp.zeros(c_noise.shape)
+        for name in self.conditions:
+            mean = sum(leaf.mean(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(cond[name]))
+            seen += jnp.where(cond[f"keep_{name}"], mean, 100.0)
+        if self.num_classes:
+            seen += cond["label"]
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) + (seen + bias).reshape(-1, *[1] * (leaf.ndim - 1)), x)
+
+
+def make_levels(**changes):
+    proc = process.Process(schedules=(process.sd_scaled_linear(),), parameterization="x0")
+    sampler = samplers.DDIM(steps=4, eta=0.0)
+    top = hierarchy.Level("top", (1, 1, 2), Probe(), proc, sampler)
+    middle = hierarchy.Level("middle", (2, 2, 3), Probe(("top",)), proc, sampler, ("top",), (0.5,))
+    bottom = hierarchy.Level(
+        "bottom", (4, 4, 1), Probe(("top", "middle"), 10), proc, sampler, ("top", "middle"), (0.5, 0.0), 10
+    )
+    return top, dataclasses.replace(middle, **changes), dataclasses.replace(bottom, **changes)
+
+
+def draw(batch, seed=0):
+    keys = hierarchy.rows(jax.random.key(seed), batch)
+    variables = {
+        "top": jax.random.normal(jax.random.key(1), (batch, 1, 1, 2)),
+        "middle": jax.random.normal(jax.random.key(2), (batch, 2, 2, 3)),
+        "bottom": jax.random.normal(jax.random.key(3), (batch, 4, 4, 1)),
+    }
+    return keys, variables, jnp.arange(batch) % 10
+
+
+def test_training_conditions_have_the_levels_sigma():
+    _, _, bottom = make_levels()
+    keys, variables, labels = draw(4096)
+    cond = hierarchy.train_conditions(bottom, variables, labels, keys)
+    noise = np.asarray(cond["top"] - variables["top"])
+    assert abs(noise.std() - 0.5) < 0.02 and abs(noise.mean()) < 0.02
+    np.testing.assert_array_equal(cond["middle"], variables["middle"])
+    assert bool(cond["keep_top"].all()) and bool((cond["label"] == labels).all())
+
+
+def test_joint_drop_loses_everything_at_once():
+    _, _, bottom = make_levels(cond_drop=0.25)
+    keys, variables, labels = draw(8192)
+    cond = hierarchy.train_conditions(bottom, variables, labels, keys)
+    dropped = ~np.asarray(cond["keep_top"])
+    assert abs(dropped.mean() - 0.25) < 0.02
+    np.testing.assert_array_equal(dropped, ~np.asarray(cond["keep_middle"]))
+    np.testing.assert_array_equal(dropped, np.asarray(cond["label"]) == 10)
+
+
+def test_independent_drop_tosses_a_coin_each():
+    _, _, bottom = make_levels(cond_drop=0.5, drop_mode="independent")
+    keys, variables, labels = draw(8192)
+    cond = hierarchy.train_conditions(bottom, variables, labels, keys)
+    coins = np.stack([~np.asarray(cond["keep_top"]), ~np.asarray(cond["keep_middle"]), np.asarray(cond["label"]) == 10])
+    np.testing.assert_allclose(coins.mean(1), 0.5, atol=0.03)
+    np.testing.assert_allclose(np.corrcoef(coins), np.eye(3), atol=0.05)
+
+
+def test_null_conditions_are_all_absent():
+    _, _, bottom = make_levels()
+    _, variables, labels = draw(3)
+    null = hierarchy.null_cond(bottom, hierarchy.conditions(bottom, variables, labels))
+    assert not null["keep_top"].any() and not null["keep_middle"].any() and (null["label"] == 10).all()
+
+
+def test_rows_do_not_depend_on_the_batch():
+    levels = make_levels(cond_drop=0.5)
+    params = hierarchy.init(levels, jax.random.key(0))
+    keys, variables, labels = draw(8)
+    times = hierarchy.sample_times(levels, keys)
+    whole = hierarchy.losses(levels, params, variables, labels, times, keys)
+    part = jax.tree.map(lambda x: x[2:5], (variables, labels, times, keys))
+    some = hierarchy.losses(levels, params, *part)
+    for name in whole:
+        np.testing.assert_allclose(whole[name][2:5], some[name], rtol=1e-6)
+
+
+def test_only_the_named_levels_have_a_loss_and_weights_scale_it():
+    levels = make_levels()
+    params = hierarchy.init(levels, jax.random.key(0))
+    keys, variables, labels = draw(4)
+    times = hierarchy.sample_times(levels, keys)
+    one = hierarchy.losses(levels, params, variables, labels, times, keys, only=("middle",))
+    assert list(one) == ["middle"]
+    doubled = make_levels(loss_weight=2.0)
+    two = hierarchy.losses(doubled, params, variables, labels, times, keys, only=("middle",))
+    np.testing.assert_allclose(two["middle"], 2 * one["middle"], rtol=1e-6)
+
+
+def test_init_of_shared_levels_is_the_same_in_a_deeper_hierarchy():
+    levels = make_levels()
+    deep, shallow = hierarchy.init(levels, jax.random.key(0)), hierarchy.init(levels[:2], jax.random.key(0))
+    assert sorted(deep) == ["bottom", "middle", "top"]
+    np.testing.assert_array_equal(deep["middle"]["bias"], shallow["middle"]["bias"])
+    assert deep["middle"]["bias"] != deep["top"]["bias"]
+
+
+def test_sampling_goes_coarse_to_fine_and_keeps_what_is_fixed():
+    levels = make_levels()
+    biases = {"top": 1.0, "middle": 10.0, "bottom": 0.0}
+    params = {name: {"bias": jnp.array([bias])} for name, bias in biases.items()}
+    keys, _, labels = draw(3)
+    result = hierarchy.sample(levels, params, keys, labels)
+    np.testing.assert_allclose(result["top"], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(result["middle"], 11.0, rtol=1e-5)
+    np.testing.assert_allclose(result["bottom"][:, 0, 0, 0], 12.0 + labels, rtol=1e-5)
+    fixed = {"top": jnp.full((3, 1, 1, 2), 5.0)}
+    result = hierarchy.sample(levels, params, keys, labels, fixed)
+    np.testing.assert_array_equal(result["top"], fixed["top"])
+    np.testing.assert_allclose(result["middle"], 15.0, rtol=1e-5)
+
+
+def test_guidance_subtracts_the_null_conditions():
+    levels = make_levels(guidance=0.5)
+    params = {name: {"bias": jnp.zeros(1)} for name in ("top", "middle", "bottom")}
+    keys, _, labels = draw(2)
+    fixed = {"top": jnp.full((2, 1, 1, 2), 4.0)}
+    middle = hierarchy.sample(levels, params, keys, labels, fixed)["middle"]
+    np.testing.assert_allclose(middle, 4.0 + 0.5 * (4.0 - 100.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("gamma, expected", [(math.inf, 0.0), (0.0, 0.5), (2.0, 0.5 * 0.25)])
+def test_generated_conditions_are_noised_by_time_to_the_gamma(gamma, expected):
+    _, middle, _ = make_levels(noise_gamma=gamma)
+    seen = []
+    denoise = hierarchy.noised_conditions(middle, lambda x, t, cond: seen.append(cond["top"]), draw(2048)[0])
+    denoise(None, jnp.full(2048, 0.25), {"top": jnp.zeros((2048, 1, 1, 2)), "keep_top": jnp.ones(2048, bool)})
+    assert abs(float(seen[0].std()) - expected) < 0.02  # variance (t/T)^gamma sigma^2, t/T = 1/4, sigma = 1/2
+
+
+def test_a_tuple_variable_goes_through_the_same_code():
+    """Two leaves of different shape with a schedule each (Matryoshka's form): loss, sampling and conditioning."""
+    proc = process.Process(schedules=(process.sd_scaled_linear(), process.LinearVP()), parameterization="x0")
+    sampler = samplers.DDIM(steps=4, eta=0.0)
+    pair = hierarchy.Level("pair", ((4, 4, 1), (8, 8, 1)), Probe(), proc, sampler, leaf_weights=(1.0, 0.5))
+    fine = hierarchy.Level("fine", (2, 2, 1), Probe(("pair",)), make_levels()[0].process, sampler, ("pair",), (0.3,))
+    levels = (pair, fine)
+    params = jax.tree.map(jnp.zeros_like, hierarchy.init(levels, jax.random.key(0)))
+    keys = hierarchy.rows(jax.random.key(0), 3)
+    result = hierarchy.sample(levels, params, keys)
+    assert [leaf.shape for leaf in result["pair"]] == [(3, 4, 4, 1), (3, 8, 8, 1)]
+    variables = {"pair": (jnp.ones((3, 4, 4, 1)), jnp.full((3, 8, 8, 1), 2.0)), "fine": jnp.zeros((3, 2, 2, 1))}
+    losses = hierarchy.losses(levels, params, variables, None, hierarchy.sample_times(levels, keys), keys)
+    np.testing.assert_allclose(losses["pair"], 1.0 * 1 + 0.5 * 4, rtol=1e-4)  # the network says 0, in x0 space
