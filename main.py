@@ -18,7 +18,7 @@ from ml_collections import config_flags
 MODES = ("train", "encode", "sample", "evaluate", "summary")
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/, e.g. configs/imagenet_L3.py", lock_config=True)
-flags.DEFINE_string("workdir", None, "where checkpoints, metrics, pictures and latents go (gs:// on a pod)")
+flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures, latents; shared by all hosts")
 flags.DEFINE_enum("mode", "train", MODES, "what to do")
 flags.DEFINE_integer("num_samples", 0, "sample: how many; 0: config.sample.num_samples")
 flags.DEFINE_string("out", "", "sample: OUT.png and OUT.npz; summary: the JSON file")

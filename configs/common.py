@@ -159,12 +159,13 @@ def uvit(variant: str = "", **changes) -> dict:
     return options | changes
 
 
-def sd_process() -> dict:
-    """Stable Diffusion's scaled-linear betas, 1,000 discrete steps, eps-prediction (U-ViT H and COCO configs)."""
+def sd_process(parameterization: str = "eps") -> dict:
+    """Stable Diffusion's scaled-linear betas, 1,000 discrete steps; eps as in U-ViT's H and COCO configs, or v, which
+    learns the high noise levels sooner and suits short runs."""
     return dict(
         schedule="sd_scaled_linear",  # sd_scaled_linear | linear_vp | cosine
-        parameterization="eps",
-        loss_space="eps",
+        parameterization=parameterization,  # eps | v | x0: what the network predicts
+        loss_space=parameterization,  # where its squared error is taken
         weighting="uniform",
         time_sampling="uniform",
         discrete_steps=1000,

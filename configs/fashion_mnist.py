@@ -17,20 +17,22 @@ def get_config(arg: str = "L3"):
     )
     config.encoder.update(input_size=64, map="stage4", features=("map",), components=64, fit_images=10000)
     config.codec.update(name="patch_pca", patch=4, channels=16)
-    small = common.uvit(width=192, depth=6, num_heads=6, time_mlp=True, final_conv=False)
-    base = common.uvit(width=256, depth=6, num_heads=8, time_mlp=True)
+    v, solver = common.sd_process("v"), common.dpm_solver(20)
+    small = common.uvit(width=128, depth=4, num_heads=4, time_mlp=True, final_conv=False)
+    base = common.uvit(width=128, depth=4, num_heads=4, time_mlp=True)
     upper = (
-        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, backbone=small),
-        common.level("z2x2", "map", (2, 2, 32), 1, sigma=0.5, backbone=small),
+        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, backbone=small, process=v, sampler=solver),
+        common.level("z2x2", "map", (2, 2, 32), 1, sigma=0.5, backbone=small, process=v, sampler=solver),
     )
-    config.levels = upper[: depth - 1] + (common.level("x", "patch_pca", (7, 7, 16), 1, backbone=base),)
+    finest = common.level("x", "patch_pca", (7, 7, 16), 1, backbone=base, process=v, sampler=solver)
+    config.levels = upper[: depth - 1] + (finest,)
     for i, level in enumerate(config.levels):
         level.guidance = 0.5 if conditional or i else 0.0
     config.hierarchy.update(
         label_levels=tuple(level.name for level in config.levels) if conditional else (), noise_gamma=0.3
     )
-    config.train.update(batch_size=64, steps=4000, eval_every=1000, save_every=1000, log_every=100)
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=200, decay="cosine", ema_decay=0.998, weight_decay=0.03)
+    config.train.update(batch_size=128, steps=1600, eval_every=400, save_every=400, log_every=100)
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=200, decay="cosine", ema_decay=0.995, weight_decay=0.03)
     config.sample.update(num_samples=100, batch_size=100, columns=10, scale=2)
     config.evaluate.update(num_samples=2000, num_reference=10000)
     return config

@@ -1,6 +1,6 @@
 """ImageNet-1k 256x256, Nested Diffusion with U-ViT (CVPR 2025, Sec. 4, Tables 1, 2 and 6).
 
-    python main.py --config=configs/imagenet_L3.py --workdir=gs://bucket/runs/L3          unconditional (Table 1a)
+    python main.py --config=configs/imagenet_L3.py --workdir=/shared/runs/L3              unconditional (Table 1a)
     python main.py --config=configs/imagenet_L3.py:class --workdir=...                    class-conditional (Table 1b)
     python main.py --config=configs/imagenet_L5.py --mode=summary                         sizes and GMACs (Table 6)
     python main.py --config=configs/imagenet_L5.py:uncond,synthetic --workdir=...         random latents: speed only

@@ -11,17 +11,18 @@ def get_config():
     config.data.update(source="digits", num_classes=10, holdout=128)
     config.encoder.update(input_size=64, map="stage4", features=("map",), components=64)
     small = common.uvit(width=96, depth=4, num_heads=3, time_mlp=True, final_conv=False)
-    base = common.uvit(width=128, depth=4, num_heads=4, time_mlp=True)
+    base = common.uvit(width=128, depth=2, num_heads=4, time_mlp=True)
+    v, solver = common.sd_process("v"), common.dpm_solver(20)
     config.levels = (
-        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, guidance=0.5, backbone=small),
-        common.level("z2x2", "map", (2, 2, 16), 1, sigma=0.5, guidance=0.4, backbone=small),
-        common.level("x", "pixels", (8, 8, 1), 2, guidance=0.3, backbone=base, threshold="static"),
+        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, guidance=0.5, backbone=small, process=v, sampler=solver),
+        common.level("z2x2", "map", (2, 2, 16), 1, sigma=0.5, guidance=0.4, backbone=small, process=v, sampler=solver),
+        common.level("x", "pixels", (8, 8, 1), 2, guidance=0.3, backbone=base, threshold="static", process=v, sampler=solver),
     )
     config.hierarchy.update(label_levels=("z1x1", "z2x2", "x"), noise_gamma=0.3)
     config.train.update(
-        batch_size=128, steps=2500, eval_every=500, sample_every=0, save_every=500, log_every=50, keep=2
+        batch_size=64, steps=1800, eval_every=200, sample_every=0, save_every=500, log_every=50, keep=2
     )
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=50, decay="cosine", ema_decay=0.998, weight_decay=0.03)
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=50, decay="cosine", ema_decay=0.99, weight_decay=0.03)
     config.sample.update(num_samples=100, batch_size=100, columns=10, scale=6)
     config.evaluate.update(num_samples=1000, num_reference=1797)
     return config

@@ -5,6 +5,7 @@ one-line error. Nothing here allocates arrays on a device.
 """
 
 import functools
+import itertools
 import json
 import os
 from typing import Any
@@ -51,7 +52,6 @@ CONDITIONINGS = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ENCODERS = {"efficientnet_lite0": efficientnet.load}
 PUBLISHED = ("mocov3_vitb16", "sd_vae")  # frozen networks of the papers, which come with the published weights
-CODECS = ("pixels", "patch_pca")
 
 
 def plain(config):
@@ -68,12 +68,19 @@ def choose(key: str, name: str, table) -> Any:
     return table[name]
 
 
-def construct(key: str, constructor, options: dict):
-    """constructor(**options); options that it does not take, and values it refuses, are one-line errors at `key`."""
+def construct(key: str, constructor, options: dict, derived: dict):
+    """constructor(**options, **derived); `derived` is what other parts of the config decide.
+
+    Options that it does not take, that others decide or whose values it refuses are one-line errors at `key`."""
+    decided = [name for name in options if name in derived]
+    if decided:
+        raise ValueError(f"config.{key}: {', '.join(decided)} is decided by other parts of the config; remove it here")
     try:
-        return constructor(**options)
+        return constructor(**options, **derived)
     except TypeError as error:
         raise ValueError(f"config.{key}: {error}; found options {', '.join(options)}") from error
+    except ValueError as error:
+        raise ValueError(f"config.{key}: {error}") from error
 
 
 def levels(config) -> tuple[hierarchy.Level, ...]:
@@ -87,7 +94,16 @@ def levels(config) -> tuple[hierarchy.Level, ...]:
         choose("hierarchy.label_levels / train_levels", name, dict.fromkeys(names))
     if config.hierarchy.label_levels and not config.data.num_classes:
         raise ValueError("config.hierarchy.label_levels names levels but config.data.num_classes is 0: no labels")
-    return tuple(build_level(config, i) for i in range(len(names)))
+    if not 0 <= config.hierarchy.cond_drop < 1:
+        raise ValueError(f"config.hierarchy.cond_drop: found {config.hierarchy.cond_drop}, expected a number in [0, 1)")
+    result = tuple(build_level(config, i) for i in range(len(names)))
+    for coarse, fine in itertools.pairwise(result):
+        if coarse.shape[0] > fine.shape[0] or coarse.shape[1] > fine.shape[1]:
+            raise ValueError(
+                f"config.levels: the shapes do not nest: {coarse.name} {coarse.shape} comes before {fine.name} "
+                f"{fine.shape} but has the larger grid; list the levels coarse to fine"
+            )
+    return result
 
 
 def build_level(config, i: int) -> hierarchy.Level:
@@ -125,6 +141,8 @@ def check_shape(key: str, options) -> None:
     shape, patch = tuple(options.shape), options.backbone.patch_size
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"config.{key}.shape: found {shape}, expected (height, width, channels)")
+    if patch < 1:
+        raise ValueError(f"config.{key}.backbone.patch_size: found {patch}, expected at least 1")
     if shape[0] % patch or shape[1] % patch:
         raise ValueError(
             f"config.{key}: the shape {shape} of {options.name} does not divide into patches of "
@@ -142,18 +160,18 @@ def backbone(config, options, conditions, num_classes: int, key: str):
         dtype=choose("train.dtype", config.train.dtype, DTYPES),
         remat=config.train.remat,
     )
-    return construct(f"{key}.backbone", kind, given | derived)
+    return construct(f"{key}.backbone", kind, given, derived)
 
 
 def build_process(options, key: str) -> process.Process:
     given = dict(options)
     schedule = choose(f"{key}.schedule", given.pop("schedule"), SCHEDULES)()
-    return construct(key, process.Process, dict(schedules=(schedule,)) | given)
+    return construct(key, process.Process, given, dict(schedules=(schedule,)))
 
 
 def sampler(options, key: str):
     given = dict(options)
-    return construct(key, choose(f"{key}.name", given.pop("name"), SAMPLERS), given)
+    return construct(key, choose(f"{key}.name", given.pop("name"), SAMPLERS), given, {})
 
 
 def trained(config) -> tuple[str, ...]:
@@ -162,15 +180,16 @@ def trained(config) -> tuple[str, ...]:
 
 
 def shared_levels(other: dict, config) -> tuple[str, ...]:
-    """Names of the levels of another run's config whose networks fit this config's: same name, shape and backbone, and
-    the same conditions. Coarse levels of a shallower hierarchy fit a deeper one (CVPR Sec. 4: L - 1 levels reused)."""
+    """Names of the levels of another run's config whose networks fit this config's: same name, shape and backbone, the
+    same conditions and classes. Coarse levels of a shallower hierarchy fit a deeper one (CVPR Sec. 4: it reuses L - 1).
+    """
 
     def networks(some):
         some_hierarchy, coarser, result = some["hierarchy"], (), {}
         choose_seen = choose("hierarchy.conditioning", some_hierarchy["conditioning"], CONDITIONINGS)
         for level in some["levels"]:
-            labelled = level["name"] in some_hierarchy["label_levels"]
-            result[level["name"]] = (level["shape"], level["backbone"], choose_seen(coarser), labelled)
+            classes = some["data"]["num_classes"] if level["name"] in some_hierarchy["label_levels"] else 0
+            result[level["name"]] = (level["shape"], level["backbone"], choose_seen(coarser), classes)
             coarser += ((level["name"], level["shape"], level["backbone"]["patch_size"]),)
         return result
 
@@ -180,8 +199,14 @@ def shared_levels(other: dict, config) -> tuple[str, ...]:
 
 def optimizer(config) -> opt.OptimizerConfig:
     """config.optimizer; 'cosine' decays to 0 at config.train.steps."""
-    total = config.train.steps if config.optimizer.decay == "cosine" else None
-    return construct("optimizer", opt.OptimizerConfig, dict(config.optimizer) | dict(total_steps=total))
+    options, steps = config.optimizer, config.train.steps
+    if options.decay == "cosine" and steps <= options.warmup_steps:
+        raise ValueError(
+            f"config.train.steps is {steps}: cosine decay needs more than config.optimizer.warmup_steps, "
+            f"{options.warmup_steps}; change one of them"
+        )
+    total = steps if options.decay == "cosine" else None
+    return construct("optimizer", opt.OptimizerConfig, dict(options), dict(total_steps=total))
 
 
 def check_batch(config, devices: int) -> None:
@@ -227,6 +252,11 @@ def images(config):
     if data.image_size:
         channels = data.channels or source.image_shape[2]
         source = transforms.Transformed(source, data.image_size, crop="center", channels=channels)
+    elif data.channels not in (0, source.image_shape[2]):
+        raise ValueError(
+            f"config.data.channels is {data.channels} but {source.describe()}; set data.image_size as well to convert "
+            "the images, or data.channels to 0"
+        )
     return source
 
 
@@ -291,11 +321,12 @@ def latents(config, workdir: str):
 def encode_images(config, workdir: str) -> str:
     """Encodes config.data into the latents' directory, unless it is there; returns the directory."""
     directory = latents_dir(config, workdir)
+    frozen = encoder(config)  # before the data: one that is not available is said before anyone fetches a data set
     encode.encode(
         images(config),
-        encoder(config),
-        construct("encoder", encoding.EncoderConfig, dict(config.encoder) | dict(vector="pool")),
-        construct("codec", encoding.CodecConfig, dict(config.codec)),
+        frozen,
+        construct("encoder", encoding.EncoderConfig, dict(config.encoder), dict(vector="pool")),
+        construct("codec", encoding.CodecConfig, dict(config.codec), {}),
         directory,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -83,6 +83,11 @@ def rechunk(batches, size: int):
 def score(gen: sample.Generator, ema, source, cache_dir: str, step: int) -> list[Score]:
     """The guided score and, with config.evaluate.unguided and guidance anywhere, the unguided one."""
     config = gen.config
+    if min(config.evaluate.num_samples, config.evaluate.num_reference) < 2:
+        raise ValueError(
+            f"config.evaluate: num_samples {config.evaluate.num_samples}, num_reference "
+            f"{config.evaluate.num_reference}; a distance needs 2 or more of each"
+        )
     encoder = build.score_encoder(config)
     reference = reference_features(config, source, encoder, cache_dir)
     guidance = tuple(level.guidance for level in gen.levels)

@@ -220,18 +220,19 @@ def sample_level(level: Level, params: Tree, cond: Cond, keys: jax.Array) -> Tre
 def sample(
     levels: Sequence[Level],
     params: Mapping[str, Tree],
-    keys: jax.Array,
+    keys: Mapping[str, jax.Array],
     labels: jax.Array | None = None,
     fixed: Mapping[str, Tree] | None = None,
 ) -> dict[str, Tree]:
     """Samples every level coarse to fine: {level name: variable [B, ...]}.
 
-    keys: [B], one per sample: sample i depends on its key (and label) only. `fixed` gives variables that are not
-    resampled, as in the paper's Figure 1 (fix the coarser levels, resample the finer ones).
+    keys: {level name: [B]}. A level of sample i depends on i's keys of this and the coarser levels (and its label)
+    only, so samples that share the keys of the coarser levels share those levels: the paper's Figure 1 (fix the coarser
+    levels, resample the finer ones). `fixed` gives variables that are taken as they are.
     """
     variables = dict(fixed or {})
     for i, level in enumerate(levels):
         if level.name not in variables:
             cond = conditions(level, variables, labels)
-            variables[level.name] = sample_level(level, params[level.name], cond, fold(keys, i))
+            variables[level.name] = sample_level(level, params[level.name], cond, fold(keys[level.name], i))
     return variables

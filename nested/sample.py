@@ -33,8 +33,8 @@ def sample_labels(num_classes: int, indices: Sequence[int]) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A hierarchy ready to draw images: `draw` is jitted once, (params, keys [B], labels [B], fixed) -> (uint8 images
-    [B, H, W, C], {level: variable}), with whole results on every host."""
+    """A hierarchy ready to draw images: `draw` is jitted, (params, {level: keys [B]}, labels [B]) -> uint8 images
+    [B, H, W, C], whole on every host. One shape, config.sample.batch_size, is compiled for all uses."""
 
     config: Any
     levels: tuple[hierarchy.Level, ...]
@@ -43,14 +43,13 @@ class Generator:
     draw: Callable
 
     def batches(self, params: Tree, number: int) -> Iterator[np.ndarray]:
-        """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time. The last batch is
-        run full and cut, so that one shape is compiled."""
-        size = min(self.config.sample.batch_size, number)
+        """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time."""
+        size = self.config.sample.batch_size
         for start in range(0, number, size):
             indices = np.arange(start, start + size)
             labels = sample_labels(self.config.data.num_classes, indices)
-            images, _ = self.draw(params, sample_keys(self.config.seed, indices), labels, {})
-            yield np.asarray(images)[: number - start]
+            keys = dict.fromkeys((level.name for level in self.levels), sample_keys(self.config.seed, indices))
+            yield np.asarray(self.draw(params, keys, labels))[: number - start]
 
     def images(self, params: Tree, number: int, what: str) -> np.ndarray:
         """All of `batches`, [number, H, W, C], with a progress line."""
@@ -61,22 +60,28 @@ class Generator:
             progress.update(done, what)
         return np.concatenate(images)
 
-    def cascade(self, params: Tree, number: int = 8, first: int = 0) -> list[tuple[str, np.ndarray]]:
-        """Rows of the paper's Figure 1: sample `first`, then number - 1 others that share its label and, row by row,
-        none of its levels, its coarsest, its two coarsest ...: [(caption, uint8 images [number, H, W, C])].
+    def cascade(self, params: Tree, firsts: Sequence[int], number: int = 8) -> list[tuple[str, np.ndarray]]:
+        """Rows of the paper's Figure 1: for each sample of `firsts`, itself and number - 1 others that share its label
+        and, row by row, none of its levels, its coarsest, its two coarsest ...: [(caption, uint8 [number, H, W, C])].
 
-        The first column is the same sample in every row."""
-        indices = np.concatenate([[first], np.arange(number - 1) + 10**6 * (first + 1)])
-        keys = sample_keys(self.config.seed, indices)
-        labels = jnp.broadcast_to(sample_labels(self.config.data.num_classes, [first]), (number,))
-        images, variables = self.draw(params, keys, labels, {})
-        rows = [("all levels resampled", np.asarray(images))]
-        for kept in range(1, len(self.levels)):
-            names = [level.name for level in self.levels[:kept]]
-            fixed = {n: jax.tree.map(lambda z: jnp.broadcast_to(z[:1], z.shape), variables[n]) for n in names}
-            images, _ = self.draw(params, keys, labels, fixed)
-            rows.append((f"{', '.join(names)} fixed", np.asarray(images)))
-        return rows
+        The first column is the same sample in every row. Sharing a level is sharing its key."""
+        names = [level.name for level in self.levels]
+        captions, indices, labels = [], {name: [] for name in names}, []
+        for first in firsts:
+            others = [first, *range(10**6 * (first + 1), 10**6 * (first + 1) + number - 1)]
+            for kept in range(len(names)):
+                captions.append(f"{', '.join(names[:kept])} fixed" if kept else "all levels resampled")
+                labels += [first] * number
+                for i, name in enumerate(names):
+                    indices[name] += [first] * number if i < kept else others
+        rows, size = [], self.config.sample.batch_size
+        for start in range(0, len(labels), size):
+            take = np.arange(start, start + size) % len(labels)
+            keys = {name: sample_keys(self.config.seed, np.asarray(indices[name])[take]) for name in names}
+            shown = sample_labels(self.config.data.num_classes, np.asarray(labels)[take])
+            rows.append(np.asarray(self.draw(params, keys, shown)))
+        images = np.concatenate(rows)[: len(labels)]
+        return list(zip(captions, images.reshape(len(captions), number, *images.shape[1:]), strict=True))
 
     def with_guidance(self, weights: Sequence[float]) -> "Generator":
         """The same hierarchy with other guidance weights, coarse to fine."""
@@ -87,9 +92,8 @@ class Generator:
 def generator(config, levels: Sequence[hierarchy.Level], latents, mesh) -> Generator:
     """A Generator for these levels; `latents` decodes the finest level's variable."""
 
-    def draw(params, keys, labels, fixed):
-        variables = hierarchy.sample(levels, params, keys, labels, fixed)
-        return latents.decode(variables[levels[-1].name]), variables
+    def draw(params, keys, labels):
+        return latents.decode(hierarchy.sample(levels, params, keys, labels)[levels[-1].name])
 
     draw = jax.jit(draw, out_shardings=partition.replicated(mesh))
     return Generator(config, tuple(levels), latents, mesh, draw)
@@ -123,7 +127,7 @@ def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
     paths = [os.path.join(workdir, "samples.png")]
     save_grid(gen, ema, paths[0])
     if len(gen.levels) > 1:
-        rows = [row for first in (2, 5) for row in gen.cascade(ema, first=first)]
+        rows = gen.cascade(ema, firsts=(2, 5))
         paths.append(os.path.join(workdir, "hierarchy.png"))
         if jax.process_index() == 0:
             pictures.save_png(pictures.hierarchy_picture(rows, scale=gen.config.sample.scale), paths[-1])
@@ -136,6 +140,8 @@ def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
 
 def sample(config, workdir: str, num_samples: int, out: str) -> None:
     """The mode `sample`: OUT.png (a grid of the first ten rows) and OUT.npz (arr_0, as the ADM evaluator reads)."""
+    if num_samples < 1:
+        raise ValueError(f"{num_samples} samples asked for: give --num_samples=N, or set config.sample.num_samples")
     gen, ema, step = restored(config, workdir)
     images = gen.images(ema, num_samples, "samples")
     base = os.path.splitext(out)[0] if out else os.path.join(workdir, f"samples_{num_samples}")

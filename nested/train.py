@@ -170,8 +170,10 @@ def make_run(config, latents) -> Run:
 
 def fresh_state(run: Run) -> TrainState:
     """A new state on the mesh, with the levels that config.init_from names taken from another run."""
-    # The initialisation runs once: optimising its machine code costs more than it saves.
-    state = jax.jit(lambda key: init_state(run.step, key), out_shardings=run.shardings)(run.key)
+    # The initialisation runs once: optimising its machine code would cost more than it saves.
+    options = {"xla_backend_optimization_level": 0}
+    init = jax.jit(lambda key: init_state(run.step, key), out_shardings=run.shardings, compiler_options=options)
+    state = init(run.key)
     source = run.config.init_from
     if not source.path:
         return state

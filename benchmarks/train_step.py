@@ -1,0 +1,100 @@
+"""What a train step of any config costs here: compile seconds, step time, share of the matmul rate, data wait.
+
+    python -m benchmarks.train_step --config=configs/quickstart.py --workdir=runs/quickstart [--steps=30] [--out=FILE]
+
+Model FLOPs are 6 x the multiply-accumulates of `summary` per image (2 forward, 4 backward); XLA's own count of the
+compiled step is printed beside them. The matmul rate is measured in the same process (benchmarks/matmul.py), in the
+config's matmul dtype. Without data use a `synthetic` config argument (configs/imagenet_L1.py:synthetic).
+"""
+
+import json
+import platform
+import statistics
+import time
+
+import flax
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from benchmarks import matmul
+from input_pipeline import loader
+from nested import build, partition, summary, train
+from nested.files import atomic_write
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
+flags.DEFINE_string("workdir", None, "where the latents are, or go")
+flags.DEFINE_integer("steps", 30, "timed steps")
+flags.DEFINE_string("out", "", "the figures as JSON")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def measure(config, workdir: str, steps: int) -> dict:
+    """The figures, a dict of plain numbers."""
+    source, latents = build.latents(config, workdir)
+    run = train.make_run(config, latents)
+    training, _ = build.split(config, source)
+    batches = loader.batches(
+        training, seed=0, batch_size=config.train.batch_size, threads=config.train.threads, workers=config.train.workers
+    )
+    begin = time.perf_counter()
+    state = jax.block_until_ready(train.fresh_state(run))
+    init_seconds = time.perf_counter() - begin
+
+    raw = partition.to_global(next(batches), run.mesh)
+    begin = time.perf_counter()
+    update = train.compiled_step(run).lower(state, raw, run.key).compile()
+    compile_seconds = time.perf_counter() - begin
+    state, metrics = jax.block_until_ready(update(state, raw, run.key))
+
+    times, waits = [], []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        raw = partition.to_global(next(batches), run.mesh)
+        waits.append(time.perf_counter() - begin)
+        state, metrics = jax.block_until_ready(update(state, raw, run.key))
+        times.append(time.perf_counter() - begin)
+    batches.close()
+    macs = sum(level.macs for level in summary.levels(run.step.levels))
+    flops = 6 * macs * config.train.batch_size
+    step_seconds = statistics.median(times)
+    rate = matmul.matmul_rate(config.train.dtype) * 1e9 * jax.device_count()
+    memory = update.memory_analysis()
+    return {
+        "batch_size": config.train.batch_size,
+        "parameters": sum(level.parameters for level in summary.levels(run.step.levels)),
+        "macs_per_image": macs,
+        "init_seconds": round(init_seconds, 2),
+        "compile_seconds": round(compile_seconds, 2),
+        "step_seconds_median": round(step_seconds, 5),
+        "step_seconds_min": round(min(times), 5),
+        "images_per_second": round(config.train.batch_size / step_seconds, 1),
+        "model_gflops_per_second": round(flops / step_seconds / 1e9, 1),
+        "matmul_gflops_per_second": round(rate / 1e9, 1),
+        "share_of_matmul_rate": round(flops / step_seconds / rate, 3),
+        "xla_flops_over_model_flops": round(update.cost_analysis()["flops"] * jax.device_count() / flops, 3),
+        "data_wait_share": round(sum(waits) / sum(times), 4),
+        "state_mib": round(summary.state_bytes(run.abstract) / 2**20, 1),
+        "temporaries_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+        "donated_mib": round(memory.alias_size_in_bytes / 2**20, 1),
+    }
+
+
+def main(argv):
+    del argv
+    figures = measure(FLAGS.config, FLAGS.workdir, FLAGS.steps)
+    device = jax.devices()[0]
+    figures |= {
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "versions": f"python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if FLAGS.out:
+        atomic_write(FLAGS.out, text + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
