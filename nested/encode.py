@@ -28,6 +28,7 @@ from input_pipeline import latents as records
 from nested import encoding
 from nested.encoders import compress
 from nested.files import atomic_write, check_writable
+from nested.writers import Progress
 
 FEATURE_CACHE_BYTES = 1 << 29  # raw features of pass 1 kept for pass 2, so that small data are encoded once
 READ_THREADS = 8
@@ -69,7 +70,7 @@ def encode(source, encoder, config, codec, latents_dir, *, process_index=0, proc
 def _covariances(job, cache):
     """The sums of this process's shards. Raw features stay in `cache` {shard: [features of a batch]} while they fit."""
     shards = [i for i in job.mine if i < job.fit_shards and not job.sidecar("covariance", i).exists()]
-    progress = encoding.Progress("images, statistics", sum(job.span(i)[1] - job.span(i)[0] for i in shards))
+    done, progress = 0, Progress("images, statistics", sum(job.span(i)[1] - job.span(i)[0] for i in shards))
     bytes_per_image = 4 * sum(math.prod(job.grids[name]) for name in job.stored)
     room = FEATURE_CACHE_BYTES
     for shard in shards:
@@ -83,7 +84,8 @@ def _covariances(job, cache):
                 _refuse(~streams[name].add(x, fitted), first, f"NaN or infinity in feature {name!r}")
             if room >= 0:
                 kept.append({name: np.asarray(features[name]) for name in job.stored})
-            progress.add(len(labels))
+            done += len(labels)
+            progress.update(done)
         encoding.save(job.sidecar("covariance", shard), {name: stream.result() for name, stream in streams.items()})
         if room >= 0:
             cache[shard] = kept
@@ -108,15 +110,17 @@ def _fit_bases(job):
 def _project(job, bases, cache):
     """Writes this process's shards and their moments."""
     shards = [i for i in job.mine if not (job.shard(i).exists() and job.sidecar("moments", i).exists())]
-    progress = encoding.Progress("images, encoding", sum(job.span(i)[1] - job.span(i)[0] for i in shards))
+    progress = Progress("images, encoding", sum(job.span(i)[1] - job.span(i)[0] for i in shards))
+    done = 0
     for shard in shards:
         moments = {}
         kept = cache.pop(shard, None)
-        records.write_shard(job.shard(shard), _records(job, shard, bases, kept, moments, progress))
+        records.write_shard(job.shard(shard), _records(job, shard, bases, kept, moments, done, progress))
         encoding.save(job.sidecar("moments", shard), moments)
+        done += job.span(shard)[1] - job.span(shard)[0]
 
 
-def _records(job, shard, bases, kept, moments, progress):
+def _records(job, shard, bases, kept, moments, done, progress):
     """Yields the shard's records, and adds what is stored (after rounding to float16) to `moments`."""
     for batch, (first, images, labels) in enumerate(_batches(job, shard)):
         features = _features(job, images) if kept is None else kept[batch]
@@ -134,7 +138,8 @@ def _records(job, shard, bases, kept, moments, progress):
         for row, label in enumerate(labels):
             record = {name: grid[row] for name, grid in grids.items()}
             yield records.pack(record | {"label": label, "image": images[row]}, job.fields)
-        progress.add(len(labels))
+        done += len(labels)
+        progress.update(done)
 
 
 def _finish(job):

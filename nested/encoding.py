@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import sys
 import time
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from absl import logging
 
 from input_pipeline import latents as records
 from nested.files import atomic_write
+from nested.writers import Progress
 
 CLAIM_FILE = "encoding.json"
 STATISTICS_FILE = "statistics.npz"
@@ -223,7 +223,7 @@ def complete(job):
 
 def wait(job, paths, what):
     """Polls until all `paths` exist. Raises TimeoutError when none has been added for job.timeout_s."""
-    progress, changed, missing = Progress(f"waiting for {what}", len(paths)), time.monotonic(), paths
+    progress, changed, missing = Progress(f"waiting for {what}:", len(paths)), time.monotonic(), paths
     while still := [path for path in missing if not path.exists()]:
         now = time.monotonic()
         changed = now if len(still) < len(missing) else changed
@@ -233,10 +233,8 @@ def wait(job, paths, what):
                 f"process {job.process_index}: waited {job.timeout_s:.0f} s for {what}: {missing[0]} is still missing; "
                 f"are all {job.process_count} encoding processes running, and do they share {job.directory}?"
             )
-        progress.show(len(paths) - len(missing))
+        progress.update(len(paths) - len(missing))
         time.sleep(0.1)
-    if missing is not paths:
-        progress.show(len(paths))
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -271,31 +269,3 @@ def merged(paths, kind):
         part = load(path, kind)
         total = {name: total[name].merge(part[name]) for name in total}
     return total
-
-
-class Progress:
-    """A line with done / total, rate and ETA: rewritten on a terminal, else logged about every 10 s."""
-
-    def __init__(self, what, total):
-        self._what, self._total, self._done = what, total, 0
-        self._start = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def show(self, done):
-        self._done = done
-        now = time.monotonic()
-        finished = done >= self._total
-        if now - self._shown < (0.2 if self._terminal else 10.0) and not (finished and self._terminal):
-            return
-        self._shown = now
-        rate = done / max(now - self._start, 1e-9)
-        eta = f", {(self._total - done) / rate:.0f} s left" if done and not finished else ""
-        line = f"{self._what}: {done:,} of {self._total:,}, {rate:,.1f}/s{eta}"
-        if self._terminal:
-            sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if finished else ""))
-            sys.stderr.flush()
-        else:
-            logging.info("%s", line)
-
-    def add(self, count):
-        self.show(self._done + count)

@@ -95,7 +95,7 @@ def score(gen: sample.Generator, ema, source, cache_dir: str, step: int) -> list
     result = []
     for weights in variants:
         drawer = gen if weights == guidance else gen.with_guidance(weights)
-        images = drawer.images(ema, config.evaluate.num_samples, f"samples to score, guidance {weights}")
+        images = drawer.images(ema, config.evaluate.num_samples, f"samples, guidance {weights}")
         size = config.encoder.batch_size
         drawn = features(encoder, rechunk([images], size), size)
         fd = frechet.distance(frechet.fit(drawn, EXTRACTOR), frechet.fit(reference, EXTRACTOR))

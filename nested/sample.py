@@ -53,11 +53,11 @@ class Generator:
 
     def images(self, params: Tree, number: int, what: str) -> np.ndarray:
         """All of `batches`, [number, H, W, C], with a progress line."""
-        progress, images, done = Progress(number, 0), [], 0
+        progress, images, done = Progress(what, number), [], 0
         for batch in self.batches(params, number):
             images.append(batch)
             done += len(batch)
-            progress.update(done, what)
+            progress.update(done)
         return np.concatenate(images)
 
     def cascade(self, params: Tree, firsts: Sequence[int], number: int = 8) -> list[tuple[str, np.ndarray]]:
@@ -134,7 +134,7 @@ def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
     metrics = read_metrics(workdir) if jax.process_index() == 0 else []
     if metrics:
         paths.append(os.path.join(workdir, "curves.png"))
-        pictures.loss_curves(metrics, paths[-1], [level.name for level in gen.levels])
+        pictures.loss_curves(metrics, paths[-1], build.trained(gen.config))
     return paths
 
 

@@ -142,6 +142,7 @@ class Run:
     abstract: TrainState
     shardings: TrainState
     key: jax.Array
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
 
 def abstract_state(config) -> TrainState:
@@ -297,7 +298,7 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
         threads=config.threads,
         workers=config.workers,
     )
-    update, meter, progress = compiled_step(run), Meter(config.max_bad_steps), Progress(config.steps, first)
+    update, meter, progress = compiled_step(run), Meter(config.max_bad_steps), Progress("step", config.steps, first)
     validate = jax.jit(lambda ema, raw: validation_losses(run.step, ema, raw, config.eval_times))
     gen = sample.generator(run.config, run.step.levels, run.step.latents, run.mesh)
     previous = None  # the metrics of step k - 1 are fetched after step k is dispatched
@@ -314,7 +315,7 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
         stop = preemption.should_stop(step)
         if step == first + 1:
             jax.block_until_ready(metrics)
-            logging.info("first step done %.1f s after the loop began", time.perf_counter() - meter.start)
+            logging.info("first step done after %.1f s of set-up and compilation", time.perf_counter() - run.began)
             meter.reset()  # the first step compiles: it is not part of any rate
         if step % config.log_every == 0 or last or stop:
             meter.add(step, previous)

@@ -95,27 +95,28 @@ def _json_line(values):
 class Progress:
     """Progress with the time left: one line rewritten in place on a terminal, else a line every `interval` seconds.
 
-    total_steps: updates of the whole run. start: updates already made when this process began. stream: a text file.
+    what: the thing counted. total: of the whole work. start: done already when this process began. stream: a text file.
     """
 
-    def __init__(self, total_steps, start, interval=30.0, stream=None):
-        self._total, self._start, self._interval = total_steps, start, interval
+    def __init__(self, what, total, start=0, interval=30.0, stream=None):
+        self._what, self._total, self._start, self._interval = what, total, start, interval
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
         self._begun = time.monotonic()
         self._printed = -math.inf
         self._width = 0
 
-    def update(self, step, text):
-        """Reports that `step` updates are made; text: what to show beside it, such as losses."""
+    def update(self, done, text=""):
+        """Reports that `done` of the total are done; text: what to show beside it, such as losses; "": the rate."""
         now = time.monotonic()
-        last = step >= self._total
+        last = done >= self._total
         if now - self._printed < (0.1 if self._terminal else self._interval) and not last:
             return
         self._printed = now
-        made = step - self._start
-        eta = "?" if made <= 0 else duration((now - self._begun) * (self._total - step) / made)
-        line = f"step {step}/{self._total} ({step / self._total:.0%})  ETA {eta}  {text}"
+        made, elapsed = done - self._start, now - self._begun
+        eta = "?" if made <= 0 else duration(elapsed * (self._total - done) / made)
+        text = text or f"{made / max(elapsed, 1e-9):,.1f}/s"
+        line = f"{self._what} {done}/{self._total} ({done / max(self._total, 1):.0%})  ETA {eta}  {text}"
         if self._terminal:
             self._stream.write("\r" + line.ljust(self._width) + ("\n" if last else ""))
             self._width = len(line)

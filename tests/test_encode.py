@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import io
 import json
 import pathlib
 import shutil
@@ -230,24 +229,6 @@ def test_refuses_values_beyond_float16(tmp_path):
     with pytest.raises(ValueError, match=r"image 21: NaN, infinity or a value beyond float16 in feature"):
         run(tmp_path, source, Toy(huge_at=0))
     assert [path.name for path in tmp_path.glob("latents*")] == ["latents-00000-of-00003.array_record"]
-
-
-def test_progress_on_a_terminal_and_in_a_log(monkeypatch):
-    clock, terminal = [0.0], io.StringIO()
-    monkeypatch.setattr(encoding.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(encoding.sys, "stderr", terminal)
-    logged = []
-    monkeypatch.setattr(encoding.logging, "info", lambda form, line: logged.append(line))
-    for isatty in (True, False):
-        terminal.isatty = lambda answer=isatty: answer
-        clock[0] = 0.0
-        progress = encoding.Progress("images", 2000)
-        for _ in range(20):
-            clock[0] += 1.0
-            progress.add(100)
-    lines = terminal.getvalue().split("\r\x1b[K")[1:]
-    assert len(lines) == 20 and lines[-1] == "images: 2,000 of 2,000, 100.0/s\n"
-    assert logged == ["images: 1,000 of 2,000, 100.0/s, 10 s left", "images: 2,000 of 2,000, 100.0/s"]
 
 
 def test_unlabelled_data_get_label_zero(tmp_path):

@@ -107,7 +107,7 @@ def clock(monkeypatch):
 
 def test_progress_in_a_log_comes_at_intervals(clock):
     stream = io.StringIO()
-    progress = writers.Progress(total_steps=100, start=20, interval=30.0, stream=stream)
+    progress = writers.Progress("step", 100, start=20, interval=30.0, stream=stream)
     for step in range(21, 101):
         clock[0] += 1.0
         progress.update(step, f"loss {step}")
@@ -118,7 +118,7 @@ def test_progress_in_a_log_comes_at_intervals(clock):
 
 def test_progress_on_a_terminal_rewrites_one_line(clock):
     stream = Terminal()
-    progress = writers.Progress(total_steps=3, start=0, stream=stream)
+    progress = writers.Progress("step", 3, stream=stream)
     for step, text in ((0, "compiling the step"), (1, "loss 1"), (2, ""), (3, "done")):
         clock[0] += 1.0
         progress.update(step, text)
@@ -126,6 +126,14 @@ def test_progress_on_a_terminal_rewrites_one_line(clock):
     first, second, third, _ = stream.getvalue()[1:].split("\r")
     assert first == "step 0/3 (0%)  ETA ?  compiling the step"
     assert len(second) == len(first) and len(third) >= len(second.rstrip())  # spaces wipe the longer line before
+
+
+def test_progress_without_a_text_says_the_rate(clock):
+    stream = io.StringIO()
+    progress = writers.Progress("images", 2000, stream=stream)
+    clock[0] = 4.0
+    progress.update(1000)
+    assert stream.getvalue() == "images 1000/2000 (50%)  ETA 0:04  250.0/s\n"
 
 
 def test_durations():
