@@ -17,14 +17,14 @@ def get_config(arg: str = "L3"):
     )
     config.encoder.update(input_size=64, map="stage4", features=("map",), components=64, fit_images=10000)
     config.codec.update(name="patch_pca", patch=4, channels=16)
-    v, solver = common.sd_process("v"), common.dpm_solver(20)
+    how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))
     small = common.uvit(width=128, depth=4, num_heads=4, time_mlp=True, final_conv=False)
     base = common.uvit(width=128, depth=4, num_heads=4, time_mlp=True)
     upper = (
-        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, backbone=small, process=v, sampler=solver),
-        common.level("z2x2", "map", (2, 2, 32), 1, sigma=0.5, backbone=small, process=v, sampler=solver),
+        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, backbone=small, **how),
+        common.level("z2x2", "map", (2, 2, 32), 1, sigma=0.5, backbone=small, **how),
     )
-    finest = common.level("x", "patch_pca", (7, 7, 16), 1, backbone=base, process=v, sampler=solver)
+    finest = common.level("x", "patch_pca", (7, 7, 16), 1, backbone=base, **how)
     config.levels = upper[: depth - 1] + (finest,)
     for i, level in enumerate(config.levels):
         level.guidance = 0.5 if conditional or i else 0.0

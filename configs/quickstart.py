@@ -12,11 +12,11 @@ def get_config():
     config.encoder.update(input_size=64, map="stage4", features=("map",), components=64)
     small = common.uvit(width=96, depth=4, num_heads=3, time_mlp=True, final_conv=False)
     base = common.uvit(width=128, depth=2, num_heads=4, time_mlp=True)
-    v, solver = common.sd_process("v"), common.dpm_solver(20)
+    how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))
     config.levels = (
-        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, guidance=0.5, backbone=small, process=v, sampler=solver),
-        common.level("z2x2", "map", (2, 2, 16), 1, sigma=0.5, guidance=0.4, backbone=small, process=v, sampler=solver),
-        common.level("x", "pixels", (8, 8, 1), 2, guidance=0.3, backbone=base, threshold="static", process=v, sampler=solver),
+        common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, guidance=0.5, backbone=small, **how),
+        common.level("z2x2", "map", (2, 2, 16), 1, sigma=0.5, guidance=0.4, backbone=small, **how),
+        common.level("x", "pixels", (8, 8, 1), 2, guidance=0.3, backbone=base, threshold="static", **how),
     )
     config.hierarchy.update(label_levels=("z1x1", "z2x2", "x"), noise_gamma=0.3)
     config.train.update(

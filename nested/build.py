@@ -197,6 +197,23 @@ def shared_levels(other: dict, config) -> tuple[str, ...]:
     return tuple(name for name in ours if theirs.get(name) == ours[name])
 
 
+def check_pictures(config) -> None:
+    """Random latents have no images to draw or score; better said before training than after it."""
+    asked = config.sample.num_samples or config.evaluate.num_samples or config.train.sample_every
+    if config.data.source == "synthetic" and asked:
+        raise ValueError(
+            "config.data.source is 'synthetic', whose latents have no images: set config.sample.num_samples, "
+            "config.evaluate.num_samples and config.train.sample_every to 0"
+        )
+
+
+def check_init_from(config) -> None:
+    """Which of another run's weights to take, and into levels that there are."""
+    choose("init_from.weights", config.init_from.weights, dict.fromkeys(("ema", "params")))
+    for name in config.init_from.levels:
+        choose("init_from.levels", name, dict.fromkeys(level.name for level in config.levels))
+
+
 def optimizer(config) -> opt.OptimizerConfig:
     """config.optimizer; 'cosine' decays to 0 at config.train.steps."""
     options, steps = config.optimizer, config.train.steps
@@ -300,7 +317,7 @@ class SyntheticVariables:
         return {name: raw[name] for name in self.names}
 
     def decode(self, z):
-        raise ValueError("synthetic latents have no images: sample.num_samples, evaluate.num_samples must be 0")
+        raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
 
 
 def latents(config, workdir: str):

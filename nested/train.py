@@ -163,6 +163,7 @@ def make_run(config, latents) -> Run:
         accumulate=config.train.accumulate,
     )
     build.check_batch(config, mesh.size)
+    build.check_init_from(config)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda k: init_state(step, k), key)
     shardings = partition.shardings(shapes, mesh, config.train.fsdp_min_bytes)
@@ -179,8 +180,6 @@ def fresh_state(run: Run) -> TrainState:
     if not source.path:
         return state
     names = tuple(source.levels) or build.shared_levels(read_config(source.path), run.config)
-    if source.weights not in ("ema", "params"):
-        raise ValueError(f"config.init_from.weights: {source.weights!r} given; choose from 'ema', 'params'")
     wanted = {source.weights: {name: run.abstract.params[name] for name in names}}
     taken = restore_subtree(source.path, wanted)[source.weights] if names else {}
     logging.info("init_from %s: took the %s of %s", source.path, source.weights, ", ".join(names) or "no level")
@@ -240,6 +239,7 @@ class Meter:
 
 def train(config, workdir: str) -> None:
     """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores."""
+    build.check_pictures(config)
     source, latents = build.latents(config, workdir)
     run = make_run(config, latents)
     training, held_out = build.split(config, source)

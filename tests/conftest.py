@@ -1,4 +1,4 @@
-"""Shared by all tests: one CPU device per process, a persistent compilation cache, absl flags parsed (grain reads them)."""
+"""Shared by all tests: one CPU device, a persistent compilation cache, absl flags parsed (grain reads them)."""
 
 import os
 import pathlib

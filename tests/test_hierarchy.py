@@ -41,6 +41,10 @@ def make_levels(**changes):
     return top, dataclasses.replace(middle, **changes), dataclasses.replace(bottom, **changes)
 
 
+def every(keys):
+    return dict.fromkeys(("top", "middle", "bottom", "pair", "fine"), keys)
+
+
 def draw(batch, seed=0):
     keys = hierarchy.rows(jax.random.key(seed), batch)
     variables = {
@@ -124,12 +128,12 @@ def test_sampling_goes_coarse_to_fine_and_keeps_what_is_fixed():
     biases = {"top": 1.0, "middle": 10.0, "bottom": 0.0}
     params = {name: {"bias": jnp.array([bias])} for name, bias in biases.items()}
     keys, _, labels = draw(3)
-    result = hierarchy.sample(levels, params, keys, labels)
+    result = hierarchy.sample(levels, params, every(keys), labels)
     np.testing.assert_allclose(result["top"], 1.0, rtol=1e-5)
     np.testing.assert_allclose(result["middle"], 11.0, rtol=1e-5)
     np.testing.assert_allclose(result["bottom"][:, 0, 0, 0], 12.0 + labels, rtol=1e-5)
     fixed = {"top": jnp.full((3, 1, 1, 2), 5.0)}
-    result = hierarchy.sample(levels, params, keys, labels, fixed)
+    result = hierarchy.sample(levels, params, every(keys), labels, fixed)
     np.testing.assert_array_equal(result["top"], fixed["top"])
     np.testing.assert_allclose(result["middle"], 15.0, rtol=1e-5)
 
@@ -139,7 +143,7 @@ def test_guidance_subtracts_the_null_conditions():
     params = {name: {"bias": jnp.zeros(1)} for name in ("top", "middle", "bottom")}
     keys, _, labels = draw(2)
     fixed = {"top": jnp.full((2, 1, 1, 2), 4.0)}
-    middle = hierarchy.sample(levels, params, keys, labels, fixed)["middle"]
+    middle = hierarchy.sample(levels, params, every(keys), labels, fixed)["middle"]
     np.testing.assert_allclose(middle, 4.0 + 0.5 * (4.0 - 100.0), rtol=1e-5)
 
 
@@ -161,7 +165,7 @@ def test_a_tuple_variable_goes_through_the_same_code():
     levels = (pair, fine)
     params = jax.tree.map(jnp.zeros_like, hierarchy.init(levels, jax.random.key(0)))
     keys = hierarchy.rows(jax.random.key(0), 3)
-    result = hierarchy.sample(levels, params, keys)
+    result = hierarchy.sample(levels, params, every(keys))
     assert [leaf.shape for leaf in result["pair"]] == [(3, 4, 4, 1), (3, 8, 8, 1)]
     variables = {"pair": (jnp.ones((3, 4, 4, 1)), jnp.full((3, 8, 8, 1), 2.0)), "fine": jnp.zeros((3, 2, 2, 1))}
     losses = hierarchy.losses(levels, params, variables, None, hierarchy.sample_times(levels, keys), keys)

@@ -1,0 +1,402 @@
+"""nested/build.py: what a config builds, and one line for each thing that it refuses."""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from toy_encoding import Source, Toy
+
+from configs import common, imagenet
+from nested import build, denoiser, process, samplers, train
+
+
+def changed(*changes):
+    """The tiny config with each (path, value) set, as ("levels[1].sampler.steps", 3); a key may be new."""
+    config = tiny.get_config()
+    with config.unlocked():
+        for path, value in changes:
+            parent, _, key = path.replace("[", ".").replace("]", "").rpartition(".")
+            place = config
+            for part in parent.split(".") if parent else ():
+                place = place[int(part)] if part.isdigit() else place[part]
+            place[key] = value
+    return config
+
+
+def refused(function, *args, match):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        function(*args)
+    assert match in str(error.value) and "\n" not in str(error.value)
+
+
+# --- refusals of the model's part ------------------------------------------------------------------------------------
+
+ALL = ("z1x1", "z2x2", "x")
+REFUSED = [
+    ([("levels", ())], "config.levels is empty: give at least one level"),
+    ([("levels[1].name", "x")], "config.levels: names must differ, found z1x1, x, x"),
+    ([("hierarchy.label_levels", ("z9",))], "label_levels / train_levels: 'z9' given; choose from 'z1x1', 'z2x2', 'x'"),
+    ([("train_levels", ("y",))], "label_levels / train_levels: 'y' given; choose from 'z1x1', 'z2x2', 'x'"),
+    ([("data.num_classes", 0)], "config.hierarchy.label_levels names levels but config.data.num_classes is 0"),
+    (
+        [("hierarchy.label_levels", ())],
+        "config.levels[0].guidance is 0.5 but nothing conditions z1x1: set it to 0",
+    ),
+    ([("hierarchy.cond_drop", 1.0)], "config.hierarchy.cond_drop: found 1.0, expected a number in [0, 1)"),
+    ([("hierarchy.drop_mode", "both")], "hierarchy.drop_mode = 'both' is not known: use one of 'joint', 'independent'"),
+    (
+        [("hierarchy.conditioning", "lower")],
+        "config.hierarchy.conditioning: 'lower' given; choose from 'all_higher', 'next_higher'",
+    ),
+    ([("levels[0].shape", (4, 4))], "config.levels[0].shape: found (4, 4), expected (height, width, channels)"),
+    ([("levels[0].shape", (0, 1, 4))], "config.levels[0].shape: found (0, 1, 4)"),
+    ([("levels[2].shape", (8, 6, 1))], "config.levels[2]: the shape (8, 6, 1) of x does not divide into patches of"),
+    ([("levels[2].backbone.patch_size", 0)], "config.levels[2].backbone.patch_size: found 0, expected at least 1"),
+    (
+        [("levels[0].shape", (4, 1, 4))],
+        "config.levels: the shapes do not nest: z1x1 (4, 1, 4) comes before z2x2 (2, 2, 4) but has the larger grid",
+    ),
+    ([("levels[1].shape", (2, 16, 4))], "the shapes do not nest: z2x2 (2, 16, 4) comes before x (8, 8, 1)"),
+    ([("levels[2].threshold", "soft")], "config.levels[2].threshold: 'soft' given; choose from 'none', 'static', 'dyn"),
+    ([("levels[1].backbone.name", "unet")], "config.levels[1].backbone.name: 'unet' given; choose from 'uvit'"),
+    ([("levels[1].backbone.hidden", 3)], "config.levels[1].backbone: UViT.__init__() got an unexpected keyword arg"),
+    ([("levels[1].backbone.num_classes", 3)], "config.levels[1].backbone: num_classes is decided by other parts"),
+    ([("train.dtype", "float16")], "config.train.dtype: 'float16' given; choose from 'float32', 'bfloat16'"),
+    ([("levels[0].process.schedule", "edm")], "config.levels[0].process.schedule: 'edm' given; choose from 'sd_"),
+    ([("levels[0].process.shift", 3)], "config.levels[0].process: Process.__init__() got an unexpected keyword arg"),
+    ([("levels[0].process.schedules", ())], "config.levels[0].process: schedules is decided by other parts"),
+    (
+        [("levels[2].process.parameterization", "score")],
+        "config.levels[2].process: process.parameterization = 'score' is not known: use one of 'eps', 'x0', 'v'",
+    ),
+    ([("levels[2].process.t_min", 0.1)], "config.levels[2].process: process.t_min = 0.1 has no effect with"),
+    ([("levels[1].sampler.name", "ode")], "config.levels[1].sampler.name: 'ode' given; choose from 'ddpm', 'dd"),
+    ([("levels[1].sampler.order", 3)], "config.levels[1].sampler: DDIM.__init__() got an unexpected keyword arg"),
+    ([("levels[1].sampler", dict(name="heun"))], "config.levels[1].sampler: Heun.__init__() missing 1 required posi"),
+    ([("levels[1].sampler.eta", 2.0)], "config.levels[1].sampler: sampler.eta = 2.0: expected a number from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSED, ids=[str(changes[0]) for changes, _ in REFUSED])
+def test_levels_refuse(changes, message):
+    refused(build.levels, changed(*changes), match=message)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([("optimizer.decay", "linear")], "config.optimizer: optimizer.decay: found 'linear', expected one of"),
+        ([("optimizer.b1", 1.0)], "config.optimizer: optimizer.b1: found 1.0, expected a number in [0, 1)"),
+        ([("optimizer.momentum", 0.9)], "config.optimizer: OptimizerConfig.__init__() got an unexpected key"),
+        ([("optimizer.total_steps", 9)], "config.optimizer: total_steps is decided by other parts of the config"),
+        (
+            [("optimizer.decay", "cosine"), ("optimizer.warmup_steps", 4)],
+            "config.train.steps is 4: cosine decay needs more than config.optimizer.warmup_steps, 4",
+        ),
+    ],
+)
+def test_optimizer_refuses(changes, message):
+    refused(build.optimizer, changed(*changes), match=message)
+
+
+def test_cosine_decay_ends_with_the_run():
+    assert build.optimizer(changed(("optimizer.decay", "cosine"), ("train.steps", 70))).total_steps == 70
+    assert build.optimizer(changed(("train.steps", 70))).total_steps is None
+
+
+def test_batch_must_divide():
+    build.check_batch(changed(("train.batch_size", 12), ("train.accumulate", 3)), devices=4)
+    message = "config.train.batch_size 8 does not divide by 3 devices x config.train.accumulate 2; use a multiple of 6"
+    refused(build.check_batch, changed(("train.accumulate", 2)), 3, match=message)
+    refused(build.check_batch, changed(("train.accumulate", 0)), 1, match="config.train.accumulate 0")
+    refused(build.check_batch, changed(("train.batch_size", 0)), 1, match="config.train.batch_size 0 does not")
+
+
+# --- what is built ---------------------------------------------------------------------------------------------------
+
+
+def conditions(config):
+    return [level.conditions for level in build.levels(config)]
+
+
+def test_conditioning_sees_all_coarser_levels_or_the_next_one():
+    assert conditions(tiny.get_config()) == [(), ("z1x1",), ("z1x1", "z2x2")]
+    markovian = changed(("hierarchy.conditioning", "next_higher"), ("levels[0].sigma", 0.25), ("levels[1].sigma", 1.0))
+    assert conditions(markovian) == [(), ("z1x1",), ("z2x2",)]
+    levels = build.levels(markovian)
+    assert [level.cond_sigmas for level in levels] == [(), (0.25,), (1.0,)]
+    assert levels[2].backbone.conditions == (("z2x2", markovian.levels[1].backbone.patch_size),)
+    state = train.abstract_state(markovian)
+    assert "cond_embed_z1x1" not in state.params["x"] and "cond_embed_z2x2" in state.params["x"]
+
+
+def test_only_label_levels_see_the_label():
+    config = changed(("hierarchy.label_levels", ("x",)), ("levels[0].guidance", 0.0))
+    levels = build.levels(config)
+    assert [level.num_classes for level in levels] == [0, 0, 10]
+    assert [level.backbone.num_classes for level in levels] == [0, 0, 10]
+    assert [level.cond_drop for level in levels] == [0.0, 0.1, 0.1]  # the top level has nothing to drop
+    state = train.abstract_state(config)
+    assert state.params["x"]["label_emb"]["embedding"].shape == (11, 16)
+    assert "label_emb" not in state.params["z2x2"]
+
+
+def test_options_reach_the_level():
+    config = changed(
+        ("hierarchy.drop_mode", "independent"), ("hierarchy.noise_gamma", 0.7), ("hierarchy.cond_drop", 0.2),
+        ("levels[2].loss_weight", 3.0), ("levels[1].guidance", 0.25),
+        ("train.dtype", "bfloat16"), ("train.remat", True),
+    )  # fmt: skip
+    top, middle, bottom = build.levels(config)
+    assert (top.drop_mode, middle.noise_gamma, bottom.cond_drop) == ("independent", 0.7, 0.2)
+    assert (bottom.loss_weight, middle.guidance, bottom.shape) == (3.0, 0.25, (8, 8, 1))
+    assert (bottom.backbone.dtype, bottom.backbone.remat) == (jax.numpy.bfloat16, True)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(name="ddpm", steps=7), samplers.DDPM(7)),
+        (dict(name="ddim", steps=7, eta=0.5), samplers.DDIM(7, 0.5)),
+        (dict(name="euler", steps=7, variable="time"), samplers.Euler(7, "time")),
+        (dict(name="heun", steps=7, t_end=0.01), samplers.Heun(7, 0.01)),
+        (common.dpm_solver(6), samplers.DPMSolver(6)),
+    ],
+    ids=list(build.SAMPLERS),
+)
+def test_every_sampler_by_its_name(options, expected):
+    assert build.sampler(options, "levels[0].sampler") == expected
+
+
+@pytest.mark.parametrize("name", build.SCHEDULES)
+def test_every_schedule_by_its_name(name):
+    expected = dict(sd_scaled_linear=process.sd_scaled_linear(), cosine=process.cosine(), linear_vp=process.LinearVP())
+    built = build.build_process(dict(common.sd_process(), schedule=name, parameterization="v"), "levels[0].process")
+    assert built.schedules == (expected[name],) and built.parameterization == "v"
+
+
+@pytest.mark.parametrize("name, percentile", [("static", None), ("dynamic", 0.995)])
+def test_thresholds(name, percentile):
+    def wild(x, t, cond):
+        return 3 * x
+
+    x = np.linspace(-1, 1, 8).reshape(1, 2, 4, 1)
+    limit = build.levels(changed(("levels[2].threshold", name)))[2].threshold
+    result = limit(wild)(x, None, {})
+    np.testing.assert_array_equal(result, denoiser.thresholded(wild, percentile)(x, None, {}))
+    assert np.abs(result).max() <= 1
+    assert build.levels(tiny.get_config())[2].threshold is None
+
+
+def test_trained_levels():
+    assert build.trained(tiny.get_config()) == ALL
+    assert build.trained(changed(("train_levels", ("x", "z1x1")))) == ("z1x1", "x")
+
+
+def test_plain_is_json_and_a_checkpoint_of_it_fits_itself():
+    config = tiny.get_config()
+    plain = build.plain(config)
+    assert plain["levels"][2]["shape"] == [8, 8, 1] and set(build.STATE_KEYS) <= set(plain)
+    assert build.shared_levels(json.loads(json.dumps(plain)), config) == ALL
+
+
+# --- levels of another run -------------------------------------------------------------------------------------------
+
+
+def test_a_deeper_hierarchy_reuses_the_coarse_levels():
+    """CVPR Sec. 4: L - 1 levels of an L-level model exist already; the finest sees another hierarchy."""
+    shallow, deep = (imagenet.get_config(depth) for depth in ("L3", "L4"))
+    assert build.shared_levels(build.plain(shallow), deep) == ("z1x1", "z2x2")
+    params = {name: train.abstract_state(config).params for name, config in (("shallow", shallow), ("deep", deep))}
+    for name in ("z1x1", "z2x2"):
+        assert params["shallow"][name] == params["deep"][name]
+    assert params["shallow"]["x"]["pos_embed"] != params["deep"]["x"]["pos_embed"]
+
+
+@pytest.mark.parametrize(
+    "change, fitting",
+    [
+        (("levels[1].backbone.width", 32), ("z1x1", "x")),
+        (("levels[1].backbone.patch_size", 2), ("z1x1",)),  # the finer level embeds it by its patches
+        (("levels[0].shape", (1, 1, 3)), ()),
+        (("hierarchy.conditioning", "next_higher"), ("z1x1", "z2x2")),
+        (("hierarchy.label_levels", ("z1x1", "x")), ("z1x1", "x")),
+        (("data.num_classes", 7), ()),
+        (("levels[1].sigma", 0.9), ALL),  # sigma is not a matter of the network
+    ],
+)
+def test_a_changed_network_does_not_fit(change, fitting):
+    assert build.shared_levels(build.plain(tiny.get_config()), changed(change)) == fitting
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_published_encoders_say_so_before_the_data_are_asked_for(tmp_path):
+    for words, name in (("class", "mocov3_vitb16"), ("uncond", "mocov3_vitb16")):
+        config = imagenet.get_config(f"L3,{words}")
+        refused(build.latents, config, str(tmp_path), match=f"{name!r} comes with the published weights")
+    config.encoder.name = "efficientnet_lite0"
+    refused(build.latents, config, str(tmp_path), match="'sd_vae' comes with the published weights")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([("data.source", "mnist")], "config.data.source: 'mnist' given; choose from 'digits', 'idx', 'image_folder'"),
+        (
+            [("data.num_classes", 5)],
+            "config.data.num_classes is 5 but digits of scikit-learn: 1797 images 8x8x1, 10 classes; set it to 10",
+        ),
+        ([("data.channels", 3)], "config.data.channels is 3 but digits of scikit-learn: 1797 images 8x8x1"),
+    ],
+)
+def test_images_refuse(changes, message):
+    refused(build.images, changed(*changes), match=message)
+
+
+def test_images_are_cropped_and_converted_as_the_config_says():
+    source = build.images(changed(("data.image_size", 6), ("data.channels", 3)))
+    assert source.image_shape == source[0]["image"].shape == (6, 6, 3)
+    assert build.images(changed(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
+    assert build.images(changed(("data.channels", 1))).image_shape == (8, 8, 1)
+
+
+def write_idx(path, array):
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(bytes((0, 0, 8, array.ndim)) + sizes + array.tobytes()))
+
+
+def test_idx_files(tmp_path):
+    config = changed(("data.source", "idx"), ("data.path", str(tmp_path)), ("data.num_classes", 4))
+    refused(build.images, config, match="`apt-get install dataset-fashion-mnist` puts Fashion-MNIST in")
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((3, 5, 5), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([0, 3, 1], np.uint8))
+    source = build.images(config)
+    assert source.image_shape == (5, 5, 1) and source[1]["label"] == 3
+    config.data.num_classes = 3
+    refused(build.images, config, match="label 3 of example 1 is out of range 0..2 (1 such labels): set num_classes")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([("encoder.name", "vgg")], "config.encoder.name: 'vgg' given; choose from 'efficientnet_lite0'"),
+        ([("encoder.map", "stage9")], "encoder.map: 'stage9' given; choose from 'stage4'"),
+        ([("encoder.features", ("crops3",))], "encoder.features: 'crops3' given; choose from 'crops1'"),
+        ([("encoder.input_size", 40)], "encoder.input_size: 40 given; efficientnet_lite0 takes positive multiples"),
+        ([("encoder.weights", "absent.pth")], "absent.pth"),
+    ],
+)
+def test_encoder_refuses(changes, message):
+    refused(build.encoder, changed(*changes), match=message)
+
+
+class Colours(Source):
+    image_shape = (8, 8, 3)
+
+    def describe(self):
+        return "random colours"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """config.encoder 'toy' on 44 colour images of 8 x 8 in 4 classes: a config that encodes in a moment."""
+    made = dict(source=Colours(), encoder=Toy())
+    monkeypatch.setitem(build.SOURCES, "toy", lambda data: made["source"])
+    monkeypatch.setitem(build.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
+    config = changed(
+        ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", 4),
+        ("encoder.batch_size", 44), ("levels[2].shape", (8, 8, 3)),
+    )  # fmt: skip
+    return config, made
+
+
+def test_latents_are_encoded_once_and_split(toy, tmp_path):
+    config, made = toy
+    records, latents = build.latents(config, str(tmp_path))
+    assert len(records) == 44 and [level.name for level in latents.levels] == list(ALL)
+    report = json.loads((tmp_path / "levels.json").read_text())
+    assert [row["name"] for row in report] == list(ALL) and "bits_per_image" in report[0]
+    made["source"].reads.clear()
+    build.latents(config, str(tmp_path))
+    assert set(made["source"].reads) == {0}  # its shape is looked at, nothing is encoded again
+    training, held_out = build.split(config, records)
+    assert len(training) == 36 and held_out["label"].shape == (8,)
+    np.testing.assert_array_equal(held_out["image"], made["source"].images[36:])
+    config.data.holdout = 0
+    assert build.split(config, records) == (records, None)
+    config.data.holdout = 44
+    refused(build.split, config, records, match="config.data.holdout 44 of 44 records: keep it below that")
+
+
+def test_latents_of_another_encoder_or_another_config_are_refused(toy, tmp_path):
+    config, made = toy
+    build.latents(config, str(tmp_path))
+    made["encoder"] = Toy(fingerprint="beef")
+    message = "were made with encoder.weights_sha256 cafe, config says beef: use another latents_dir or delete it"
+    refused(build.latents, config, str(tmp_path), match=message)
+    made["encoder"] = Toy()
+    config.encoder.components = 3
+    refused(build.latents, config, str(tmp_path), match="were made with encoder.components 4, config says 3")
+    config.latents_dir = str(tmp_path / "another")
+    refused(build.latents, config, str(tmp_path), match="level z1x1: shape 1x1x4 cannot come from 'map', which stores")
+
+
+@pytest.mark.parametrize(
+    "damage, encoder, message",
+    [
+        (dict(count=0), Toy(), "the data set is empty: nothing to encode; check config.data"),
+        (dict(damage={7: {"label": 4}}), Toy(), "image 7: label 4 is outside 0 to 3"),
+        (dict(damage={9: {"image": np.zeros((8, 8, 3), np.uint8)}}), Toy(nan_at=0), "image 9: NaN or infinity"),
+    ],
+)
+def test_bad_data_are_refused_while_encoding(toy, tmp_path, damage, encoder, message):
+    config, made = toy
+    made.update(source=Colours(**damage), encoder=encoder)
+    made["source"].images[made["source"].images[:, 0, 0, 0] == 0] = 1  # only the damaged image begins with 0
+    refused(build.latents, config, str(tmp_path), match=message)
+
+
+def test_options_that_encoding_does_not_take(toy, tmp_path):
+    config, _ = toy
+    with config.unlocked():
+        config.encoder.vector = "cls"
+    refused(build.latents, config, str(tmp_path), match="config.encoder: vector is decided by other parts")
+    with config.unlocked():
+        del config.encoder.vector
+        config.codec.rate = 3
+    refused(build.latents, config, str(tmp_path), match="config.codec: CodecConfig.__init__() got an unexpected")
+
+
+def test_where_latents_are():
+    assert build.latents_dir(tiny.get_config(), "run") == "run/latents"
+    assert build.latents_dir(changed(("latents_dir", "/data/latents")), "run") == "/data/latents"
+
+
+def test_synthetic_latents_are_the_variables(tmp_path):
+    config = tiny.get_config("synthetic")
+    records, latents = build.latents(config, str(tmp_path))
+    assert len(records) == config.data.num_examples and list(tmp_path.iterdir()) == []
+    variables = latents.variables(records[3], None)
+    assert {name: z.shape for name, z in variables.items()} == {level.name: level.shape for level in config.levels}
+    np.testing.assert_array_equal(variables["x"], records[3]["x"])
+    refused(latents.decode, variables["x"], match="synthetic latents have no images")
+    config.data.num_examples = 0
+    refused(build.latents, config, "", match="synthetic latents: num_examples must be at least 1, found 0")
+
+
+def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
+    config = tiny.get_config()
+    config.data.source = "synthetic"
+    refused(build.check_pictures, config, match="'synthetic', whose latents have no images")
+    config.sample.num_samples = config.evaluate.num_samples = config.train.sample_every = 0
+    build.check_pictures(config)
+
+
+def test_init_from_names_what_there_is():
+    refused(build.check_init_from, changed(("init_from.weights", "both")), match="init_from.weights: 'both'")
+    refused(build.check_init_from, changed(("init_from.levels", ("z9",))), match="init_from.levels: 'z9'")

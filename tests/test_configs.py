@@ -1,0 +1,170 @@
+"""configs/: every file with every argument builds; ImageNet's hold the papers' numbers; what a config refuses."""
+
+import importlib
+import itertools
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from configs import common, imagenet
+from nested import build, samplers, train
+
+DEPTHS = ("L1", "L2", "L3", "L4", "L5", "L1_wide")
+ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes no argument
+    "quickstart": None,
+    "fashion_mnist": (("L1", "L2", "L3"), ("class", "uncond")),
+    "imagenet": (DEPTHS, ("uncond", "class"), ("data", "synthetic")),
+    **{f"imagenet_{depth}": (("uncond", "class"), ("data", "synthetic")) for depth in DEPTHS},
+}
+ALL = [(name, ",".join(words)) for name, groups in ARGUMENTS.items() for words in itertools.product(*groups or ())]
+
+
+def get_config(name, argument=""):
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config(argument) if ARGUMENTS[name] else module.get_config()
+
+
+def test_every_file_is_here():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*ARGUMENTS, "common", "__init__"}
+
+
+@pytest.mark.parametrize("name, argument", ALL)
+def test_every_config_builds(name, argument):
+    config = get_config(name, argument)
+    assert set(config) == set(common.default())
+    levels = build.levels(config)
+    assert {level.source for level in config.levels[:-1]} <= set(config.encoder.features)
+    assert config.levels[-1].source == config.codec.name
+    assert build.optimizer(config).learning_rate == config.optimizer.learning_rate
+    build.check_batch(config, devices=1)
+    assert all(level.sampler.nfe(level.process) > 1 for level in levels)
+    for level in levels:
+        assert level.conditions == tuple(coarser.name for coarser in levels[: levels.index(level)])
+    if name in ("quickstart", "fashion_mnist") or (name == "imagenet" and argument.endswith("data")):
+        state = train.abstract_state(config)  # the others' levels are those of configs/imagenet.py
+        assert set(state.params) == {level.name for level in levels}
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("words", ["", "class", "synthetic", "class,synthetic"])
+def test_the_named_files_are_the_arguments(depth, words):
+    assert get_config(f"imagenet_{depth}", words) == imagenet.get_config(f"{depth},{words}")
+
+
+# --- the numbers of the papers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("kind", ["uncond", "class"])
+def test_imagenet_trains_as_the_paper(depth, kind):
+    """CVPR 2025 Sec. 4 with U-ViT's ImageNet recipe (configs/imagenet256_uvit_huge.py of its repository)."""
+    config = imagenet.get_config(f"{depth},{kind}")
+    assert (config.train.batch_size, config.train.steps) == (1024, 500_000)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.b1, optimizer.b2) == (2e-4, 0.99, 0.99)
+    assert (optimizer.weight_decay, optimizer.warmup_steps, optimizer.decay) == (0.03, 5000, "constant")
+    assert (optimizer.ema_decay, optimizer.clip_norm) == (0.9999, 0.0)
+    assert (config.hierarchy.cond_drop, config.hierarchy.conditioning) == (0.1, "all_higher")
+    assert config.hierarchy.noise_gamma == 0.3
+    assert (config.data.num_classes, config.data.image_size) == (1000, 256)
+    for level in build.levels(config):
+        net = level.backbone
+        assert (net.width, net.num_heads, net.time_mlp, net.qkv_bias) == (768, 12, True, False)
+        assert net.depth == (16 if depth == "L1_wide" else 12)
+        assert net.num_classes == level.num_classes == (1000 if kind == "class" else 0)
+        assert level.process.discrete_steps == 1000 and level.process.parameterization == "eps"
+        sampler = samplers.DPMSolver(steps=50, order=3, algorithm="dpm_solver++", method="fast", t_end=1e-3)
+        assert level.sampler == sampler
+        alpha, sigma = level.process.schedules[0](1 / 1000)  # the first beta of Stable Diffusion is .00085
+        assert sigma**2 == pytest.approx(0.00085) and alpha**2 == pytest.approx(1 - 0.00085)
+
+
+SHAPES = [("z1x1", (1, 1, 256), 1), ("z2x2", (2, 2, 128), 1), ("z4x4", (4, 4, 64), 2), ("z8x8", (8, 8, 32), 2)]
+
+
+@pytest.mark.parametrize("depth", range(1, 6))
+@pytest.mark.parametrize(
+    "kind, sigmas, guidance",
+    [
+        ("uncond", (0.5, 0.5, 0.5, 1.0), (0.0, 0.8, 0.8, 0.8, 0.8)),  # nothing conditions the top level
+        ("class", (0.5, 0.5, 1.0, 1.0), (0.5, 0.4, 0.3, 0.2, 0.1)),
+    ],
+)
+def test_imagenet_levels(depth, kind, sigmas, guidance):
+    """Shapes, sigma_l and guidance weights, coarse to fine (CVPR Sec. 4.2 and Table 1)."""
+    config = imagenet.get_config(f"L{depth},{kind}")
+    expected = [*SHAPES[: depth - 1], ("x", (32, 32, 4), 2)]
+    assert [(level.name, level.shape, level.backbone.patch_size) for level in config.levels] == expected
+    levels = build.levels(config)
+    assert levels[-1].cond_sigmas == sigmas[: depth - 1]
+    assert tuple(level.guidance for level in levels) == guidance[:depth]
+    assert config.hierarchy.label_levels == (tuple(name for name, *_ in expected) if kind == "class" else ())
+
+
+def test_decaying_guidance():
+    """CVPR Sec. 4.2: .5 at the top, .1 less for each finer level, never below 0."""
+    assert common.decaying_guidance(5) == (0.5, 0.4, 0.3, 0.2, 0.1)
+    assert common.decaying_guidance(2) == (0.5, 0.4)
+    assert common.decaying_guidance(4, start=0.3, step=0.2) == (0.3, 0.1, 0.0, 0.0)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_parse():
+    groups = (("L3", "L1"), ("class", "uncond"))
+    assert common.parse("", *groups) == ["L3", "class"]
+    assert common.parse("uncond,L1", *groups) == ["L1", "uncond"]
+    assert common.parse(",L1,", *groups) == ["L1", "class"]
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("L7", "config argument 'L7' is not one of: L3 | L1; class | uncond"),
+        ("L3,L1", "config argument 'L3,L1' names both L3 and L1; give one"),
+        ("class,L1,uncond", "config argument 'class,L1,uncond' names both class and uncond; give one"),
+    ],
+)
+def test_parse_refuses(argument, message):
+    with pytest.raises(ValueError) as error:
+        common.parse(argument, ("L3", "L1"), ("class", "uncond"))
+    assert str(error.value) == message
+
+
+def test_uvit_options():
+    assert common.uvit("H")["width"] == 1152 and not common.uvit("H")["final_conv"]
+    assert common.uvit("H", final_conv=True)["final_conv"]
+    with pytest.raises(ValueError, match="has no option hight; it has name, width") as error:
+        common.uvit(hight=3)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_are_built_anew():
+    """A config that is changed does not change the next one."""
+    common.default().train.steps = 3
+    assert common.default().train.steps == 1000
+    config = imagenet.get_config("L2")
+    config.levels[0].backbone.width = 3
+    assert config.levels[1].backbone.width == imagenet.get_config("L2").levels[0].backbone.width == 768
+
+
+def test_the_command_line_refuses_unknown_keys_and_sets_known_ones():
+    """A value of a level is reached by its index."""
+    command = [sys.executable, "main.py", "--config=configs/quickstart.py", "--mode=summary"]
+    wrong = subprocess.run([*command, "--config.train.stesp=1"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode != 0 and "stesp" in wrong.stderr.strip().splitlines()[-1]
+    deeper = "--config.levels[2].backbone.depth=12"
+    right = subprocess.run([*command, deeper], cwd=ROOT, capture_output=True, text=True)
+    assert right.returncode == 0 and "z1x1" in right.stdout, right.stderr
+    config = get_config("quickstart")
+    assert config.levels[2].backbone.depth < 12
+    config.levels[2].backbone.depth = 12
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(train.abstract_state(config).params))
+    assert int(right.stdout.split("total")[1].split()[0].replace(",", "")) == parameters

@@ -1,0 +1,314 @@
+"""nested/sample.py and nested/evaluate.py: which sample is which, and what its score is."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import common
+from nested import build, evaluate, hierarchy, partition, pictures, sample
+from nested.encoders import compress
+
+CLASSES = 3
+
+
+def tiny_config(batch_size=4):
+    """Two levels of U-ViT, width 16, two steps of DDPM (so that the samplers' own noise is part of the test)."""
+    config = common.default()
+    net = common.uvit(width=16, depth=2, num_heads=2)
+    ddpm = dict(name="ddpm", steps=2, t_end=1e-3)
+    config.data.num_classes = CLASSES
+    config.levels = (
+        common.level("top", "map", (1, 1, 4), 1, sigma=0.5, guidance=0.5, backbone=net, sampler=ddpm),
+        common.level("x", "pixels", (4, 4, 1), 2, guidance=0.3, backbone=net, sampler=ddpm),
+    )
+    config.hierarchy.update(label_levels=("top", "x"), noise_gamma=0.3)
+    config.sample.update(num_samples=6, batch_size=batch_size, columns=3, scale=1)
+    config.evaluate.update(num_samples=6, num_reference=6)
+    config.encoder.batch_size = 4
+    return config
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return partition.make_mesh(1, 1)
+
+
+def make_generator(config, mesh):
+    """The latents' stand-in decodes a quarter of z: most of what an untrained net says is then within the range."""
+    latents = types.SimpleNamespace(decode=lambda z: compress.to_images(0.25 * z))
+    return sample.generator(config, build.levels(config), latents, mesh)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Scaled up, so that conditions and labels matter before any training."""
+    levels = build.levels(tiny_config())
+    init = jax.jit(lambda key: hierarchy.init(levels, key), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.tree.map(lambda w: 3 * np.asarray(w), init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def drawn(params, mesh):
+    generator = make_generator(tiny_config(), mesh)
+    return generator, generator.images(params, 10, "tests")
+
+
+def difference(a, b):
+    """Largest difference in grey levels."""
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+# --- which sample is which -------------------------------------------------------------------------------------------
+
+
+def test_sample_i_does_not_depend_on_the_batch_size(drawn, params, mesh):
+    _, images = drawn
+    assert images.shape == (10, 4, 4, 1) and images.dtype == np.uint8 and images.std() > 10
+    other = make_generator(tiny_config(batch_size=7), mesh).images(params, 10, "tests")
+    assert difference(images, other) <= 1
+
+
+def test_batches_are_cut_to_the_number_asked_for(drawn, params):
+    generator, images = drawn
+    batches = list(generator.batches(params, 6))
+    assert [len(batch) for batch in batches] == [4, 2]
+    np.testing.assert_array_equal(np.concatenate(batches), images[:6])
+
+
+def test_samples_differ_by_index_and_by_seed(drawn, params):
+    generator, images = drawn
+    assert len({image.tobytes() for image in images}) == 10
+    config = tiny_config()
+    config.seed = 1
+    other = dataclasses.replace(generator, config=config).images(params, 4, "tests")
+    assert difference(images[:4], other) > 10
+    again = generator.images(params, 4, "tests")
+    np.testing.assert_array_equal(again, images[:4])
+
+
+def test_keys_and_labels_follow_the_index():
+    keys = sample.sample_keys(5, [0, 7, 10**6])
+    np.testing.assert_array_equal(
+        jax.random.key_data(keys[1]), jax.random.key_data(jax.random.fold_in(jax.random.key(5), 7))
+    )
+    np.testing.assert_array_equal(sample.sample_labels(CLASSES, [0, 1, 2, 3, 7]), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(sample.sample_labels(0, [0, 5]), [0, 0])  # no classes
+
+
+def test_labels_reach_the_network(drawn, params):
+    generator, images = drawn
+    keys = dict.fromkeys(("top", "x"), sample.sample_keys(0, np.arange(4)))
+    np.testing.assert_array_equal(generator.draw(params, keys, jnp.array([0, 1, 2, 0])), images[:4])
+    assert difference(np.asarray(generator.draw(params, keys, jnp.array([1, 1, 2, 0])))[0], images[0]) > 2
+
+
+def test_with_guidance_changes_the_weights_of_every_level(drawn, params):
+    generator, images = drawn
+    unguided = generator.with_guidance((0.0, 0.0))
+    assert [level.guidance for level in unguided.levels] == [0.0, 0.0]
+    assert [level.guidance for level in generator.levels] == [0.5, 0.3]
+    assert difference(unguided.images(params, 4, "tests"), images[:4]) > 2
+    with pytest.raises(ValueError):
+        generator.with_guidance((0.0,))
+
+
+# --- the figure of the hierarchy -------------------------------------------------------------------------------------
+
+
+def fake_generator(batch_size, names=("z3", "z2", "x")):
+    """Its images say which key each level was given and which label: [2, 2, 2] hashes of z3, z2, x, and the label."""
+    config = tiny_config(batch_size)
+
+    def draw(params, keys, labels):
+        assert all(key.shape == (batch_size,) for key in keys.values())
+        parts = [jax.random.key_data(keys[name])[:, -1] % 251 for name in names] + [labels.astype(jnp.uint32)]
+        return jnp.stack(parts, axis=1).astype(jnp.uint8).reshape(batch_size, 2, 2, 1)
+
+    levels = tuple(types.SimpleNamespace(name=name) for name in names)
+    return sample.Generator(config, levels, None, None, draw)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_cascade_keeps_the_coarse_levels_and_resamples_the_rest(batch_size):
+    rows = fake_generator(batch_size).cascade(None, firsts=(2, 4), number=6)
+    captions = ["all levels resampled", "z3 fixed", "z3, z2 fixed"]
+    assert [caption for caption, _ in rows] == captions * 2
+    for group, first in ((rows[:3], 2), (rows[3:], 4)):
+        own = [int(jax.random.key_data(sample.sample_keys(0, [first]))[0, -1]) % 251] * 3 + [first % CLASSES]
+        for kept, (_, images) in enumerate(group):
+            assert images.shape == (6, 2, 2, 1) and images.dtype == np.uint8
+            seen = images.reshape(6, 4)
+            np.testing.assert_array_equal(seen[0], own)  # the first column is sample `first` in every row
+            assert (seen[:, 3] == first % CLASSES).all()
+            for level in range(3):
+                different = len(set(seen[:, level]))
+                assert different == 1 if level < kept else different >= 5, (kept, level)
+
+
+def test_cascade_of_a_network_shares_what_it_says(drawn, params):
+    generator, images = drawn
+    (_, resampled), (_, kept) = generator.cascade(params, firsts=(2,), number=4)
+    assert difference(resampled[0], images[2]) <= 1 and difference(kept[0], images[2]) <= 1
+    assert difference(resampled[1], kept[1]) > 2  # the same key for x, another top level
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_show_writes_the_pictures_of_a_run(drawn, params, tmp_path):
+    generator, images = drawn
+    (tmp_path / "metrics.jsonl").write_text("")  # a run that was complete when it was started again
+    expected = [str(tmp_path / name) for name in ("samples.png", "hierarchy.png", "curves.png")]
+    assert sample.show(generator, params, str(tmp_path)) == expected[:2]
+    grid = np.asarray(Image.open(expected[0]))
+    np.testing.assert_array_equal(grid, pictures.image_grid(images[:6], columns=3, scale=1))
+    assert Image.open(expected[1]).height > 4 * 4  # two groups of two rows
+    config = tiny_config()
+    config.train_levels = ("x",)  # the level that is not trained has no loss to draw
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/x": 1.0}\n{"step": 2, "loss/x": 0.5}\n')
+    single = dataclasses.replace(generator, config=config, levels=generator.levels[1:], draw=lambda *a: images[:4])
+    assert sample.show(single, params, str(tmp_path)) == [expected[0], expected[2]]  # no hierarchy of one level
+    assert Image.open(expected[2]).width > 100
+
+
+def test_the_mode_sample_writes_a_grid_and_the_samples(drawn, params, tmp_path, monkeypatch):
+    generator, images = drawn
+    monkeypatch.setattr(sample, "restored", lambda config, workdir: (generator, params, 7))
+    sample.sample(tiny_config(), str(tmp_path), 10, str(tmp_path / "mine.png"))
+    with np.load(tmp_path / "mine.npz") as file:
+        assert file.files == ["arr_0"]
+        np.testing.assert_array_equal(file["arr_0"], np.repeat(images, 3, axis=-1))
+    assert Image.open(tmp_path / "mine.png").mode == "RGB"
+    sample.sample(tiny_config(), str(tmp_path), 4, "")
+    assert (tmp_path / "samples_4.png").exists() and (tmp_path / "samples_4.npz").exists()
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_sampling_nothing_is_refused(number):
+    with pytest.raises(ValueError, match=f"{number} samples asked for: give --num_samples=N") as error:
+        sample.sample(tiny_config(), "", number, "")
+    assert "\n" not in str(error.value)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+class Pooler:
+    """A stand-in for EfficientNet: 5 random linear features; remembers the batch sizes that it saw."""
+
+    fingerprint, input_size = "0123456789abcdef", 32
+
+    def __init__(self):
+        self.sizes = []
+
+    def pooled(self, images):
+        self.sizes.append(len(images))
+        weights = np.random.default_rng(0).normal(size=(images[0].size, 5))
+        return (images.reshape(len(images), -1) / 255) @ weights
+
+
+@pytest.fixture
+def pooler(monkeypatch):
+    pooler = Pooler()
+    monkeypatch.setattr(build, "score_encoder", lambda config: pooler)
+    return pooler
+
+
+def test_features_are_padded_to_one_batch_size():
+    images = np.random.default_rng(1).integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
+    pooler = Pooler()
+    features = evaluate.features(pooler, [images[:3], images[3:7]], 4)
+    assert pooler.sizes == [4, 4] and features.shape == (7, 5)
+    np.testing.assert_array_equal(features, Pooler().pooled(images))
+
+
+def test_rechunk():
+    chunks = list(evaluate.rechunk([np.arange(5), np.arange(2)], 3))
+    assert [chunk.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4], [0, 1]]
+
+
+def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
+    """(generator, source): the guided generator returns the data themselves, the unguided one brighter images."""
+    config = tiny_config()
+    config.data.num_classes = number
+    config.evaluate.update(num_samples=number, num_reference=number, unguided=unguided)
+    images = np.random.default_rng(2).integers(0, 200, (number, 4, 4, 1), dtype=np.uint8)
+    levels = tuple(
+        dataclasses.replace(level, guidance=w) for level, w in zip(build.levels(tiny_config()), guidance, strict=True)
+    )
+
+    class Fake(sample.Generator):
+        def with_guidance(self, weights):
+            unguided = [dataclasses.replace(level, guidance=w) for level, w in zip(levels, weights, strict=True)]
+            return Fake(config, unguided, None, None, lambda *a: self.draw(*a) + np.uint8(50))
+
+    source = [{"image": image} for image in images]
+    return Fake(config, levels, None, None, lambda params, keys, labels: images[np.asarray(labels)]), source
+
+
+def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
+    generator, source = fake_scoring(30)
+    guided, unguided = evaluate.score(generator, None, source, str(tmp_path), step=9)
+    assert guided.guided and guided.guidance == (0.5, 0.3) and not unguided.guided and unguided.guidance == (0.0, 0.0)
+    assert abs(guided.fd) < 1e-9 and guided.num_samples == guided.num_reference == 30 and guided.step == 9
+    shift = 50 / 255 * np.random.default_rng(0).normal(size=(16, 5)).sum(0)  # equal covariances: |mu_1 - mu_2|^2
+    assert unguided.fd == pytest.approx(np.sum(shift**2), rel=1e-6)
+    assert unguided.kid > guided.kid
+    assert set(pooler.sizes) == {4}
+    assert "FD-EffLite0 0.00" in str(guided) and "guidance (0.5, 0.3)" in str(guided) and "32 px" in str(guided)
+
+
+@pytest.mark.parametrize("guidance, unguided", [((0.5, 0.3), False), ((0.0, 0.0), True)])
+def test_the_unguided_score_only_where_asked_for_and_different(pooler, tmp_path, guidance, unguided):
+    generator, source = fake_scoring(8, guidance, unguided)
+    (score,) = evaluate.score(generator, None, source, str(tmp_path), step=1)
+    assert score.guidance == guidance
+
+
+def test_reference_features_are_kept(pooler, tmp_path):
+    generator, source = fake_scoring(30)
+    generator.config.evaluate.num_reference = 10
+    features = evaluate.reference_features(generator.config, source, pooler, str(tmp_path))
+    every_third = np.stack([record["image"] for record in source[::3]])
+    np.testing.assert_array_equal(features, Pooler().pooled(every_third))
+    assert [path.name for path in tmp_path.iterdir()] == ["reference-EffLite0-01234567-32px-10.npy"]
+    pooler.sizes.clear()
+    again = evaluate.reference_features(generator.config, source, pooler, str(tmp_path))
+    np.testing.assert_array_equal(again, features)
+    assert pooler.sizes == []
+
+
+@pytest.mark.parametrize("key", ["num_samples", "num_reference"])
+def test_too_few_to_score_is_refused(pooler, tmp_path, key):
+    generator, source = fake_scoring(8)
+    generator.config.evaluate[key] = 1
+    with pytest.raises(ValueError, match=f"{key} 1.* a distance needs 2 or more of each") as error:
+        evaluate.score(generator, None, source, str(tmp_path), step=1)
+    assert "\n" not in str(error.value)
+
+
+def test_write_scores(tmp_path):
+    score = evaluate.Score(True, (0.5, 0.3), 12.5, 0.25, 10, 20, 32, 7)
+    path = evaluate.write_scores(str(tmp_path), [score])
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert path == str(tmp_path / "scores.json")
+    expected = dict(guided=True, guidance=[0.5, 0.3], fd=12.5, kid=0.25, num_samples=10, num_reference=20)
+    assert content == [expected | dict(input_size=32, step=7)]
+
+
+def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):
+    generator, source = fake_scoring(8, unguided=False)
+    monkeypatch.setattr(build, "latents", lambda config, workdir: (source, None))
+    monkeypatch.setattr(sample, "restored", lambda config, workdir: (generator, None, 7))
+    evaluate.evaluate(generator.config, str(tmp_path))
+    assert json.loads((tmp_path / "scores.json").read_text())[0]["step"] == 7
+    assert "FD-EffLite0 0.00" in capsys.readouterr().out
+    generator.config.evaluate.num_samples = 0
+    with pytest.raises(ValueError, match="evaluate.num_samples is 0, so nothing would be scored"):
+        evaluate.evaluate(generator.config, str(tmp_path))

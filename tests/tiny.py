@@ -1,0 +1,67 @@
+"""The quick start made tiny, as a config file for main.py: --config=tests/tiny.py; and main.py run on it.
+
+Digits seen by EfficientNet-Lite0 at 32 px; levels 1x1x4, 2x2x4 and 8x8x1 pixels in patches of 4; two blocks of width 16
+each; batches of 8, DDIM in two steps. A step takes milliseconds, so that tests can afford whole runs.
+"""
+
+import os
+import subprocess
+import sys
+
+from configs import common
+from tests.processes import ROOT, finish
+
+
+def get_config(arg=""):
+    """synthetic: random latents of the same shapes, and nothing to sample or score. L2: without the middle level."""
+    kind, depth = common.parse(arg, ("digits", "synthetic"), ("L3", "L2"))
+    config = common.default()
+    config.data.update(source="digits", num_classes=10, holdout=8)
+    config.encoder.update(input_size=32, map="stage4", features=("map",), components=16)
+    small = common.uvit(width=16, depth=1, num_heads=2, final_conv=False)
+    base = common.uvit(width=16, depth=2, num_heads=2)
+    ddim = dict(name="ddim", steps=2, eta=0.0, t_end=1e-3)
+    config.levels = (
+        common.level("z1x1", "map", (1, 1, 4), 1, sigma=0.5, guidance=0.5, backbone=small, sampler=ddim),
+        common.level("z2x2", "map", (2, 2, 4), 1, sigma=0.5, guidance=0.4, backbone=small, sampler=ddim),
+        common.level("x", "pixels", (8, 8, 1), 4, guidance=0.3, backbone=base, sampler=ddim),
+    )
+    if depth == "L2":
+        config.levels = config.levels[::2]
+    config.hierarchy.update(label_levels=tuple(level.name for level in config.levels), noise_gamma=0.3)
+    config.train.update(batch_size=8, steps=4, log_every=1, save_every=100, threads=1)
+    # Gradients of float32 carry noise of 1e-8; an eps above that keeps AdamW's first steps from magnifying it to 1.
+    config.optimizer.update(learning_rate=1e-3, eps=1e-3, ema_decay=0.9)
+    config.sample.update(num_samples=8, batch_size=8, columns=4)
+    config.evaluate.update(num_samples=16, num_reference=32, input_size=32, unguided=False)
+    if kind == "synthetic":
+        config.data.update(source="synthetic", num_examples=64)
+        config.sample.num_samples = config.evaluate.num_samples = 0
+    return config
+
+
+def start_main(arguments, config="tests/tiny.py", devices=1, env=None):
+    """Starts `python main.py --config=CONFIG arguments...` on `devices` fake CPU devices -> Popen (text).
+
+    env: changes of environment variables, None to unset one.
+    """
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "OPENBLAS_NUM_THREADS": "1",  # two threads on busy cores wait for each other in a loop: 30 times slower
+        **(env or {}),
+    }
+    return subprocess.Popen(
+        [sys.executable, "main.py", f"--config={config}", *arguments],
+        cwd=ROOT,
+        env={name: value for name, value in environment.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_main(*arguments, **options):
+    """Runs it to the end -> (stdout, stderr); AssertionError with both where it fails."""
+    return finish(start_main(arguments, **options), timeout=300)
