@@ -5,6 +5,7 @@ classes, whatever the batch size, the number of devices and of hosts.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -84,8 +85,12 @@ class Generator:
         return list(zip(captions, images.reshape(len(captions), number, *images.shape[1:]), strict=True))
 
     def with_guidance(self, weights: Sequence[float]) -> "Generator":
-        """The same hierarchy with other guidance weights, coarse to fine."""
-        levels = [dataclasses.replace(level, guidance=w) for level, w in zip(self.levels, weights, strict=True)]
+        """The same hierarchy with other guidance weights, coarse to fine; with none at all, conditions are shown clean
+        (CVPR Sec. 4.2: generated conditions are noised where guidance is on)."""
+        gamma = {} if any(weights) else {"noise_gamma": math.inf}
+        levels = [
+            dataclasses.replace(level, guidance=w, **gamma) for level, w in zip(self.levels, weights, strict=True)
+        ]
         return generator(self.config, levels, self.latents, self.mesh)
 
 
