@@ -26,16 +26,28 @@ flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; only w
 flags.DEFINE_integer("num_processes", None, "number of processes; with --coordinator_address")
 flags.DEFINE_integer("process_id", None, "this process's number; with --coordinator_address")
 flags.mark_flag_as_required("config")
-
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
-def start_jax(workdir: str | None) -> None:
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, where what an option or a config file got wrong is one line."""
+    try:
+        if unknown := FLAGS(argv)[1:]:
+            raise flags.Error(f"unknown argument {unknown[0]!r}; options start with --")
+        FLAGS.config.seed  # noqa: B018, a config file that is not there shows when it is read
+        return argv
+    except (flags.Error, AttributeError, LookupError, OSError) as error:
+        while isinstance(error.args[0], Exception):  # ml_collections wraps what it says about unknown keys
+            error = error.args[0]
+        sys.exit(f"error: option or config: {error.args[0].strip().splitlines()[-1].strip()}")
+
+
+def start_jax(workdir: str) -> None:
     """Distributed start-up where asked for, and a compilation cache that outlives the process."""
     if FLAGS.coordinator_address or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    if workdir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compilation_cache"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{workdir}/compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -50,8 +62,8 @@ def run() -> None:
         return
     if not FLAGS.workdir:
         raise ValueError(f"--mode={mode} needs --workdir, the folder of the run")
+    start_jax(FLAGS.workdir)  # first: a process that fails before it has met the others leaves them waiting
     workdir = str(check_writable(FLAGS.workdir))
-    start_jax(workdir)
     if mode == "train":
         train.train(config, workdir)
     elif mode == "encode":
@@ -68,13 +80,9 @@ def is_ours(path: str) -> bool:
 
 
 def main(argv) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options start with --")
     logging.set_verbosity(logging.INFO)
     # Libraries tell much at INFO (orbax every file, jax every missing backend): only their warnings are shown.
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > logging.logging.INFO or is_ours(record.pathname)
-    )
+    logging.get_absl_handler().addFilter(lambda log: log.levelno > logging.logging.INFO or is_ours(log.pathname))
     try:
         run()
     except Exception as error:
@@ -88,4 +96,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -42,9 +42,10 @@ def get_config(arg: str = "L3"):
     )
     config.codec.update(name="sd_vae", patch=8, channels=4)
     backbone = common.uvit("base", depth=16 if args[0] == "L1_wide" else 12)
+    upper = common.uvit("base", final_conv=False)  # Table 6's 208 M at L = 2 has no output convolution up there
     names = list(SHAPES)[: depth - 1]
     config.levels = tuple(
-        common.level(name, source, shape, patch, sigma=class_sigma if conditional else sigma, backbone=backbone)
+        common.level(name, source, shape, patch, sigma=class_sigma if conditional else sigma, backbone=upper)
         for name, (source, shape, patch, sigma, class_sigma) in SHAPES.items()
         if name in names
     ) + (common.level("x", "sd_vae", (32, 32, 4), 2, backbone=backbone),)

@@ -49,6 +49,8 @@ def start_main(arguments, config="tests/tiny.py", devices=1, env=None):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Fake devices share the cores: with several programs under way their collectives can wait for each other for ever.
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": str(devices == 1),
         "OPENBLAS_NUM_THREADS": "1",  # two threads on busy cores wait for each other in a loop: 30 times slower
         **(env or {}),
     }
