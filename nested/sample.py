@@ -27,15 +27,16 @@ def sample_keys(seed: int, indices: Sequence[int]) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
 
 
-def sample_labels(num_classes: int, indices: Sequence[int]) -> jax.Array:
+def sample_labels(num_classes: int, indices: Sequence[int]) -> np.ndarray:
     """[B] int32: sample i has class i mod num_classes (0 where there are no classes)."""
-    return jnp.asarray(indices, jnp.int32) % max(num_classes, 1)
+    return np.asarray(indices, np.int32) % max(num_classes, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A hierarchy ready to draw images: `draw` is jitted, (params, {level: keys [B]}, labels [B]) -> uint8 images
-    [B, H, W, C], whole on every host. One shape, config.sample.batch_size, is compiled for all uses."""
+    """A hierarchy ready to draw images: `draw` is jitted, (params, {level: sample indices [B]}, labels [B]) -> uint8
+    images [B, H, W, C]; rows are split over the mesh inside, whole on every host outside. One shape,
+    config.sample.batch_size, is compiled for all uses."""
 
     config: Any
     levels: tuple[hierarchy.Level, ...]
@@ -49,8 +50,8 @@ class Generator:
         for start in range(0, number, size):
             indices = np.arange(start, start + size)
             labels = sample_labels(self.config.data.num_classes, indices)
-            keys = dict.fromkeys((level.name for level in self.levels), sample_keys(self.config.seed, indices))
-            yield np.asarray(self.draw(params, keys, labels))[: number - start]
+            of_level = dict.fromkeys((level.name for level in self.levels), indices)
+            yield np.asarray(self.draw(params, of_level, labels))[: number - start]
 
     def images(self, params: Tree, number: int, what: str) -> np.ndarray:
         """All of `batches`, [number, H, W, C], with a progress line."""
@@ -78,9 +79,9 @@ class Generator:
         rows, size = [], self.config.sample.batch_size
         for start in range(0, len(labels), size):
             take = np.arange(start, start + size) % len(labels)
-            keys = {name: sample_keys(self.config.seed, np.asarray(indices[name])[take]) for name in names}
+            of_level = {name: np.asarray(indices[name])[take] for name in names}
             shown = sample_labels(self.config.data.num_classes, np.asarray(labels)[take])
-            rows.append(np.asarray(self.draw(params, keys, shown)))
+            rows.append(np.asarray(self.draw(params, of_level, shown)))
         images = np.concatenate(rows)[: len(labels)]
         return list(zip(captions, images.reshape(len(captions), number, *images.shape[1:]), strict=True))
 
@@ -95,9 +96,18 @@ class Generator:
 
 
 def generator(config, levels: Sequence[hierarchy.Level], latents, mesh) -> Generator:
-    """A Generator for these levels; `latents` decodes the finest level's variable."""
+    """A Generator for these levels; `latents` decodes the finest level's variable.
 
-    def draw(params, keys, labels):
+    Raises ValueError where config.sample.batch_size does not divide by the devices of the mesh."""
+    if config.sample.batch_size % mesh.size:
+        raise ValueError(
+            f"config.sample.batch_size {config.sample.batch_size} does not divide by {mesh.size} devices; "
+            f"use a multiple of {mesh.size}"
+        )
+
+    def draw(params, indices, labels):
+        indices, labels = jax.lax.with_sharding_constraint((indices, labels), partition.batch_sharding(mesh))
+        keys = {name: sample_keys(config.seed, of_level) for name, of_level in indices.items()}
         return latents.decode(hierarchy.sample(levels, params, keys, labels)[levels[-1].name])
 
     draw = jax.jit(draw, out_shardings=partition.replicated(mesh))

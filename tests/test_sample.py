@@ -5,7 +5,6 @@ import json
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,12 +80,12 @@ def test_batches_are_cut_to_the_number_asked_for(drawn, params):
     np.testing.assert_array_equal(np.concatenate(batches), images[:6])
 
 
-def test_samples_differ_by_index_and_by_seed(drawn, params):
+def test_samples_differ_by_index_and_by_seed(drawn, params, mesh):
     generator, images = drawn
     assert len({image.tobytes() for image in images}) == 10
     config = tiny_config()
     config.seed = 1
-    other = dataclasses.replace(generator, config=config).images(params, 4, "tests")
+    other = make_generator(config, mesh).images(params, 4, "tests")
     assert difference(images[:4], other) > 10
     again = generator.images(params, 4, "tests")
     np.testing.assert_array_equal(again, images[:4])
@@ -103,9 +102,10 @@ def test_keys_and_labels_follow_the_index():
 
 def test_labels_reach_the_network(drawn, params):
     generator, images = drawn
-    keys = dict.fromkeys(("top", "x"), sample.sample_keys(0, np.arange(4)))
-    np.testing.assert_array_equal(generator.draw(params, keys, jnp.array([0, 1, 2, 0])), images[:4])
-    assert difference(np.asarray(generator.draw(params, keys, jnp.array([1, 1, 2, 0])))[0], images[0]) > 2
+    indices = dict.fromkeys(("top", "x"), np.arange(4))
+    np.testing.assert_array_equal(generator.draw(params, indices, np.array([0, 1, 2, 0], np.int32)), images[:4])
+    relabelled = np.asarray(generator.draw(params, indices, np.array([1, 1, 2, 0], np.int32)))
+    assert difference(relabelled[0], images[0]) > 2
 
 
 def test_with_guidance_changes_the_weights_of_every_level(drawn, params):
@@ -122,13 +122,13 @@ def test_with_guidance_changes_the_weights_of_every_level(drawn, params):
 
 
 def fake_generator(batch_size, names=("z3", "z2", "x")):
-    """Its images say which key each level was given and which label: [2, 2, 2] hashes of z3, z2, x, and the label."""
+    """Its images say which sample each level was given and which label: z3, z2, x (mod 251) and the label."""
     config = tiny_config(batch_size)
 
-    def draw(params, keys, labels):
-        assert all(key.shape == (batch_size,) for key in keys.values())
-        parts = [jax.random.key_data(keys[name])[:, -1] % 251 for name in names] + [labels.astype(jnp.uint32)]
-        return jnp.stack(parts, axis=1).astype(jnp.uint8).reshape(batch_size, 2, 2, 1)
+    def draw(params, indices, labels):
+        assert all(of_level.shape == (batch_size,) for of_level in indices.values())
+        parts = [indices[name] % 251 for name in names] + [labels]
+        return np.stack(parts, axis=1).astype(np.uint8).reshape(batch_size, 2, 2, 1)
 
     levels = tuple(types.SimpleNamespace(name=name) for name in names)
     return sample.Generator(config, levels, None, None, draw)
@@ -140,7 +140,7 @@ def test_cascade_keeps_the_coarse_levels_and_resamples_the_rest(batch_size):
     captions = ["all levels resampled", "z3 fixed", "z3, z2 fixed"]
     assert [caption for caption, _ in rows] == captions * 2
     for group, first in ((rows[:3], 2), (rows[3:], 4)):
-        own = [int(jax.random.key_data(sample.sample_keys(0, [first]))[0, -1]) % 251] * 3 + [first % CLASSES]
+        own = [first] * 3 + [first % CLASSES]
         for kept, (_, images) in enumerate(group):
             assert images.shape == (6, 2, 2, 1) and images.dtype == np.uint8
             seen = images.reshape(6, 4)
