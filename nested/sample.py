@@ -116,13 +116,16 @@ def generator(config, levels: Sequence[hierarchy.Level], latents, mesh) -> Gener
 
 def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
     """(generator, EMA parameters, step) of the newest checkpoint in `workdir`."""
+    step = latest_step(workdir)
+    if step is None:
+        raise FileNotFoundError(f"{workdir}: no checkpoint to sample from; give the --workdir of a run that has trained")
     _, latents = build.latents(config, workdir)
     levels = build.levels(config)
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
     abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))
     ema = restore_subtree(workdir, {"ema": abstract})["ema"]
-    return generator(config, levels, latents, mesh), ema, latest_step(workdir)
+    return generator(config, levels, latents, mesh), ema, step
 
 
 def grid_of(config, images: np.ndarray) -> np.ndarray:

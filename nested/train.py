@@ -229,9 +229,10 @@ class Meter:
         """Means since the last report, with images/s, model FLOP/s (6 x multiply-accumulates) and the data wait."""
         elapsed, rows = time.perf_counter() - self.start, self.dispatched * batch_size
         result = {name: total / max(self.good, 1) for name, total in self.sums.items()}
-        result["images_per_second"] = rows / elapsed
-        result["model_flops_per_second"] = 6 * macs_per_row * rows / elapsed
-        result["data_wait_share"] = self.waited / elapsed
+        if rows:  # not where the only step since is the run's first, which compiles and is not timed
+            result["images_per_second"] = rows / elapsed
+            result["model_flops_per_second"] = 6 * macs_per_row * rows / elapsed
+            result["data_wait_share"] = self.waited / elapsed
         result["skipped_steps"] = self.skipped
         self.reset()
         return result
@@ -256,7 +257,11 @@ def train(config, workdir: str) -> None:
     writer = MetricWriter(workdir, jax.process_index(), first)
     macs = sum(level.macs for level in summary.levels(run.step.levels) if level.name in run.step.trained)
     with Preemption() as preemption:
-        state, stopped = loop(run, state, training, held_out, checkpoints, preemption, writer, macs, workdir)
+        try:
+            state, stopped = loop(run, state, training, held_out, checkpoints, preemption, writer, macs, workdir)
+        except NonFiniteError:
+            checkpoints.close()  # the last good state is on disk before the run ends
+            raise
         checkpoints.save(int(state.step), state, force=True)
         checkpoints.close()
     writer.close()
@@ -322,7 +327,7 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
             previous = None
             report = meter.report(batch_size, macs)
             writer.scalars(step, report)
-            loss, rate = report.get("loss", float("nan")), report["images_per_second"]
+            loss, rate = report.get("loss", float("nan")), report.get("images_per_second", float("nan"))
             progress.update(step, f"loss {loss:.4f}  {rate:.0f} images/s")
         if held_out is not None and config.eval_every and (step % config.eval_every == 0 or last):
             writer.scalars(step, jax.device_get(validate(state.ema, partition.to_global(held_out, run.mesh))))

@@ -1,7 +1,7 @@
 """The quick start made tiny, as a config file for main.py: --config=tests/tiny.py; and main.py run on it.
 
-Digits seen by EfficientNet-Lite0 at 32 px; levels 1x1x4, 2x2x4 and 8x8x1 pixels in patches of 4; two blocks of width 16
-each; batches of 8, DDIM in two steps. A step takes milliseconds, so that tests can afford whole runs.
+Digits seen by EfficientNet-Lite0 at 32 px; levels 1x1x4, 2x2x4 and 8x8x1 pixels in patches of 4; nets of width 16 and
+depth 1, 1 and 2; batches of 8, DDIM in two steps. A step takes milliseconds, so that tests can afford whole runs.
 """
 
 import os
@@ -49,8 +49,7 @@ def start_main(arguments, config="tests/tiny.py", devices=1, env=None):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # Fake devices share the cores: with several programs under way their collectives can wait for each other for ever.
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": str(devices == 1),
+        "NPROC": "8",  # threads of XLA: with one per fake device, programs under way can wait for each other for ever
         "OPENBLAS_NUM_THREADS": "1",  # two threads on busy cores wait for each other in a loop: 30 times slower
         **(env or {}),
     }
