@@ -118,7 +118,8 @@ def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
     """(generator, EMA parameters, step) of the newest checkpoint in `workdir`."""
     step = latest_step(workdir)
     if step is None:
-        raise FileNotFoundError(f"{workdir}: no checkpoint to sample from; give the --workdir of a run that has trained")
+        folder = os.path.join(workdir, "checkpoints")
+        raise FileNotFoundError(f"{folder}: no checkpoint found; give the --workdir of a run that has saved")
     _, latents = build.latents(config, workdir)
     levels = build.levels(config)
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
