@@ -41,10 +41,7 @@ REFUSED = [
     ([("hierarchy.label_levels", ("z9",))], "label_levels / train_levels: 'z9' given; choose from 'z1x1', 'z2x2', 'x'"),
     ([("train_levels", ("y",))], "label_levels / train_levels: 'y' given; choose from 'z1x1', 'z2x2', 'x'"),
     ([("data.num_classes", 0)], "config.hierarchy.label_levels names levels but config.data.num_classes is 0"),
-    (
-        [("hierarchy.label_levels", ())],
-        "config.levels[0].guidance is 0.5 but nothing conditions z1x1: set it to 0",
-    ),
+    ([("hierarchy.label_levels", ())], "config.levels[0].guidance is 0.5 but nothing conditions z1x1: set it to 0"),
     ([("hierarchy.cond_drop", 1.0)], "config.hierarchy.cond_drop: found 1.0, expected a number in [0, 1)"),
     ([("hierarchy.drop_mode", "both")], "hierarchy.drop_mode = 'both' is not known: use one of 'joint', 'independent'"),
     (
@@ -373,8 +370,8 @@ def test_options_that_encoding_does_not_take(toy, tmp_path):
 
 
 def test_where_latents_are():
-    assert build.latents_dir(tiny.get_config(), "run") == "run/latents"
-    assert build.latents_dir(changed(("latents_dir", "/data/latents")), "run") == "/data/latents"
+    for given, expected in (("", "run/latents"), ("/data/latents", "/data/latents")):
+        assert build.latents_dir(changed(("latents_dir", given)), "run") == expected
 
 
 def test_synthetic_latents_are_the_variables(tmp_path):
@@ -390,13 +387,12 @@ def test_synthetic_latents_are_the_variables(tmp_path):
 
 
 def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
-    config = tiny.get_config()
-    config.data.source = "synthetic"
+    config = changed(("data.source", "synthetic"))
     refused(build.check_pictures, config, match="'synthetic', whose latents have no images")
-    config.sample.num_samples = config.evaluate.num_samples = config.train.sample_every = 0
+    config.sample.num_samples = config.evaluate.num_samples = 0
     build.check_pictures(config)
 
 
 def test_init_from_names_what_there_is():
-    refused(build.check_init_from, changed(("init_from.weights", "both")), match="init_from.weights: 'both'")
-    refused(build.check_init_from, changed(("init_from.levels", ("z9",))), match="init_from.levels: 'z9'")
+    for key, value, found in (("weights", "both", "both"), ("levels", ("z9",), "z9")):
+        refused(build.check_init_from, changed((f"init_from.{key}", value)), match=f"init_from.{key}: '{found}' given")
