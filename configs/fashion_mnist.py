@@ -6,8 +6,8 @@
 
 Arguments: L3 (default), L2, L1; class (default), uncond. Give the runs one --config.latents_dir to encode only once.
 Levels: the EfficientNet-Lite0 feature map (64 px, stage 4) pooled to 1x1 and 2x2, 32 SVD components each, then a
-patch-PCA latent of the image (7x7x8 of 28x28: 97.4 % of the variance). The finest network is the same at every depth, and
-so are images seen, batch and solver evaluations. v-prediction and small nets, for a run of minutes.
+patch-PCA latent of the image (7x7x8 of 28x28: 97.4 % of the variance). The finest network is the same at every depth,
+and so are images seen, batch and solver evaluations. v-prediction and small nets, for a run of minutes.
 Expect: README.md "Does depth help?" has the measured scores, minutes and pictures.
 """
 

@@ -64,6 +64,7 @@ def get_config(arg: str = "L3"):
         dtype="bfloat16",
     )
     config.optimizer.update(learning_rate=2e-4, warmup_steps=5000, b1=0.99, b2=0.99, weight_decay=0.03)
+    config.sample.batch_size = 1024
     config.evaluate.update(num_samples=50_000, num_reference=50_000)
     if args[2] == "synthetic":
         config.data.update(source="synthetic", num_examples=100_000)

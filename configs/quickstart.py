@@ -3,9 +3,9 @@
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Levels: the digit's EfficientNet-Lite0 feature map (64 px, stage 4, 4x4x112) pooled to 1x1 and to 2x2, 32 and 16 SVD
-components, then the 8x8 pixels; class labels at every level; the paper's sigma, decaying guidance and noise on generated
-conditions. Departures, for a run of minutes: v-prediction, static thresholding of pixels, nets of .7 M parameters,
-20 solver evaluations. Expect: see README.md "Quick start".
+components, then the 8x8 pixels; class labels at every level; the paper's sigma, decaying guidance and noise on
+generated conditions. Departures, for a run of minutes: v-prediction, static thresholding of pixels, nets of .7 M
+parameters, 20 solver evaluations. Expect: see README.md "Quick start".
 """
 
 from configs import common

@@ -305,7 +305,8 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
     )
     update, meter, progress = compiled_step(run), Meter(config.max_bad_steps), Progress("step", config.steps, first)
     validate = jax.jit(lambda ema, raw: validation_losses(run.step, ema, raw, config.eval_times))
-    gen = sample.generator(run.config, run.step.levels, run.step.latents, run.mesh)
+    if config.sample_every:
+        gen = sample.generator(run.config, run.step.levels, run.step.latents, run.mesh)
     previous = None  # the metrics of step k - 1 are fetched after step k is dispatched
     for step in itertools.count(first + 1):
         waiting = time.perf_counter()
