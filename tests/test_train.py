@@ -200,7 +200,7 @@ def test_the_state_is_donated(base):
 def test_xla_counts_the_flops_of_the_model():
     """6 x multiply-accumulates x batch (2 forward, 4 backward) on one level wide enough for matmuls to count."""
     config = get_config("synthetic,L2")
-    net = common.uvit(width=64, depth=4, num_heads=4)
+    net = common.uvit(width=256, depth=4, num_heads=4)
     config.levels = (common.level("x", "pixels", (16, 16, 4), 2, backbone=net),)
     config.hierarchy.label_levels = ("x",)
     run, source = make(config=config)
