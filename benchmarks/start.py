@@ -2,8 +2,8 @@
 
     python -m benchmarks.start [--config=configs/quickstart.py] [--out=FILE]
 
-The config is trained for two steps in a new workdir, then again from scratch with the first one's compilation_cache;
-the latents are made beforehand. The wait is main.py's own figure: building, initialisation and compilation, up to the
+The config is trained for two steps in a new workdir, then, its checkpoints removed, again from scratch in the same one
+(JAX's cache keys hold the cache's path); the latents are made beforehand. The wait is main.py's own figure: building, initialisation and compilation, up to the
 end of the first step.
 """
 
@@ -42,9 +42,9 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         first_step(FLAGS.config, folder / "encode", folder / "latents", mode="encode")
-        cold = first_step(FLAGS.config, folder / "cold", folder / "latents")
-        shutil.copytree(folder / "cold" / "compilation_cache", folder / "warm" / "compilation_cache")
-        warm = first_step(FLAGS.config, folder / "warm", folder / "latents")
+        cold = first_step(FLAGS.config, folder / "run", folder / "latents")
+        shutil.rmtree(folder / "run" / "checkpoints")
+        warm = first_step(FLAGS.config, folder / "run", folder / "latents")
     figures = {
         "config": FLAGS.config,
         "cold_seconds": cold,
