@@ -3,8 +3,8 @@
     python -m benchmarks.start [--config=configs/quickstart.py] [--out=FILE]
 
 The config is trained for two steps in a new workdir, then, its checkpoints removed, again from scratch in the same one
-(JAX's cache keys hold the cache's path); the latents are made beforehand. The wait is main.py's own figure: building, initialisation and compilation, up to the
-end of the first step.
+(JAX's cache keys hold the cache's path); the latents are made beforehand. The wait is main.py's own figure: building,
+initialisation and compilation, up to the end of the first step.
 """
 
 import json
