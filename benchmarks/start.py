@@ -7,20 +7,16 @@ The config is trained for two steps in a new workdir, then, its checkpoints remo
 initialisation and compilation, up to the end of the first step.
 """
 
-import json
 import pathlib
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 
-import jax
 from absl import app, flags
 
-from nested.files import atomic_write
+from benchmarks.report import report
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", "configs/quickstart.py", "a file of configs/")
@@ -45,19 +41,8 @@ def main(argv):
         cold = first_step(FLAGS.config, folder / "run", folder / "latents")
         shutil.rmtree(folder / "run" / "checkpoints")
         warm = first_step(FLAGS.config, folder / "run", folder / "latents")
-    figures = {
-        "config": FLAGS.config,
-        "cold_seconds": cold,
-        "warm_seconds": warm,
-        "warm_over_cold": round(warm / cold, 3),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": f"python {platform.python_version()}, jax {jax.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if FLAGS.out:
-        atomic_write(FLAGS.out, text + "\n")
+    figures = {"config": FLAGS.config, "cold_seconds": cold, "warm_seconds": warm}
+    report(figures | {"warm_over_cold": round(warm / cold, 3)}, FLAGS.out)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,17 @@ compiled step is printed beside them. The matmul rate is measured in the same pr
 config's matmul dtype. Without data use a `synthetic` config argument (configs/imagenet_L1.py:synthetic).
 """
 
-import json
-import platform
 import statistics
 import time
 
-import flax
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import matmul
+from benchmarks.report import report
 from input_pipeline import loader
 from nested import build, partition, summary, train
-from nested.files import atomic_write
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
@@ -83,17 +80,7 @@ def measure(config, workdir: str, steps: int) -> dict:
 
 def main(argv):
     del argv
-    figures = measure(FLAGS.config, FLAGS.workdir, FLAGS.steps)
-    device = jax.devices()[0]
-    figures |= {
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "versions": f"python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if FLAGS.out:
-        atomic_write(FLAGS.out, text + "\n")
+    report(measure(FLAGS.config, FLAGS.workdir, FLAGS.steps), FLAGS.out)
 
 
 if __name__ == "__main__":
