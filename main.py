@@ -53,7 +53,7 @@ def start_jax(workdir: str) -> None:
 
 
 def run() -> None:
-    from nested import build, evaluate, sample, summary, train
+    from nested import build, build_data, evaluate, sample, summary, train
     from nested.files import check_writable
 
     config, mode = FLAGS.config, FLAGS.mode
@@ -67,7 +67,7 @@ def run() -> None:
     if mode == "train":
         train.train(config, workdir)
     elif mode == "encode":
-        build.latents(config, workdir)
+        build_data.latents(config, workdir)
     elif mode == "sample":
         sample.sample(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out)
     else:

@@ -5,6 +5,7 @@
 Model FLOPs are 6 x the multiply-accumulates of `summary` per image (2 forward, 4 backward); XLA's own count of the
 compiled step is printed beside them. The matmul rate is measured in the same process (benchmarks/matmul.py), in the
 config's matmul dtype. Without data use a `synthetic` config argument (configs/imagenet_L1.py:synthetic).
+--steps=0 compiles the step from shapes alone, whatever its memory: compile seconds and XLA's count of its memory.
 """
 
 import statistics
@@ -16,33 +17,31 @@ from ml_collections import config_flags
 
 from benchmarks import matmul
 from benchmarks.report import report
-from input_pipeline import loader
-from nested import build, partition, summary, train
+from nested import build_data, partition, summary, train
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
 flags.DEFINE_string("workdir", None, "where the latents are, or go")
-flags.DEFINE_integer("steps", 30, "timed steps")
+flags.DEFINE_integer("steps", 30, "timed steps; 0: compile only")
 flags.DEFINE_string("out", "", "the figures as JSON")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def measure(config, workdir: str, steps: int) -> dict:
     """The figures, a dict of plain numbers."""
-    source, latents = build.latents(config, workdir)
+    source, latents = build_data.latents(config, workdir)
     run = train.make_run(config, latents)
-    training, _ = build.split(config, source)
-    batches = loader.batches(
-        training, seed=0, batch_size=config.train.batch_size, threads=config.train.threads, workers=config.train.workers
-    )
+    training, _ = build_data.split(config, source)
+    batches = train.feed(config, training, 0)
+    raw = partition.to_global(next(batches), run.mesh)
+    begin = time.perf_counter()
+    update = train.compiled_step(run).lower(run.abstract, raw, run.key).compile()
+    figures = of_program(run, update, time.perf_counter() - begin)
+    if not steps:
+        return figures
     begin = time.perf_counter()
     state = jax.block_until_ready(train.fresh_state(run))
     init_seconds = time.perf_counter() - begin
-
-    raw = partition.to_global(next(batches), run.mesh)
-    begin = time.perf_counter()
-    update = train.compiled_step(run).lower(state, raw, run.key).compile()
-    compile_seconds = time.perf_counter() - begin
     state, metrics = jax.block_until_ready(update(state, raw, run.key))
 
     times, waits = [], []
@@ -53,25 +52,32 @@ def measure(config, workdir: str, steps: int) -> dict:
         state, metrics = jax.block_until_ready(update(state, raw, run.key))
         times.append(time.perf_counter() - begin)
     batches.close()
-    macs = sum(level.macs for level in summary.levels(run.step.levels))
-    flops = 6 * macs * config.train.batch_size
+    flops = 6 * figures["macs_per_image"] * config.train.batch_size
     step_seconds = statistics.median(times)
     rate = matmul.matmul_rate(config.train.dtype) * 1e9 * jax.device_count()
-    memory = update.memory_analysis()
-    return {
-        "batch_size": config.train.batch_size,
-        "parameters": sum(level.parameters for level in summary.levels(run.step.levels)),
-        "macs_per_image": macs,
+    return figures | {
         "init_seconds": round(init_seconds, 2),
-        "compile_seconds": round(compile_seconds, 2),
         "step_seconds_median": round(step_seconds, 5),
         "step_seconds_min": round(min(times), 5),
         "images_per_second": round(config.train.batch_size / step_seconds, 1),
         "model_gflops_per_second": round(flops / step_seconds / 1e9, 1),
         "matmul_gflops_per_second": round(rate / 1e9, 1),
         "share_of_matmul_rate": round(flops / step_seconds / rate, 3),
-        "xla_flops_over_model_flops": round(update.cost_analysis()["flops"] * jax.device_count() / flops, 3),
         "data_wait_share": round(sum(waits) / sum(times), 4),
+    }
+
+
+def of_program(run, update, compile_seconds: float) -> dict:
+    """What is known of the compiled step without running it."""
+    levels, batch_size, memory = summary.levels(run.step.levels), run.config.train.batch_size, update.memory_analysis()
+    macs = sum(level.macs for level in levels)
+    flops = update.cost_analysis()["flops"] * jax.device_count()
+    return {
+        "batch_size": batch_size,
+        "parameters": sum(level.parameters for level in levels),
+        "macs_per_image": macs,
+        "compile_seconds": round(compile_seconds, 2),
+        "xla_flops_over_model_flops": round(flops / (6 * macs * batch_size), 3),
         "state_mib": round(summary.state_bytes(run.abstract) / 2**20, 1),
         "temporaries_mib": round(memory.temp_size_in_bytes / 2**20, 1),
         "donated_mib": round(memory.alias_size_in_bytes / 2**20, 1),

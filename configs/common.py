@@ -23,6 +23,8 @@ def default() -> ConfigDict:
                 channels=0,  # 1 grey, 3 RGB, 0: as it is
                 max_bad_images=0,  # image_folder: unreadable files beyond this number are an error
                 num_examples=0,  # synthetic: how many
+                flip=False,  # mirror training images with probability 1/2 (augment_prob does that too, and says so)
+                augment_prob=0.0,  # non-leaking augmentation of training images; the backbone is told of it
                 holdout=0,  # the last records are kept out of training, for the validation loss
             ),
             latents_dir="",  # "": WORKDIR/latents
@@ -53,6 +55,7 @@ def default() -> ConfigDict:
                 batch_size=128,
                 accumulate=1,
                 steps=1000,
+                batch_growth=(),  # (step, batch size) pairs: from that step on, that batch size
                 log_every=50,
                 eval_every=0,  # validation loss on the held-out records; 0: never
                 eval_times=(0.1, 0.3, 0.5, 0.7, 0.9),
@@ -69,6 +72,7 @@ def default() -> ConfigDict:
                 workers=0,  # reading processes of the loader
             ),
             optimizer=dict(
+                groups=(),  # factors by rule on parameter paths: dict(pattern=, learning_rate=1.0, weight_decay=1.0)
                 learning_rate=2e-4,
                 warmup_steps=0,
                 decay="constant",
@@ -78,6 +82,7 @@ def default() -> ConfigDict:
                 weight_decay=0.03,
                 clip_norm=0.0,
                 ema_decay=0.9999,
+                ema_power=0.0,  # k > 0: the decay of update s is at most 1 - (1 + s)^-k
             ),
             sample=dict(num_samples=64, batch_size=64, columns=8, scale=1),
             evaluate=dict(num_samples=0, num_reference=10000, input_size=64, unguided=True),
@@ -192,3 +197,108 @@ def dpm_solver(steps: int = 50) -> dict:
 def decaying_guidance(num_levels: int, start: float = 0.5, step: float = 0.1) -> tuple[float, ...]:
     """Coarse to fine w_L, ..., w_1 = start, start - step, ... (CVPR Sec. 4.2: .5 .4 .3 .2 .1, the first L used)."""
     return tuple(round(max(start - step * i, 0.0), 6) for i in range(num_levels))
+
+
+def hdit(variant: str = "", **changes) -> dict:
+    """HDiT's options: those of a named variant (nested/models/hdit.py VARIANTS), with changes.
+
+    `windows` follows from `attentions` where neither names it: kernels of 7, windows of 8."""
+    from nested.models.hdit import VARIANTS
+
+    options = dict(
+        name="hdit",
+        depths=(2, 4),
+        widths=(256, 512),
+        attentions=("neighborhood", "global"),
+        windows=(),
+        head_widths=64,
+        ff_widths=None,
+        dropouts=0.0,
+        mapping_depth=2,
+        mapping_width=256,
+        mapping_ff_width=None,
+        mapping_dropout=0.0,
+        position="rope",  # rope | additive
+        feed_forward="geglu",  # geglu | gelu
+        skip="lerp",  # lerp | add | concat
+        attention="xla",
+        neighborhood="auto",  # auto | reference | blocked
+    )
+    unknown = sorted(set(changes) - set(options))
+    if unknown:
+        raise ValueError(f"hdit() has no option {', '.join(unknown)}; it has {', '.join(options)}")
+    options |= dict(VARIANTS[variant] if variant else {}) | changes
+    sizes = {"neighborhood": 7, "shifted_window": 8}
+    options["windows"] = options["windows"] or tuple(sizes.get(kind, 0) for kind in options["attentions"])
+    return options
+
+
+def edm_process(image_size: int, *, sigma_data: float = 0.5, weighting: str = "soft_min_snr", **changes) -> dict:
+    """EDM's preconditioning and HDiT's density of noise levels, stratified over the global batch (arXiv 2401.11605)."""
+    options = dict(
+        schedule="exponential_ve",
+        parameterization="edm",
+        loss_space="edm",
+        weighting=weighting,  # uniform | karras | snr | min_snr | soft_min_snr
+        time_sampling="stratified",
+        discrete_steps=0,
+        t_min=0.0,
+        noise_input="log_sigma",
+        time_scale=0.25,  # the network is told log(sigma) / 4
+        sigma_data=sigma_data,
+        density=dict(
+            name="cosine_interpolated",
+            image_size=image_size,
+            sigma_data=sigma_data,
+            noise_low=32,
+            noise_high=image_size,
+            sigma_min=1e-3,
+            sigma_max=1e3,
+        ),
+    )
+    return options | changes
+
+
+def hdit_groups() -> tuple[dict, ...]:
+    """k-diffusion's parameter groups: the mapping network and what reads it at a third of the rate; gains, embeddings
+    and their projections without decay."""
+    undecayed = "(^|/)(time_in_proj|aug_in_proj|class_emb|mapping_cond_in_proj|cond_in_proj_[^/]*|out_norm)/"
+    return (
+        dict(pattern="/mapping/.*gain$", learning_rate=1 / 3, weight_decay=0.0),
+        dict(pattern="/mapping/|/norm/linear/", learning_rate=1 / 3, weight_decay=1.0),
+        dict(pattern=undecayed + "|/self_attn/gain$|/fac$|/empty_[^/]*$", learning_rate=1.0, weight_decay=0.0),
+    )
+
+
+def hdit_optimizer() -> dict:
+    """AdamW as HDiT trains (Table 6): parameter groups, clipping at 1, EMA that warms up (power of the public configs).
+    """
+    return dict(
+        learning_rate=5e-4, b1=0.9, b2=0.95, weight_decay=1e-2, clip_norm=1.0, ema_decay=0.9999, ema_power=0.75,
+        groups=hdit_groups(),
+    )  # fmt: skip
+
+
+def sigma_sampler(name: str, steps: int, sigma_min: float = 1e-2, sigma_max: float = 160.0, **options) -> dict:
+    """A k-diffusion sampler on Karras' noise levels; the range is that of the public 256-pixel config, as HDiT's paper
+    does not give its own. 'dpmpp_3m_sde' with 50 steps is the paper's."""
+    return dict(name=name, steps=steps, grid="karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=7.0, **options)
+
+
+def dit(variant: str = "", **changes) -> dict:
+    """DiT's options: those of a named variant (nested/models/dit.py VARIANTS), with changes."""
+    from nested.models.dit import VARIANTS
+
+    options = dict(
+        name="dit", width=768, depth=12, num_heads=12, mlp_ratio=4, learn_variance=False, attention="xla"
+    )
+    options.update(VARIANTS[variant] if variant else {})
+    unknown = sorted(set(changes) - set(options))
+    if unknown:
+        raise ValueError(f"dit() has no option {', '.join(unknown)}; it has {', '.join(options)}")
+    return options | changes
+
+
+def ddpm_process(learned_variance: bool = False) -> dict:
+    """DDPM's linear betas, 1,000 discrete steps, eps; with DiT's and ADM's learned variance where asked."""
+    return sd_process() | dict(schedule="ddpm_linear", learned_variance=learned_variance)

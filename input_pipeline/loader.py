@@ -8,7 +8,10 @@ With N examples, seed k and global batch B, let pi_e be the permutation of epoch
 so a batch may span two epochs. Host p of P holds the rows p*B/P <= r < (p+1)*B/P of every batch, in order, and reads no
 others. Nothing else enters: threads, worker processes, the number of hosts and the step a run starts from change which
 process does the work, never a row. So there is no iterator state to save: resuming at step s is `start_step=s`.
-No noise is drawn here; that belongs into the jitted step, whose keys also depend on (seed, step, row) only.
+
+A `transform` of the records, such as augment.Augmentation, draws from a generator of its own for each row, seeded by
+(k, s * B + r): an example is changed in another way each time it comes, and the above stays true. No noise is drawn
+here; that belongs into the jitted step, whose keys also depend on (seed, step, row) only.
 
 A batch is a dict of numpy arrays with the rows stacked on a new first axis. Numbers keep their dtype; a str becomes one
 numpy unicode array ('<U' as wide as the longest of the batch), so captions travel beside the numbers and through
@@ -17,13 +20,15 @@ worker processes without pickling objects. They are to be tokenised before they 
 grain's own batching is not used: it acts on the rows of one shard, where here the rows of one host are wanted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
 
 from input_pipeline.sources import Source
+
+Transform = Callable[[dict, np.random.Generator], dict]
 
 
 def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
@@ -57,12 +62,21 @@ class _HostRows:
     batch_size: int  # of the global batch
     first_row: int
     end_row: int
+    offset: int = 0
+    seed: int = 0
+    transform: Transform | None = None
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        start = int(step) * self.batch_size
+        start = self.offset + int(step) * self.batch_size
         end = min(start + self.end_row, len(self.order))
         positions = range(start + self.first_row, end)
-        return collate([self.source[int(self.order[position])] for position in positions])
+        return collate([self.record(position) for position in positions])
+
+    def record(self, position: int) -> dict:
+        record = self.source[int(self.order[position])]
+        if self.transform is None:
+            return record
+        return self.transform(record, np.random.default_rng((self.seed, position)))
 
 
 def _iterate(steps: range, read: _HostRows, threads: int, workers: int) -> grain.DatasetIterator:
@@ -88,7 +102,9 @@ def batches(
     *,
     seed: int,
     batch_size: int,
+    transform: Transform | None = None,
     start_step: int = 0,
+    offset: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 2,
@@ -100,9 +116,12 @@ def batches(
 
     Args:
       source: random access to the examples; picklable when workers > 0.
-      seed: of the order of the examples, 0 or more. Batches hold nothing else that is random.
+      seed: of the order of the examples and of the transform's draws, 0 or more. Nothing else is random.
       batch_size: B, rows of the global batch; it may exceed len(source).
+      transform: (record, numpy generator) -> record, applied to each row as it is read, drawing from the generator
+        alone; picklable when workers > 0. None leaves the records as they are.
       start_step: the first step wanted; any step costs the same.
+      offset: added to s * B + r. A run that changes its batch size at step s goes on with (old B - new B) * s.
       process_index, process_count: p and P; this host gets the rows p*B/P to (p+1)*B/P.
       threads: batches read at a time in one process (0: read when asked for, no prefetch). 2 * threads wait ready.
       workers: processes that read, each with its own threads (0: this process reads). They are spawned, so a script
@@ -116,14 +135,8 @@ def batches(
     Raises: ValueError (one line) for an empty source, a batch size that process_count does not divide, fewer examples
       than one batch with finite epochs, or a process, step, thread or worker number out of range.
     """
-    _check(
-        source,
-        ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
-        ("start_step", start_step, 0),
-        ("threads", threads, 0),
-        ("workers", workers, 0),
-    )
+    bounds = (("seed", seed, 0), ("batch_size", batch_size, 1), ("start_step", start_step, 0))
+    _check(source, *bounds, ("threads", threads, 0), ("workers", workers, 0))
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must be in 0..{process_count - 1} (process_count - 1), found {process_index}")
     if batch_size % process_count:
@@ -133,14 +146,15 @@ def batches(
         )
     order = grain.MapDataset.range(len(source)).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat(epochs)
-    steps = range(start_step, len(order) // batch_size)
+    steps = range(start_step, (len(order) - offset) // batch_size)
     if not steps:
         raise ValueError(
             f"no batch at start_step {start_step}: {epochs} epochs of {len(source)} examples hold {steps.stop} batches "
             f"of {batch_size}"
         )
     rows = batch_size // process_count
-    read = _HostRows(source, order, batch_size, process_index * rows, (process_index + 1) * rows)
+    first_row = process_index * rows
+    read = _HostRows(source, order, batch_size, first_row, first_row + rows, offset, seed, transform)
     return _iterate(steps, read, threads, workers)
 
 
@@ -154,6 +168,8 @@ def in_order(
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over the examples start, ..., stop - 1 in order (encoding, evaluation); the last batch may be short.
+
+    Records are never transformed.
 
     Args:
       source, threads, workers: as for batches().

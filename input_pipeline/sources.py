@@ -235,6 +235,32 @@ class SyntheticLatents:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """The named fields of a source's records, as a source: what goes to the device, without captions."""
+
+    source: Source
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.source[index]
+        return {name: record[name] for name in self.names}
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def describe(self) -> str:
+        return self.source.describe()
+
+
+@dataclass(frozen=True)
 class Part:
     """The examples start, ..., stop - 1 of a source, as a source: training without the held-out records.
 

@@ -1,4 +1,4 @@
-"""Config -> objects: the only reader of the config's model, data and encoder parts.
+"""Config -> levels, processes, samplers, optimizer: the only reader of the config's model part (data: build_data.py).
 
 Names in a config are keys of the dicts below; an unknown name, or an option that its object does not take, is a
 one-line error. Nothing here allocates arrays on a device.
@@ -6,39 +6,51 @@ one-line error. Nothing here allocates arrays on a device.
 
 import functools
 import itertools
-import json
-import os
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from absl import logging
 from ml_collections import ConfigDict
 
-from input_pipeline import image_files, loader, sources, transforms
-from input_pipeline import latents as records
-from nested import denoiser, encode, encoding, hierarchy, process, samplers
-from nested import latents as latents_
+from nested import denoiser, hierarchy, process, samplers, schedules, sigma_samplers
 from nested import optimizer as opt
-from nested.encoders import efficientnet
-from nested.files import atomic_write
+from nested.models.dit import DiT
+from nested.models.hdit import HDiT
 from nested.models.uvit import UViT
 
 # Parts of a config that decide what a train state is: a checkpoint made with others is refused.
 STATE_KEYS = ("seed", "levels", "hierarchy", "train_levels", "optimizer", "data", "encoder", "codec", "init_from")
 
-BACKBONES = {"uvit": UViT}
+BACKBONES = {"uvit": UViT, "hdit": HDiT, "dit": DiT}
 SCHEDULES = {
-    "sd_scaled_linear": process.sd_scaled_linear,
-    "cosine": process.cosine,
-    "linear_vp": process.LinearVP,
+    "sd_scaled_linear": schedules.sd_scaled_linear,
+    "cosine": schedules.cosine,
+    "ddpm_linear": schedules.ddpm_linear,
+    "linear_vp": schedules.LinearVP,
+    "exponential_ve": schedules.ExponentialVE,
+}
+DENSITIES = {
+    "lognormal": schedules.LogNormal,
+    "loglogistic": schedules.LogLogistic,
+    "loguniform": schedules.LogUniform,
+    "v_diffusion": schedules.VDiffusion,
+    "cosine_interpolated": schedules.CosineInterpolated,
 }
 SAMPLERS = {
     "ddpm": samplers.DDPM,
     "ddim": samplers.DDIM,
-    "euler": samplers.Euler,
-    "heun": samplers.Heun,
     "dpm_solver": samplers.DPMSolver,
+    "euler_in_time": samplers.EulerInTime,
+    "euler": sigma_samplers.Euler,
+    "heun": sigma_samplers.Heun,
+    "dpm2": sigma_samplers.DPM2,
+    "lms": sigma_samplers.LMS,
+    "euler_ancestral": sigma_samplers.EulerAncestral,
+    "dpm2_ancestral": sigma_samplers.DPM2Ancestral,
+    "dpmpp_2s_ancestral": sigma_samplers.DPMpp2SAncestral,
+    "dpmpp_sde": sigma_samplers.DPMppSDE,
+    "dpmpp_2m": sigma_samplers.DPMpp2M,
+    "dpmpp_2m_sde": sigma_samplers.DPMpp2MSDE,
+    "dpmpp_3m_sde": sigma_samplers.DPMpp3MSDE,
 }
 THRESHOLDS = {
     "none": None,
@@ -50,8 +62,6 @@ CONDITIONINGS = {
     "next_higher": lambda coarser: tuple(coarser[-1:]),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-ENCODERS = {"efficientnet_lite0": efficientnet.load}
-PUBLISHED = ("mocov3_vitb16", "sd_vae")  # frozen networks of the papers, which come with the published weights
 
 
 def plain(config):
@@ -117,6 +127,7 @@ def build_level(config, i: int) -> hierarchy.Level:
             f"config.{key}.guidance is {options.guidance} but nothing conditions {options.name}: set it to 0"
         )
     check_shape(key, options)
+    net_inputs = inputs(config, options, key)
     patches = tuple((name, coarser[name].backbone.patch_size) for name in seen)
     return hierarchy.Level(
         name=options.name,
@@ -132,6 +143,7 @@ def build_level(config, i: int) -> hierarchy.Level:
         guidance=float(options.guidance),
         noise_gamma=float(config.hierarchy.noise_gamma),
         threshold=choose(f"{key}.threshold", options.threshold, THRESHOLDS),
+        inputs=net_inputs,
         loss_weight=float(options.loss_weight),
     )
 
@@ -139,15 +151,29 @@ def build_level(config, i: int) -> hierarchy.Level:
 def check_shape(key: str, options) -> None:
     """(h, w, c), positive, divisible by the patch size."""
     shape, patch = tuple(options.shape), options.backbone.patch_size
+    rows, columns = patch if isinstance(patch, tuple) else (patch, patch)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"config.{key}.shape: found {shape}, expected (height, width, channels)")
-    if patch < 1:
+    if min(rows, columns) < 1:
         raise ValueError(f"config.{key}.backbone.patch_size: found {patch}, expected at least 1")
-    if shape[0] % patch or shape[1] % patch:
+    if shape[0] % rows or shape[1] % columns:
         raise ValueError(
             f"config.{key}: the shape {shape} of {options.name} does not divide into patches of "
             f"backbone.patch_size {patch}; change one of them"
         )
+
+
+def inputs(config, options, key: str) -> tuple[str, ...]:
+    """What of the records the level's network is told besides the label: of the augmentation, where there is one."""
+    if not config.data.augment_prob:
+        return ()
+    kind = choose(f"{key}.backbone.name", options.backbone.name, BACKBONES)
+    if "augment" not in kind.inputs:
+        raise ValueError(
+            f"config.data.augment_prob is {config.data.augment_prob} but {key}.backbone {options.backbone.name!r} "
+            "cannot be told of the augmentation, so its samples would show it; set it to 0 (data.flip mirrors)"
+        )
+    return ("augment",)
 
 
 def backbone(config, options, conditions, num_classes: int, key: str):
@@ -166,6 +192,10 @@ def backbone(config, options, conditions, num_classes: int, key: str):
 def build_process(options, key: str) -> process.Process:
     given = dict(options)
     schedule = choose(f"{key}.schedule", given.pop("schedule"), SCHEDULES)()
+    if given.get("density"):
+        density = dict(given["density"])
+        kind = choose(f"{key}.density.name", density.pop("name"), DENSITIES)
+        given["density"] = construct(f"{key}.density", kind, density, {})
     return construct(key, process.Process, given, dict(schedules=(schedule,)))
 
 
@@ -222,146 +252,42 @@ def optimizer(config) -> opt.OptimizerConfig:
             f"config.train.steps is {steps}: cosine decay needs more than config.optimizer.warmup_steps, "
             f"{options.warmup_steps}; change one of them"
         )
+    given = dict(options)
+    given["groups"] = tuple(
+        construct(f"optimizer.groups[{i}]", opt.Group, dict(group), {}) for i, group in enumerate(options.groups)
+    )
     total = steps if options.decay == "cosine" else None
-    return construct("optimizer", opt.OptimizerConfig, dict(options), dict(total_steps=total))
+    return construct("optimizer", opt.OptimizerConfig, given, dict(total_steps=total))
+
+
+class Phase(NamedTuple):
+    """Steps start ... end - 1 with one batch size, after `rows` rows of earlier phases."""
+
+    start: int
+    end: int
+    batch_size: int
+    rows: int
+
+
+def phases(config) -> list[Phase]:
+    """The run's batch sizes, config.train.batch_size and batch_growth, in order."""
+    train = config.train
+    changes = [(0, train.batch_size), *((int(step), int(size)) for step, size in train.batch_growth)]
+    result, rows = [], 0
+    for (start, size), (end, _) in itertools.pairwise([*changes, (max(train.steps, changes[-1][0] + 1), 0)]):
+        if end <= start:
+            raise ValueError(f"config.train.batch_growth {tuple(train.batch_growth)}: its steps must rise from 1 on")
+        result.append(Phase(start, end, size, rows))
+        rows += (end - start) * size
+    return result
 
 
 def check_batch(config, devices: int) -> None:
-    """The batch must divide by the accumulation groups and each group by the devices."""
-    batch, groups = config.train.batch_size, config.train.accumulate
-    if groups < 1 or batch < 1 or batch % (groups * devices):
-        raise ValueError(
-            f"config.train.batch_size {batch} does not divide by {devices} devices x config.train.accumulate {groups}; "
-            f"use a multiple of {max(groups, 1) * devices}"
-        )
-
-
-# --- data ----------------------------------------------------------------------------------------------------------
-
-
-def digits(data):
-    return sources.Digits()
-
-
-def idx(data):
-    return sources.Idx(data.path, data.split, num_classes=data.num_classes)
-
-
-def image_folder(data):
-    return image_files.ImageFolder(data.path, max_bad_images=data.max_bad_images, channels=data.channels or 3)
-
-
-def tfds(data):
-    return image_files.Tfds(data.path, data.split, channels=data.channels or 3)
-
-
-SOURCES = {"digits": digits, "idx": idx, "image_folder": image_folder, "tfds": tfds}
-
-
-def images(config):
-    """The source of images that config.data describes, cropped and resized as it says."""
-    data = config.data
-    source = choose("data.source", data.source, SOURCES)(data)
-    if source.num_classes != data.num_classes:
-        raise ValueError(
-            f"config.data.num_classes is {data.num_classes} but {source.describe()}; set it to {source.num_classes}"
-        )
-    if data.image_size:
-        channels = data.channels or source.image_shape[2]
-        source = transforms.Transformed(source, data.image_size, crop="center", channels=channels)
-    elif data.channels not in (0, source.image_shape[2]):
-        raise ValueError(
-            f"config.data.channels is {data.channels} but {source.describe()}; set data.image_size as well to convert "
-            "the images, or data.channels to 0"
-        )
-    return source
-
-
-def encoder(config):
-    """The frozen encoder of config.encoder."""
-    options = config.encoder
-    for part in (options.name, config.codec.name):
-        if part in PUBLISHED:
+    """Every batch must divide by the accumulation groups and each group by the devices."""
+    groups = config.train.accumulate
+    for batch in (phase.batch_size for phase in phases(config)):
+        if groups < 1 or batch < 1 or batch % (groups * devices):
             raise ValueError(
-                f"config: {part!r} comes with the published weights, not part of this version; --mode=summary and "
-                "training on synthetic latents (configs/imagenet_L3.py:synthetic) work, efficientnet_lite0 encodes"
+                f"config.train.batch_size {batch} does not divide by {devices} devices x config.train.accumulate "
+                f"{groups}; use a multiple of {max(groups, 1) * devices}"
             )
-    load = choose("encoder.name", options.name, ENCODERS)
-    return load(
-        options.weights, input_size=options.input_size, map=options.map, vector="pool", features=tuple(options.features)
-    )
-
-
-def score_encoder(config):
-    """The extractor of FD-EffLite0: the package's own weights, at config.evaluate.input_size."""
-    return efficientnet.load("", input_size=config.evaluate.input_size, map="head", vector="pool", features=())
-
-
-def latents_dir(config, workdir: str) -> str:
-    return os.path.expanduser(config.latents_dir) or os.path.join(workdir, "latents")
-
-
-def wanted(config) -> tuple[latents_.LevelSource, ...]:
-    """Where every level's variable comes from."""
-    return tuple(latents_.LevelSource(level.name, level.source, tuple(level.shape)) for level in config.levels)
-
-
-class SyntheticVariables:
-    """The place of Latents where the data are random latents: the records are the variables."""
-
-    def __init__(self, names):
-        self.names = names
-
-    def variables(self, raw, key):
-        del key
-        return {name: raw[name] for name in self.names}
-
-    def decode(self, z):
-        raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
-
-
-def latents(config, workdir: str):
-    """(records, Latents): encodes the data first where that has not been done."""
-    if config.data.source == "synthetic":
-        shapes = tuple((level.name, tuple(level.shape)) for level in config.levels)
-        source = sources.SyntheticLatents(shapes, config.data.num_examples, config.data.num_classes, config.seed)
-        return source, SyntheticVariables([name for name, _ in shapes])
-    directory = encode_images(config, workdir)
-    result = latents_.read(directory, wanted(config))
-    report = result.report({level.name: float(level.sigma) for level in config.levels[:-1]})
-    logging.info("levels, coarse to fine:\n%s", latents_.format_report(report))
-    if jax.process_index() == 0:
-        atomic_write(os.path.join(workdir, "levels.json"), json.dumps(report, indent=2) + "\n")
-    return records.LatentRecords(directory, ("label", *result.fields)), result
-
-
-def encode_images(config, workdir: str) -> str:
-    """Encodes config.data into the latents' directory, unless it is there; returns the directory."""
-    directory = latents_dir(config, workdir)
-    frozen = encoder(config)  # before the data: one that is not available is said before anyone fetches a data set
-    encode.encode(
-        images(config),
-        frozen,
-        construct("encoder", encoding.EncoderConfig, dict(config.encoder), dict(vector="pool")),
-        construct("codec", encoding.CodecConfig, dict(config.codec), {}),
-        directory,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return directory
-
-
-def split(config, source):
-    """(records to train on, this process's rows of the held-out batch or None)."""
-    held_out = config.data.holdout
-    if not held_out:
-        return source, None
-    if held_out >= len(source) or held_out % jax.process_count():
-        raise ValueError(
-            f"config.data.holdout {held_out} of {len(source)} records: keep it below that and a multiple of the "
-            f"{jax.process_count()} process(es)"
-        )
-    training = sources.Part(source, 0, len(source) - held_out)
-    rows = held_out // jax.process_count()
-    first = len(source) - held_out + rows * jax.process_index()
-    return training, loader.collate([source[i] for i in range(first, first + rows)])

@@ -20,10 +20,10 @@ DenoiseFn = Callable[..., object]
 
 
 def denoiser(apply_fn, process: Process) -> DenoiseFn:
-    """The DenoiseFn of a network: apply_fn(x_t, c_noise [B], cond) -> raw output, a tree like x_t."""
+    """The DenoiseFn of a network: apply_fn(input like x_t, c_noise [B], cond) -> raw output, a tree like x_t."""
 
     def denoise(x_t, t, cond):
-        return process.to_x0(apply_fn(x_t, process.c_noise(t), cond), x_t, t)
+        return process.to_x0(apply_fn(process.network_input(x_t, t), process.c_noise(t), cond), x_t, t)
 
     return denoise
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from nested import build, sample
+from nested import build_data, sample
 from nested.evaluation import frechet, scores
 from nested.files import atomic_write
 
@@ -55,7 +55,8 @@ def features(encoder, batches, size: int) -> np.ndarray:
 def reference_features(config, source, encoder, cache_dir: str) -> np.ndarray:
     """Features of config.evaluate.num_reference images, evenly spaced through the data; computed once, then kept."""
     number = min(config.evaluate.num_reference, len(source))
-    name = f"reference-{EXTRACTOR}-{encoder.fingerprint[:8]}-{encoder.input_size}px-{number}.npy"
+    made_from = f"{encoder.fingerprint[:8]}-{source.fingerprint[:8]}"
+    name = f"reference-{EXTRACTOR}-{made_from}-{encoder.input_size}px-{number}.npy"
     path = os.path.join(cache_dir, name)
     if os.path.exists(path):
         return np.load(path, allow_pickle=False)
@@ -88,7 +89,7 @@ def score(gen: sample.Generator, ema, source, cache_dir: str, step: int) -> list
             f"config.evaluate: num_samples {config.evaluate.num_samples}, num_reference "
             f"{config.evaluate.num_reference}; a distance needs 2 or more of each"
         )
-    encoder = build.score_encoder(config)
+    encoder = build_data.score_encoder(config)
     reference = reference_features(config, source, encoder, cache_dir)
     guidance = tuple(level.guidance for level in gen.levels)
     variants = [guidance] + ([(0.0,) * len(guidance)] if config.evaluate.unguided and any(guidance) else [])
@@ -118,9 +119,9 @@ def evaluate(config, workdir: str) -> None:
     """The mode `evaluate`: scores the newest checkpoint, prints the scores and writes scores.json."""
     if not config.evaluate.num_samples:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
-    source, _ = build.latents(config, workdir)
+    source, _ = build_data.latents(config, workdir)
     gen, ema, step = sample.restored(config, workdir)
-    results = score(gen, ema, source, build.latents_dir(config, workdir), step)
+    results = score(gen, ema, source, build_data.latents_dir(config, workdir), step)
     path = write_scores(workdir, results)
     for result in results:
         print(result)

@@ -8,13 +8,15 @@ A level's networks are its own: levels can be trained together or one at a time,
 With probability `cond_drop` a training row loses its conditions: coarser variables become the backbone's learnable
 empty token, the label becomes the null class. The same null conditions are what guidance subtracts.
 
-All functions map over the leaves of a level's variable, one array [B, h, w, c] or a tuple of them.
+All functions map over the leaves of a level's variable, one array [B, h, w, c] or a tuple of them. `given` is a dict of
+what comes with a sample and is no level's variable, [B, ...] each: 'label', and what Level.inputs names.
 Row i of a batch draws its times, noises and drops from its own key, so nothing depends on how rows are split over
 devices, hosts or accumulation steps.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +46,7 @@ class Level:
     noise_gamma: in sampling a condition is shown as z + (t/T)^(gamma/2) sigma n, n fixed per sample, so its variance is
         (t/T)^gamma sigma^2 (CVPR Sec. 4.2); infinity shows it clean.
     threshold: None, or a transform DenoiseFn -> DenoiseFn that limits x0 in sampling.
+    inputs: names of what else of `given` (see below) this level sees where it is there, such as 'augment'.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Level:
     guidance: float = 0.0
     noise_gamma: float = math.inf
     threshold: Callable | None = None
+    inputs: tuple[str, ...] = ()
     leaf_weights: tuple[float, ...] = (1.0,)
     loss_weight: float = 1.0
 
@@ -94,6 +98,23 @@ def normal(keys: jax.Array, shape: Tree, dtype=jnp.float32) -> Tree:
     )
 
 
+def given(levels: Sequence[Level], raw: Mapping[str, jax.Array]) -> Cond:
+    """What is given with the records of a batch: their labels, and what the levels' `inputs` name of their fields."""
+    names = {"label"}.union(*(level.inputs for level in levels))
+    return {name: raw[name] for name in sorted(names) if name in raw}
+
+
+def is_buffer(levels: Sequence[Level]) -> Callable[[str], bool]:
+    """Whether the parameter with a path 'level/module/.../leaf' is a constant of its backbone (Backbone.buffers)."""
+    patterns = {level.name: level.backbone.buffers for level in levels}
+
+    def predicate(path: str) -> bool:
+        name, _, rest = path.partition("/")
+        return any(re.search(pattern, rest) for pattern in patterns.get(name, ()))
+
+    return predicate
+
+
 def null_cond(level: Level, cond: Cond) -> Cond:
     """The conditions of `level` with all of them absent (what 10 % of training rows and guidance see)."""
     null = dict(cond)
@@ -104,20 +125,20 @@ def null_cond(level: Level, cond: Cond) -> Cond:
     return null
 
 
-def conditions(level: Level, variables: Mapping[str, Tree], labels: jax.Array | None) -> Cond:
-    """The conditions of `level`, all present, from the coarser levels' variables and the labels [B]."""
-    cond = {}
+def conditions(level: Level, variables: Mapping[str, Tree], given: Cond) -> Cond:
+    """The conditions of `level`, all present, from the coarser levels' variables and what is given."""
+    cond = {name: given[name] for name in level.inputs if name in given}
     for name in level.conditions:
         cond[name] = variables[name]
         cond[f"keep_{name}"] = jnp.ones(jax.tree.leaves(variables[name])[0].shape[0], bool)
     if level.num_classes:
-        cond["label"] = labels
+        cond["label"] = given["label"]
     return cond
 
 
-def train_conditions(level: Level, variables: Mapping[str, Tree], labels: jax.Array | None, keys: jax.Array) -> Cond:
+def train_conditions(level: Level, variables: Mapping[str, Tree], given: Cond, keys: jax.Array) -> Cond:
     """As `conditions`, noised by each coarser level's sigma and dropped with probability cond_drop."""
-    cond = conditions(level, variables, labels)
+    cond = conditions(level, variables, given)
     for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
         shape = jax.tree.map(lambda z: z.shape[1:], variables[name])
         noise = normal(fold(keys, i), shape)
@@ -145,7 +166,7 @@ def init(levels: Sequence[Level], key: jax.Array) -> dict[str, Tree]:
     params = {}
     for i, level in enumerate(levels):
         zeros = {n: map_shape(lambda s: jnp.zeros((1, *s)), shape) for n, shape in shapes.items()}
-        cond = conditions(level, zeros, jnp.zeros(1, jnp.int32))
+        cond = conditions(level, zeros, {"label": jnp.zeros(1, jnp.int32)})
         variables = level.backbone.init(jax.random.fold_in(key, i), zeros[level.name], jnp.zeros(1), cond, train=False)
         params[level.name] = variables["params"]
     return params
@@ -160,7 +181,7 @@ def losses(
     levels: Sequence[Level],
     params: Mapping[str, Tree],
     variables: Mapping[str, Tree],
-    labels: jax.Array | None,
+    given: Cond,
     times: Mapping[str, jax.Array],
     keys: jax.Array,
     *,
@@ -169,8 +190,8 @@ def losses(
 ) -> dict[str, jax.Array]:
     """Per-row loss [B] of every level (or of those named in `only`), each times its loss_weight.
 
-    variables: {level name: clean variable}; keys: [B] typed keys. train=False (validation) keeps every condition and
-    its noise, and drops none.
+    variables: {level name: clean variable}; keys: [B] typed keys, of the noise, the drops and dropout. train=False
+    (validation) keeps every condition and its noise, and drops none.
     """
     result = {}
     for i, level in enumerate(levels):
@@ -181,11 +202,15 @@ def losses(
             level = dataclasses.replace(level, cond_drop=0.0)
         x0, t = variables[level.name], times[level.name]
         noise = normal(fold(level_keys, 1), level.shape)
-        cond = train_conditions(level, variables, labels, fold(level_keys, 2))
-        x_t = level.process.corrupt(x0, noise, t)
-        raw = apply(level, params[level.name], train=train)(x_t, level.process.c_noise(t), cond)
+        cond = train_conditions(level, variables, given, fold(level_keys, 2))
+        if train and level.backbone.has_dropout:
+            cond["dropout"] = fold(level_keys, 3)
+        process = level.process
+        x_t = process.corrupt(x0, noise, t)
+        network = apply(level, params[level.name], train=train)
+        raw = network(process.network_input(x_t, t), process.c_noise(t), cond)
         weights = level.leaf_weights
-        result[level.name] = level.loss_weight * level.process.loss(raw, x0, noise, x_t, t, leaf_weights=weights)
+        result[level.name] = level.loss_weight * process.loss(raw, x0, noise, x_t, t, leaf_weights=weights)
     return result
 
 
@@ -214,25 +239,26 @@ def sample_level(level: Level, params: Tree, cond: Cond, keys: jax.Array) -> Tre
     if level.threshold is not None:
         denoise = level.threshold(denoise)
     denoise = noised_conditions(level, denoise, fold(keys, 2))
-    return level.sampler(fold(keys, 1), denoise, level.process, normal(fold(keys, 0), level.shape), cond)
+    x_T = level.process.prior(normal(fold(keys, 0), level.shape), level.sampler.start(level.process))
+    return level.sampler(fold(keys, 1), denoise, level.process, x_T, cond)
 
 
 def sample(
     levels: Sequence[Level],
     params: Mapping[str, Tree],
     keys: Mapping[str, jax.Array],
-    labels: jax.Array | None = None,
+    given: Cond | None = None,
     fixed: Mapping[str, Tree] | None = None,
 ) -> dict[str, Tree]:
     """Samples every level coarse to fine: {level name: variable [B, ...]}.
 
-    keys: {level name: [B]}. A level of sample i depends on i's keys of this and the coarser levels (and its label)
-    only, so samples that share the keys of the coarser levels share those levels: the paper's Figure 1 (fix the coarser
-    levels, resample the finer ones). `fixed` gives variables that are taken as they are.
+    keys: {level name: [B]}. A level of sample i depends on i's keys of this and the coarser levels, and on what is
+    given with it, only, so samples that share the keys of the coarser levels share those levels: the paper's Figure 1
+    (fix the coarser levels, resample the finer ones). `fixed` gives variables that are taken as they are.
     """
     variables = dict(fixed or {})
     for i, level in enumerate(levels):
         if level.name not in variables:
-            cond = conditions(level, variables, labels)
+            cond = conditions(level, variables, given or {})
             variables[level.name] = sample_level(level, params[level.name], cond, fold(keys[level.name], i))
     return variables

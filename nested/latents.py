@@ -86,6 +86,14 @@ def format_report(rows):
     return "\n".join(lines)
 
 
+def of_images(levels, image_shape):
+    """Latents of levels whose variables are the images themselves, [H, W, C] as image_shape: nothing is encoded."""
+    for level in levels:
+        _must_equal(level, image_shape, "the images")
+    pixels = compress.Pixels()
+    return Latents(tuple(levels), (pixels,) * len(levels), (1.0,) * len(levels), "images")
+
+
 def read(directory, levels):
     """Latents from a finished latents directory (latents.json, statistics.npz).
 

@@ -1,8 +1,8 @@
 """AdamW, warm-up, clipping and the exponential moving average (EMA) of parameters.
 
-AdamW (Loshchilov and Hutter 2019) with the semantics of torch.optim.AdamW, as U-ViT trains (its utils.py): one group,
-so weight decay acts on every parameter, biases, norms and position embeddings included; it is scaled by the learning
-rate:
+AdamW (Loshchilov and Hutter 2019) with the semantics of torch.optim.AdamW, as U-ViT trains (its utils.py); without
+groups, weight decay acts on every parameter, biases, norms and position embeddings included; it is scaled by the
+learning rate:
 
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     p <- p - lr (m / (1 - b1^k) / (sqrt(v / (1 - b2^k)) + eps) + weight_decay p)        k = 1, 2, ... updates
@@ -12,7 +12,11 @@ Learning rate of the update that takes the state from step s to s + 1 (s = 0, 1,
     lr(s) = learning_rate * min(s / warmup_steps, 1) * f(s)      so the first update has lr = 0, as in U-ViT
     f = 1 ('constant'), or (1 + cos(pi u)) / 2 with u = (s - warmup_steps) / (total_steps - warmup_steps) in [0, 1]
 
-EMA: ema <- d ema + (1 - d) p after every update, from step 0, where ema is a copy of the initial parameters.
+Groups multiply lr and weight_decay by rule on the parameters' paths, 'level/module/.../leaf'. Buffers (constants that a
+model saves with its parameters, Backbone.buffers) are never updated.
+
+EMA: ema <- d ema + (1 - d) p after every update, from step 0, where ema is a copy of the initial parameters;
+    d = ema_decay, or with ema_power k > 0 (k-diffusion, utils.py:89-152) min(ema_decay, 1 - (1 + s)^-k).
 
 Parameters are {level name: parameters of that level}. Levels are separate networks, so gradients are clipped by the
 norm over one level, not over all: levels trained together are then the same as levels trained alone (Nested Diffusion
@@ -21,6 +25,7 @@ trains them alone, in parallel).
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +35,31 @@ DECAYS = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters whose path `pattern` is found in (re.search). The factors multiply the run's learning_rate and
+    weight_decay; of several groups that match, the first counts."""
+
+    pattern: str
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"optimizer.groups: pattern {self.pattern!r} is no regular expression: {error}") from error
+        if min(self.learning_rate, self.weight_decay) < 0:
+            raise ValueError(
+                f"optimizer.groups: {self.pattern!r} has learning_rate {self.learning_rate}, weight_decay "
+                f"{self.weight_decay}; factors are at least 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """learning_rate: peak. warmup_steps: 0 for none. total_steps: where 'cosine' reaches 0 ('constant' wants None).
 
-    clip_norm: largest gradient norm per level, 0 for no clipping. ema_decay: d above, in [0, 1).
+    clip_norm: largest gradient norm per level, 0 for no clipping. ema_decay in [0, 1), ema_power >= 0: of d above.
     """
 
     learning_rate: float
@@ -46,6 +72,8 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     ema_decay: float
+    ema_power: float = 0.0
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self):
         if self.decay not in DECAYS:
@@ -59,7 +87,7 @@ class OptimizerConfig:
                 f"optimizer.total_steps: found {self.total_steps}, "
                 f"decay='cosine' needs more than warmup_steps={self.warmup_steps}"
             )
-        for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm"):
+        for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "ema_power"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name}: found {getattr(self, name)}, expected at least 0")
         for name in ("b1", "b2", "ema_decay"):
@@ -79,15 +107,52 @@ def learning_rate(config, step):
     return rate
 
 
-def make_optimizer(config):
-    """optax.GradientTransformation for parameters {level: tree}: clip each level, AdamW, the learning rate above.
+def path_name(path) -> str:
+    """'x/mapping/blocks_0/norm/gain' for a jax key path."""
+    return "/".join(entry.key for entry in path)
 
-    A later rule of parameter groups (learning rate or decay by path) belongs between clipping and the learning rate.
+
+def factors(config, is_buffer, path) -> tuple[float, float]:
+    """(learning rate, weight decay) factors of the parameter at a jax key path."""
+    name = path_name(path)
+    if is_buffer(name):
+        return 0.0, 0.0
+    for group in config.groups:
+        if re.search(group.pattern, name):
+            return group.learning_rate, group.weight_decay
+    return 1.0, 1.0
+
+
+def check_groups(config, params) -> None:
+    """Raises ValueError where a group's pattern is found in no path of `params`."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    for group in config.groups:
+        if not any(re.search(group.pattern, name) for name in names):
+            raise ValueError(
+                f"optimizer.groups: pattern {group.pattern!r} matches no parameter; there are {names[0]}, {names[-1]} "
+                f"and {len(names) - 2} between them"
+            )
+
+
+def make_optimizer(config, is_buffer=lambda path: False):
+    """optax.GradientTransformation for parameters {level: tree}: clip each level, AdamW by groups, the learning rate.
+
+    is_buffer: whether the parameter with this path is a constant (hierarchy.is_buffer).
     """
+
+    def decay(updates, params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, u, p: u + config.weight_decay * factors(config, is_buffer, path)[1] * p, updates, params
+        )
+
+    def rate(updates, params):
+        return jax.tree_util.tree_map_with_path(lambda path, u: factors(config, is_buffer, path)[0] * u, updates)
+
     steps = [
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay),
+        optax.stateless(decay),
         optax.scale_by_learning_rate(lambda step: learning_rate(config, step)),
+        optax.stateless(rate),
     ]
     if config.clip_norm:
         steps.insert(0, clip_per_level(config.clip_norm))
@@ -109,6 +174,19 @@ def clip_per_level(max_norm):
     return optax.stateless(lambda updates, params: {level: clip(tree) for level, tree in updates.items()})
 
 
-def ema_update(ema, params, decay):
-    """decay * ema + (1 - decay) * params, leaf by leaf, in the EMA's own dtype (float32 or better)."""
-    return jax.tree.map(lambda e, p: e * decay + p.astype(e.dtype) * (1 - decay), ema, params)
+def ema_decay(config, step):
+    """d of the module docstring at the update that takes the state from `step` to step + 1, [] float."""
+    step = jnp.asarray(step, jnp.result_type(float))
+    if not config.ema_power:
+        return jnp.full_like(step, config.ema_decay)
+    return jnp.minimum(config.ema_decay, 1 - (1 + step) ** -config.ema_power)
+
+
+def ema_update(ema, params, decay, is_buffer=lambda path: False):
+    """decay * ema + (1 - decay) * params, leaf by leaf, in the EMA's own dtype (float32 or better); buffers copied."""
+
+    def leaf(path, e, p):
+        p = p.astype(e.dtype)
+        return p if is_buffer(path_name(path)) else e * decay + p * (1 - decay)
+
+    return jax.tree_util.tree_map_with_path(leaf, ema, params)

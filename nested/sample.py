@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from nested import build, hierarchy, partition, pictures
+from nested import build, build_data, hierarchy, partition, pictures
 from nested.checkpoint import latest_step, restore_subtree
 from nested.writers import Progress, read_metrics
 
@@ -108,7 +108,7 @@ def generator(config, levels: Sequence[hierarchy.Level], latents, mesh) -> Gener
     def draw(params, indices, labels):
         indices, labels = jax.lax.with_sharding_constraint((indices, labels), partition.batch_sharding(mesh))
         keys = {name: sample_keys(config.seed, of_level) for name, of_level in indices.items()}
-        return latents.decode(hierarchy.sample(levels, params, keys, labels)[levels[-1].name])
+        return latents.decode(hierarchy.sample(levels, params, keys, {"label": labels})[levels[-1].name])
 
     draw = jax.jit(draw, out_shardings=partition.replicated(mesh))
     return Generator(config, tuple(levels), latents, mesh, draw)
@@ -120,7 +120,7 @@ def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
     if step is None:
         folder = os.path.join(workdir, "checkpoints")
         raise FileNotFoundError(f"{folder}: no checkpoint found; give the --workdir of a run that has saved")
-    _, latents = build.latents(config, workdir)
+    _, latents = build_data.latents(config, workdir)
     levels = build.levels(config)
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))

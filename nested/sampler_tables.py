@@ -1,9 +1,13 @@
 """The one loop behind every sampler: a table of numbers, one row per network evaluation, run by one lax.scan.
 
-Every sampler of nested/samplers.py is linear in its state, the network's outputs and fresh noise. Row k of a table says
+Every sampler is linear in its state, the network's outputs and fresh noise. A table first takes x_T to
+
+    x = x_base <- scale x_T + noise n_K    (its `opening`, absent from most: noise before the first evaluation)
+
+and then row k of its K rows says
 
     m    = output_0 x + output_1 denoise(x, t)                 (the evaluation, as x0 or as eps)
-    x   <- base x_base + sum_j history_j m_{-j} + noise n_k    (m_{-0} the newest evaluation)
+    x   <- base x_base + sum_j history_j m_{-j} + noise n_k + last_noise n_{k-1}     (m_{-0} the newest evaluation)
     x_base <- x  where the row commits                         (the end of a step; its inner evaluations do not)
 
 Tables are built on the host in float64, one for each leaf of the variable from the leaf's own schedule, all on the time
@@ -18,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 CLEAN = None  # the time of the data itself: alpha = 1, sigma = 0, whatever the schedule says near t = 0
+X0 = (0.0, 1.0)  # the output m = x0
 
 
 class Row(NamedTuple):
-    """One network evaluation and the state it leads to; a table is a Row of arrays [rows, ...]."""
+    """One network evaluation and the state it leads to."""
 
     t: float
     output: tuple[float, float]  # m = output[0] x + output[1] x0
@@ -29,6 +34,14 @@ class Row(NamedTuple):
     history: tuple[float, ...]  # coefficients of m, newest first
     noise: float
     commit: bool
+    last_noise: float = 0.0  # coefficient of the previous row's noise
+
+
+class Table(NamedTuple):
+    """What a leaf's sampling is made of."""
+
+    rows: Row  # of arrays [K, ...]; last_noise is None where no row has any
+    opening: tuple[float, float] | None = None  # (scale, noise); None for x = x_T
 
 
 class Sampler(abc.ABC):
@@ -42,47 +55,57 @@ class Sampler(abc.ABC):
     def rows(self, schedule, plan) -> list[Row]:
         """The table's rows for one leaf's schedule."""
 
+    def start(self, process) -> float:
+        """The time whose marginal x_T must have."""
+        return 1.0
+
+    def opening(self, schedule, plan, start) -> tuple[float, float] | None:
+        """(scale, noise) from x_T, at `start`, to the state of the first evaluation; None where that is x_T."""
+        return None
+
     def nfe(self, process) -> int:
         """Number of network evaluations of one call."""
         return sum(len(times) - 1 for times in self.plan(process.schedules[0]))
 
-    def tables(self, process, variable) -> tuple[Row, ...]:
+    def tables(self, process, variable) -> tuple[Table, ...]:
         """One table per leaf, numpy float64. Raises ValueError where the schedule makes a coefficient infinite."""
-        with np.errstate(divide="ignore", invalid="ignore"):  # _table reports what is not finite, in one line
-            plan = self.plan(process.schedules[0])
-            return tuple(_table(self.rows(schedule, plan), self) for schedule in process.leaf_schedules(variable))
+        with np.errstate(divide="ignore", invalid="ignore"):  # _stack reports what is not finite, in one line
+            plan, start = self.plan(process.schedules[0]), self.start(process)
+            return tuple(
+                Table(_stack(self.rows(schedule, plan), self), self.opening(schedule, plan, start))
+                for schedule in process.leaf_schedules(variable)
+            )
 
     def __call__(self, keys, denoise, process, x_T, cond):
-        """keys: [B] typed keys, one per sample; denoise: a DenoiseFn; x_T: tree of [B, ...], the state at t = 1.
+        """keys: [B] typed keys, one per sample; denoise: a DenoiseFn; x_T: tree of [B, ...], the state at start().
 
         Returns a tree like x_T in float32 or better. Sample i depends on row i of keys, x_T and cond only.
         """
         tables = self.tables(process, x_T)
-        random = any(table.noise.any() for table in tables)
+        random = any(table.rows.noise.any() or table.opening for table in tables)
         return run(tables, keys if random else None, denoise, x_T, cond)
 
 
-def run(tables, keys, denoise, x_T, cond):
-    """Run one table per leaf from x_T with a single lax.scan. keys: [B], or None for tables without noise."""
+def run(tables, keys, denoise, x_T, cond, draw=None):
+    """Run one table per leaf from x_T with a single lax.scan. keys: [B], or None for tables without noise.
+
+    draw(k, j, leaf): the noise n_k of leaf j, like `leaf`; None draws it from keys, as above.
+    """
     leaves, structure = jax.tree.flatten(x_T)
     leaves = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
-    tables = tuple(
-        jax.tree.map(lambda column, dtype=leaf.dtype: jnp.asarray(column, dtype), table)._replace(commit=table.commit)
-        for table, leaf in zip(tables, leaves, strict=True)
-    )
-
-    def draw(k, index, leaf):
-        def normal(key):
-            return jax.random.normal(jax.random.fold_in(key, k * len(leaves) + index), leaf.shape[1:], leaf.dtype)
-
-        return jax.vmap(normal)(keys)
+    tables = [_cast(table, leaf.dtype) for table, leaf in zip(tables, leaves, strict=True)]
+    count, depth = tables[0].rows.history.shape
+    if draw is None and keys is not None:
+        draw = _drawn_from(keys, len(leaves))
 
     def advance(k, index, row, state, x0):
         x, base, past = state
         outputs = (row.output[0] * x + row.output[1] * x0.astype(x.dtype), *past)
         x = row.base * base + sum(row.history[j] * m for j, m in enumerate(outputs))
-        if keys is not None:
+        if draw is not None:
             x = x + row.noise * draw(k, index, x)
+            if row.last_noise is not None:
+                x = x + row.last_noise * draw(k - 1, index, x)
         return x, jnp.where(row.commit, x, base), outputs[: len(past)]
 
     def evaluate(states, scanned):
@@ -91,16 +114,59 @@ def run(tables, keys, denoise, x_T, cond):
         x0 = jax.tree.leaves(denoise(jax.tree.unflatten(structure, [x for x, _, _ in states]), t, cond))
         return [advance(k, i, *of_leaf) for i, of_leaf in enumerate(zip(rows, states, x0, strict=True))], None
 
-    rows, depth = tables[0].history.shape
-    start = [(leaf, leaf, (jnp.zeros_like(leaf),) * (depth - 1)) for leaf in leaves]
-    states, _ = jax.lax.scan(evaluate, start, (jnp.arange(rows), tables))
+    states = []
+    for index, (table, x) in enumerate(zip(tables, leaves, strict=True)):
+        if table.opening is not None:
+            x = table.opening[0] * x + table.opening[1] * draw(count, index, x)
+        states.append((x, x, (jnp.zeros_like(x),) * (depth - 1)))
+    states, _ = jax.lax.scan(evaluate, states, (jnp.arange(count), [table.rows for table in tables]))
     return jax.tree.unflatten(structure, [x for x, _, _ in states])
 
 
-def _table(rows, sampler):
+def marginal(schedule, t):
+    """(alpha, sigma) at t, which may be CLEAN."""
+    return (1.0, 0.0) if t is CLEAN else schedule(t)
+
+
+def backward_differences(log_snr):
+    """Estimates D1 of h m' and D2 of h^2 m'' / 2 by the 1, 2 or 3 newest outputs m, as vectors over them, newest first.
+
+    log_snr: of those outputs, oldest first, and of the end of the step, which is h away from the newest output.
+    """
+    steps = np.diff(log_snr)[::-1]
+    gaps, units = steps[1:] / steps[0], np.eye(len(steps))
+    slopes = [(units[i] - units[i + 1]) / gap for i, gap in enumerate(gaps)]
+    first, second = slopes[0] if slopes else np.zeros(1), np.zeros(len(units))
+    if len(slopes) == 2:
+        second = (slopes[0] - slopes[1]) / sum(gaps)
+        first = slopes[0] + gaps[0] * second
+    return first, second
+
+
+def _drawn_from(keys, leaves):
+    """draw(k, j, leaf) of normal noise, row i from keys[i]."""
+
+    def draw(k, index, leaf):
+        def normal(key):
+            return jax.random.normal(jax.random.fold_in(key, k * leaves + index), leaf.shape[1:], leaf.dtype)
+
+        return jax.vmap(normal)(keys)
+
+    return draw
+
+
+def _cast(table, dtype):
+    """The table's numbers in a leaf's dtype."""
+    cast = jax.tree.map(lambda column: jnp.asarray(column, dtype), table)
+    return cast._replace(rows=cast.rows._replace(commit=table.rows.commit))
+
+
+def _stack(rows, sampler):
     depth = max(len(row.history) for row in rows)
     padded = [row._replace(history=row.history + (0.0,) * (depth - len(row.history))) for row in rows]
-    table = Row(*(np.asarray(column) for column in zip(*padded, strict=True)))
-    if not all(np.isfinite(column).all() for column in table):
-        raise ValueError(f"{sampler}: infinite coefficients, alpha or sigma is 0 at t = 1 or t_end: raise t_end")
-    return table
+    stacked = Row(*(np.asarray(column) for column in zip(*padded, strict=True)))
+    if not all(np.isfinite(column).all() for column in stacked):
+        raise ValueError(
+            f"{sampler}: infinite coefficients, alpha or sigma is 0 at one of the times: raise t_end (or sigma_min)"
+        )
+    return stacked if stacked.last_noise.any() else stacked._replace(last_noise=None)

@@ -1,10 +1,9 @@
 """Samplers: sampler(keys, denoise, process, x_T, cond) -> x0. Each is a frozen dataclass that writes its method's
-coefficients into a table (nested/sampler_tables.py, which also holds the loop that runs it).
+coefficients into a table (nested/sampler_tables.py, which also holds the loop that runs it). Those of EDM and
+k-diffusion, stated in x / alpha against sigma / alpha, are in nested/sigma_samplers.py.
 
-DDIM, DDPM (arXiv 2010.02502, 2006.11239), Euler and Heun: t uniform from 1 to t_end, then a last step to the clean x0.
-DDIM with eta = 1 is DDPM with the posterior variance. In the variables x / alpha and s = sigma / alpha the
-probability-flow ODE is d(x / alpha) / ds = eps: Euler there is DDIM with eta = 0, and Heun there is EDM's sampler
-(arXiv 2206.00364, Algorithm 1) where alpha = 1.
+DDIM, DDPM (arXiv 2010.02502, 2006.11239): t uniform from 1 to t_end, then a last step to the clean x0. DDIM with
+eta = 1 is DDPM with the posterior variance; with eta = 0 it is Euler in sigma / alpha.
 
 DPM-Solver (noise prediction, arXiv 2206.00927) and DPM-Solver++ (data prediction, arXiv 2211.01095) are those of
 U-ViT's dpm_solver_pp.py; its older dpm_solver_pytorch.py, which samples the VPSDE models, is algorithm 'dpm_solver',
@@ -31,7 +30,7 @@ import math
 import numpy as np
 
 from nested.process import check_name
-from nested.sampler_tables import CLEAN, Row, Sampler
+from nested.sampler_tables import CLEAN, X0, Row, Sampler, backward_differences, marginal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class DDIM(Sampler):
     def rows(self, schedule, plan):
         rows = []
         for start, end in plan:
-            (alpha_s, sigma_s), (alpha_t, sigma_t) = _marginal(schedule, start), _marginal(schedule, end)
+            (alpha_s, sigma_s), (alpha_t, sigma_t) = marginal(schedule, start), marginal(schedule, end)
             ratio = alpha_s * sigma_t / (alpha_t * sigma_s)  # in [0, 1)
             noise = self.eta * sigma_t * math.sqrt(1 - ratio**2)
             base = math.sqrt(sigma_t**2 - noise**2) / sigma_s
@@ -79,57 +78,29 @@ class DDPM(Sampler):
 
 
 @dataclasses.dataclass(frozen=True)
-class Euler(Sampler):
-    """Euler on the probability-flow ODE.
+class EulerInTime(Sampler):
+    """Euler in x against t on dx/dt = beta/2 (eps / sigma - x), down to t = 0: ODE in U-ViT's sde.py.
 
-    variable 'sigma': in x / alpha against sigma / alpha (EDM's Euler; equal to DDIM with eta = 0).
-    variable 'time': in x against t, dx/dt = beta/2 (eps / sigma - x), down to t = 0 (ODE in U-ViT's sde.py).
+    Raises ValueError for a schedule that has no beta(t).
     """
 
     steps: int
-    variable: str = "sigma"
     t_end: float = 1e-3
 
     def __post_init__(self):
         _check(self.steps, self.t_end)
-        check_name("sampler.variable", self.variable, ("sigma", "time"))
 
     def plan(self, schedule):
         return _uniform_steps(self.steps, self.t_end)
 
     def rows(self, schedule, plan):
-        if self.variable == "sigma":
-            return DDIM(self.steps, 0.0, self.t_end).rows(schedule, plan)
+        if not hasattr(schedule, "beta"):
+            raise ValueError(f"sampler EulerInTime: {schedule} has no beta(t): use Euler, in sigma / alpha, instead")
         rows = []
         for start, end in plan:
             alpha, sigma = schedule(start)
             change = (start - (0.0 if end is CLEAN else end)) * schedule.beta(start) / 2
             rows.append(Row(start, _eps(alpha, sigma), 1 + change, (-change / sigma,), 0.0, True))
-        return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Heun(Sampler):
-    """EDM's second-order sampler without churn; the last step is Euler's. 2 steps - 1 evaluations."""
-
-    steps: int
-    t_end: float = 1e-3
-
-    def __post_init__(self):
-        _check(self.steps, self.t_end)
-
-    def plan(self, schedule):
-        steps = _uniform_steps(self.steps, self.t_end)
-        return [(start, end, end) for start, end in steps[:-1]] + steps[-1:]
-
-    def rows(self, schedule, plan):
-        rows = []
-        for times in plan:
-            (alpha_s, sigma_s), (alpha_t, sigma_t) = _marginal(schedule, times[0]), _marginal(schedule, times[-1])
-            base, slope = alpha_t / alpha_s, sigma_t - alpha_t * sigma_s / alpha_s
-            rows.append(Row(times[0], _eps(alpha_s, sigma_s), base, (slope, 0.0), 0.0, len(times) == 2))
-            if len(times) == 3:
-                rows.append(Row(times[1], _eps(alpha_t, sigma_t), base, (slope / 2, slope / 2), 0.0, True))
         return rows
 
 
@@ -245,30 +216,16 @@ class DPMSolver(Sampler):
         rows = []
         for k in range(len(times) - 1):
             order = min(k + 1, self.order)
-            units = np.eye(order)
-            h = log_snr[k + 1] - log_snr[k]
-            gaps = [(log_snr[k - i] - log_snr[k - i - 1]) / h for i in range(order - 1)]
-            slopes = [(units[i] - units[i + 1]) / gap for i, gap in enumerate(gaps)]
-            first, second = slopes[0] if slopes else np.zeros(1), np.zeros(order)
-            if order == 3:
-                second = (slopes[0] - slopes[1]) / sum(gaps)
-                first = slopes[0] + gaps[0] * second
+            first, second = backward_differences(log_snr[k + 1 - order : k + 2])
             midpoint = order == 2 and self.solver_type == "dpm_solver"
             base, weights = self._step(schedule, times[k], times[k + 1], first, second, midpoint)
             rows.append(self._row(schedule, times[k], base, weights, True))
         return rows
 
 
-X0 = (0.0, 1.0)  # m = x0
-
-
 def _eps(alpha, sigma):
     """m = eps = (x - alpha x0) / sigma."""
     return 1 / sigma, -alpha / sigma
-
-
-def _marginal(schedule, t):
-    return (1.0, 0.0) if t is CLEAN else schedule(t)
 
 
 def _uniform_steps(steps, t_end):

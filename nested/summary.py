@@ -2,7 +2,8 @@
 
 "GFlops" in the three papers are multiply-accumulates (MACs). They are counted on the traced forward pass of one
 sample: every matrix product and convolution, and 5 per element of a LayerNorm. That is fvcore's rule, and with it the
-counts of Nested Diffusion's Table 6 come out to .01 % (tests/test_summary.py).
+counts of Nested Diffusion's Table 6 come out to .01 %. Neighborhood attention counts its kernel's keys, not what a
+portable form computes besides; so HDiT's counts are k-diffusion's, to the unit (tests/test_summary.py).
 """
 
 import dataclasses
@@ -16,13 +17,16 @@ import jax.numpy as jnp
 
 from nested import hierarchy
 from nested.files import atomic_write
+from nested.models.hdit_blocks import SelfAttention
+from nested.optimizer import path_name
 
 LAYER_NORM_MACS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelSummary:
-    """tokens: of the level's own variable, without time, label and condition tokens. macs: of one forward pass."""
+    """tokens: of the level's own variable, without time, label and condition tokens. parameters: without constants.
+    macs: of one forward pass."""
 
     name: str
     shape: hierarchy.Tree
@@ -32,19 +36,26 @@ class LevelSummary:
 
 
 def count_macs(function: Callable, *args) -> int:
-    """Multiply-accumulates of function(*args): matrix products and convolutions of its jaxpr, LayerNorms by fvcore's
-    rule. `args` may be jax.ShapeDtypeStruct; nothing is computed. A scan counts its body times its length."""
-    norms = 0
+    """Multiply-accumulates of function(*args): matrix products and convolutions of its jaxpr, LayerNorms and
+    neighborhood attention by their rules. `args` may be jax.ShapeDtypeStruct; nothing is computed. A scan counts its
+    body times its length."""
+    by_rule = 0
 
-    def count_norm(next_function, norm_args, norm_kwargs, context):
-        nonlocal norms
-        if isinstance(context.module, nn.LayerNorm) and context.method_name == "__call__":
-            norms += LAYER_NORM_MACS * norm_args[0].size
-        return next_function(*norm_args, **norm_kwargs)
+    def count(next_function, module_args, module_kwargs, context):
+        nonlocal by_rule
+        module, method = context.module, context.method_name
+        if isinstance(module, nn.LayerNorm) and method == "__call__":
+            by_rule += LAYER_NORM_MACS * module_args[0].size
+        if isinstance(module, SelfAttention) and method == "attend" and module.options.attention == "neighborhood":
+            window = module.options.window
+            keys = window**2 if isinstance(window, int) else math.prod(window)
+            by_rule += 2 * module_args[0].size * keys
+            return jnp.zeros_like(module_args[0])
+        return next_function(*module_args, **module_kwargs)
 
-    with nn.intercept_methods(count_norm):
+    with nn.intercept_methods(count):
         jaxpr = jax.make_jaxpr(function)(*args)
-    return norms + jaxpr_macs(jaxpr.jaxpr)
+    return by_rule + jaxpr_macs(jaxpr.jaxpr)
 
 
 def jaxpr_macs(jaxpr) -> int:
@@ -82,10 +93,10 @@ def levels(levels_: Sequence[hierarchy.Level]) -> list[LevelSummary]:
         level.name: hierarchy.map_shape(lambda s: jax.ShapeDtypeStruct((1, *s), jnp.float32), level.shape)
         for level in levels_
     }
-    result = []
+    result, is_buffer = [], hierarchy.is_buffer(levels_)
     for level in levels_:
         cond = jax.eval_shape(
-            lambda v, level=level: hierarchy.conditions(level, v, jnp.zeros(1, jnp.int32)), variables
+            lambda v, level=level: hierarchy.conditions(level, v, {"label": jnp.zeros(1, jnp.int32)}), variables
         )
         macs = count_macs(
             lambda p, x, c, level=level: hierarchy.apply(level, p, train=False)(x, jnp.zeros(1), c),
@@ -93,7 +104,8 @@ def levels(levels_: Sequence[hierarchy.Level]) -> list[LevelSummary]:
             variables[level.name],
             cond,
         )
-        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params[level.name]))
+        leaves = jax.tree_util.tree_flatten_with_path({level.name: params[level.name]})[0]
+        parameters = sum(math.prod(leaf.shape) for path, leaf in leaves if not is_buffer(path_name(path)))
         result.append(LevelSummary(level.name, level.shape, level.backbone.num_tokens(level.shape), parameters, macs))
     return result
 

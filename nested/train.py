@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -19,7 +19,7 @@ from absl import logging
 from clu import parameter_overview
 
 from input_pipeline import loader
-from nested import build, evaluate, hierarchy, partition, sample, summary
+from nested import build, build_data, evaluate, hierarchy, partition, sample, summary
 from nested import optimizer as opt
 from nested.checkpoint import Checkpoints, Preemption, read_config, restore_subtree
 from nested.writers import MetricWriter, Progress
@@ -59,13 +59,17 @@ def init_state(step: Step, key: jax.Array) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=opt.make_optimizer(step.optimizer).init(trained),
+        opt_state=make_optimizer(step).init(trained),
     )
 
 
-def mean_losses(step: Step, params, variables, labels, times, keys) -> tuple[jax.Array, dict[str, jax.Array]]:
+def make_optimizer(step: Step):
+    return opt.make_optimizer(step.optimizer, hierarchy.is_buffer(step.levels))
+
+
+def mean_losses(step: Step, params, variables, given, times, keys) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum over levels of the batch mean, and each level's."""
-    per_row = hierarchy.losses(step.levels, params, variables, labels, times, keys, only=step.trained)
+    per_row = hierarchy.losses(step.levels, params, variables, given, times, keys, only=step.trained)
     means = {name: jnp.mean(loss) for name, loss in per_row.items()}
     return sum(means.values()), means
 
@@ -79,7 +83,7 @@ def gradients(step: Step, params, raw: Mapping[str, jax.Array], key: jax.Array):
     keys = hierarchy.rows(key, batch)
     variables = step.latents.variables(raw, jax.random.fold_in(key, batch))
     times = hierarchy.sample_times(step.levels, keys)
-    data = (variables, raw["label"], times, keys)
+    data = (variables, hierarchy.given(step.levels, raw), times, keys)
     grad = jax.grad(lambda p, *rows: mean_losses(step, p, *rows), has_aux=True)
     if step.accumulate == 1:
         return grad(params, *data)
@@ -104,9 +108,10 @@ def train_step(step: Step, state: TrainState, raw: Mapping[str, jax.Array], key:
     norms = opt.gradient_norms(grads)
     total = sum(losses.values())
     finite = jnp.isfinite(total) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
-    updates, opt_state = opt.make_optimizer(step.optimizer).update(grads, state.opt_state, trained)
+    updates, opt_state = make_optimizer(step).update(grads, state.opt_state, trained)
     params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
-    ema = opt.ema_update({name: state.ema[name] for name in step.trained}, params, step.optimizer.ema_decay)
+    decay, is_buffer = opt.ema_decay(step.optimizer, state.step), hierarchy.is_buffer(step.levels)
+    ema = opt.ema_update({name: state.ema[name] for name in step.trained}, params, decay, is_buffer)
     new = state.replace(params=frozen | params, ema={**state.ema, **ema}, opt_state=opt_state)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(step=state.step + 1)
     metrics = {
@@ -123,11 +128,11 @@ def validation_losses(step: Step, ema, raw: Mapping[str, jax.Array], times: Sequ
     """{"validation/LEVEL/t0.5": mean loss of the EMA weights} at fixed noise levels, with fixed noises."""
     batch = jax.tree.leaves(raw)[0].shape[0]
     keys = hierarchy.rows(jax.random.key(0), batch)
-    variables = step.latents.variables(raw, jax.random.key(1))
+    variables, given = step.latents.variables(raw, jax.random.key(1)), hierarchy.given(step.levels, raw)
     metrics = {}
     for t in times:
         fixed = {level.name: jnp.full((batch,), t) for level in step.levels}
-        losses = hierarchy.losses(step.levels, ema, variables, raw["label"], fixed, keys, train=False)
+        losses = hierarchy.losses(step.levels, ema, variables, given, fixed, keys, train=False)
         metrics |= {f"validation/{name}/t{t:g}": jnp.mean(loss) for name, loss in losses.items()}
     return metrics
 
@@ -164,6 +169,8 @@ def make_run(config, latents) -> Run:
     )
     build.check_batch(config, mesh.size)
     build.check_init_from(config)
+    abstract_params = jax.eval_shape(lambda: hierarchy.init(levels, jax.random.key(0)))
+    opt.check_groups(step.optimizer, {name: abstract_params[name] for name in step.trained})
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda k: init_state(step, k), key)
     shardings = partition.shardings(shapes, mesh, config.train.fsdp_min_bytes)
@@ -204,7 +211,7 @@ class Meter:
         self.reset()
 
     def reset(self):
-        self.sums, self.good, self.dispatched, self.waited = {}, 0, 0, 0.0
+        self.sums, self.good, self.rows, self.waited = {}, 0, 0, 0.0
         self.start = time.perf_counter()
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]):
@@ -225,9 +232,9 @@ class Meter:
                 "is that of the last good step: look at loss/* in metrics.jsonl, lower optimizer.learning_rate"
             )
 
-    def report(self, batch_size: int, macs_per_row: float) -> dict[str, float]:
+    def report(self, macs_per_row: float) -> dict[str, float]:
         """Means since the last report, with images/s, model FLOP/s (6 x multiply-accumulates) and the data wait."""
-        elapsed, rows = time.perf_counter() - self.start, self.dispatched * batch_size
+        elapsed, rows = time.perf_counter() - self.start, self.rows
         result = {name: total / max(self.good, 1) for name, total in self.sums.items()}
         if rows:  # not where the only step since is the run's first, which compiles and is not timed
             result["images_per_second"] = rows / elapsed
@@ -241,9 +248,9 @@ class Meter:
 def train(config, workdir: str) -> None:
     """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores."""
     build.check_pictures(config)
-    source, latents = build.latents(config, workdir)
+    source, latents = build_data.latents(config, workdir)
     run = make_run(config, latents)
-    training, held_out = build.split(config, source)
+    training, held_out = build_data.split(config, source)
     checkpoints = Checkpoints(
         workdir, build.plain(config), build.STATE_KEYS, keep=config.train.keep, save_every=config.train.save_every
     )
@@ -280,29 +287,45 @@ def finish(run: Run, state: TrainState, source, workdir: str) -> None:
     paths = sample.show(gen, state.ema, workdir)
     lines = [f"picture: {path}" for path in paths]
     if config.evaluate.num_samples:
-        results = evaluate.score(gen, state.ema, source, build.latents_dir(config, workdir), int(state.step))
+        results = evaluate.score(gen, state.ema, source, build_data.latents_dir(config, workdir), int(state.step))
         lines += [f"score:   {result}" for result in results]
         lines.append(f"scores:  {evaluate.write_scores(workdir, results)}")
     if jax.process_index() == 0:
         print("\n".join(lines))
 
 
+def feed(config, training, first: int) -> Iterator[dict]:
+    """This process's rows of the batches of the steps first, first + 1, ..., each phase with its own batch size."""
+    for phase in build.phases(config):
+        if phase.end <= first:
+            continue
+        start = max(first, phase.start)
+        batches = loader.batches(
+            training,
+            seed=config.seed,
+            batch_size=phase.batch_size,
+            start_step=start,
+            offset=phase.rows - phase.start * phase.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=config.train.threads,
+            workers=config.train.workers,
+            transform=build_data.augmentation(config),
+        )
+        try:
+            for _ in range(start, phase.end):
+                yield next(batches)
+        finally:
+            batches.close()
+
+
 def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, macs, workdir):
     """Steps to the end or to a signal: (state, whether a signal stopped it)."""
-    config, batch_size = run.config.train, run.config.train.batch_size
+    config = run.config.train
     first = int(state.step)
     if first >= config.steps:
         return state, False
-    batches = loader.batches(
-        training,
-        seed=run.config.seed,
-        batch_size=batch_size,
-        start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=config.threads,
-        workers=config.workers,
-    )
+    batches = feed(run.config, training, first)
     update, meter, progress = compiled_step(run), Meter(config.max_bad_steps), Progress("step", config.steps, first)
     validate = jax.jit(lambda ema, raw: validation_losses(run.step, ema, raw, config.eval_times))
     if config.sample_every:
@@ -313,7 +336,7 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
         raw = partition.to_global(next(batches), run.mesh)
         meter.waited += time.perf_counter() - waiting
         state, metrics = update(state, raw, run.key)
-        meter.dispatched += 1
+        meter.rows += jax.tree.leaves(raw)[0].shape[0]
         if previous is not None:
             meter.add(step - 1, previous)
         previous = metrics
@@ -326,7 +349,7 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
         if step % config.log_every == 0 or last or stop:
             meter.add(step, previous)
             previous = None
-            report = meter.report(batch_size, macs)
+            report = meter.report(macs)
             writer.scalars(step, report)
             loss, rate = report.get("loss", float("nan")), report.get("images_per_second", float("nan"))
             progress.update(step, f"loss {loss:.4f}  {rate:.0f} images/s")

@@ -2,10 +2,12 @@
 
 `read` returns flat public names for .npz, .safetensors and .pth files; nothing in a file is ever executed.
 `from_torch` and `to_torch` rest on one rule. A linen module carries the public module's name; a list index is joined
-to it with an underscore ('in_blocks.0' is 'in_blocks_0'). The leaf names differ by layer:
+to it with an underscore ('in_blocks.0' is 'in_blocks_0', 'down_levels.0.1' is 'down_levels_0_1'). The leaf names differ
+by layer:
     Dense, Conv  kernel     <-  weight, (out, in, *window) -> (*window, in, out)
     LayerNorm, GroupNorm  scale  <-  weight
     Embed        embedding  <-  weight
+    HDiT's RMSNorm, attention  gain  <-  scale
     others (bias, pos_embed, ...)  by their own names
 safetensors: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data
 (https://huggingface.co/docs/safetensors); the data must cover the rest of the file without gaps.
@@ -134,11 +136,14 @@ def _read_safetensors(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[
     return found, list(entries)
 
 
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "gain": "scale"}
+
+
 def _torch_name(path) -> str:
     """'in_blocks.0.attn.qkv.weight' for the linen path (in_blocks_0, attn, qkv, kernel)."""
     *modules, leaf = [entry.key for entry in path]
-    modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
-    return ".".join([*modules, "weight" if leaf in ("kernel", "scale", "embedding") else leaf])
+    modules = [re.sub(r"(_\d+)+$", lambda indices: indices[0].replace("_", "."), module) for module in modules]
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)])
 
 
 def _to_torch_layout(path, array):

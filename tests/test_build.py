@@ -10,7 +10,7 @@ import tiny
 from toy_encoding import Source, Toy
 
 from configs import common, imagenet
-from nested import build, denoiser, process, samplers, train
+from nested import build, build_data, denoiser, samplers, schedules, sigma_samplers, train
 
 
 def changed(*changes):
@@ -158,19 +158,34 @@ def test_options_reach_the_level():
     [
         (dict(name="ddpm", steps=7), samplers.DDPM(7)),
         (dict(name="ddim", steps=7, eta=0.5), samplers.DDIM(7, 0.5)),
-        (dict(name="euler", steps=7, variable="time"), samplers.Euler(7, "time")),
-        (dict(name="heun", steps=7, t_end=0.01), samplers.Heun(7, 0.01)),
         (common.dpm_solver(6), samplers.DPMSolver(6)),
+        (dict(name="euler_in_time", steps=7), samplers.EulerInTime(7)),
+        (dict(name="heun", steps=7, t_end=0.01), sigma_samplers.Heun(7, t_end=0.01)),
+        (common.sigma_sampler("dpmpp_2m_sde", 9, 0.02, 80.0, solver_type="heun", eta=0.0),
+         sigma_samplers.DPMpp2MSDE(9, "karras", 0.02, 80.0, 7.0, eta=0.0, solver_type="heun")),
     ],
-    ids=list(build.SAMPLERS),
-)
-def test_every_sampler_by_its_name(options, expected):
+)  # fmt: skip
+def test_samplers_take_their_options(options, expected):
     assert build.sampler(options, "levels[0].sampler") == expected
+
+
+def test_every_sampler_by_its_name():
+    kinds = dict(ddim=samplers.DDIM, euler=sigma_samplers.Euler, dpm2=sigma_samplers.DPM2, lms=sigma_samplers.LMS,
+                 euler_ancestral=sigma_samplers.EulerAncestral, dpm2_ancestral=sigma_samplers.DPM2Ancestral,
+                 dpmpp_2s_ancestral=sigma_samplers.DPMpp2SAncestral, dpmpp_sde=sigma_samplers.DPMppSDE,
+                 dpmpp_2m=sigma_samplers.DPMpp2M, dpmpp_3m_sde=sigma_samplers.DPMpp3MSDE)  # fmt: skip
+    for name, kind in kinds.items():
+        assert build.sampler(dict(name=name, steps=3), "levels[0].sampler") == kind(3)
+    assert set(build.SAMPLERS) == {*kinds, "ddpm", "dpm_solver", "euler_in_time", "heun", "dpmpp_2m_sde"}
 
 
 @pytest.mark.parametrize("name", build.SCHEDULES)
 def test_every_schedule_by_its_name(name):
-    expected = dict(sd_scaled_linear=process.sd_scaled_linear(), cosine=process.cosine(), linear_vp=process.LinearVP())
+    expected = dict(
+        sd_scaled_linear=schedules.sd_scaled_linear(), cosine=schedules.cosine(), linear_vp=schedules.LinearVP(),
+        ddpm_linear=schedules.PiecewiseVP(tuple(np.linspace(1e-4, 0.02, 1000).tolist())),
+        exponential_ve=schedules.ExponentialVE(1e-3, 1e3),
+    )  # fmt: skip
     built = build.build_process(dict(common.sd_process(), schedule=name, parameterization="v"), "levels[0].process")
     assert built.schedules == (expected[name],) and built.parameterization == "v"
 
@@ -235,9 +250,9 @@ def test_a_changed_network_does_not_fit(change, fitting):
 def test_published_encoders_say_so_before_the_data_are_asked_for(tmp_path):
     for words, name in (("class", "mocov3_vitb16"), ("uncond", "mocov3_vitb16")):
         config = imagenet.get_config(f"L3,{words}")
-        refused(build.latents, config, str(tmp_path), match=f"{name!r} comes with the published weights")
+        refused(build_data.latents, config, str(tmp_path), match=f"{name!r} comes with the published weights")
     config.encoder.name = "efficientnet_lite0"
-    refused(build.latents, config, str(tmp_path), match="'sd_vae' comes with the published weights")
+    refused(build_data.latents, config, str(tmp_path), match="'sd_vae' comes with the published weights")
 
 
 @pytest.mark.parametrize(
@@ -252,14 +267,14 @@ def test_published_encoders_say_so_before_the_data_are_asked_for(tmp_path):
     ],
 )
 def test_images_refuse(changes, message):
-    refused(build.images, changed(*changes), match=message)
+    refused(build_data.images, changed(*changes), match=message)
 
 
 def test_images_are_cropped_and_converted_as_the_config_says():
-    source = build.images(changed(("data.image_size", 6), ("data.channels", 3)))
+    source = build_data.images(changed(("data.image_size", 6), ("data.channels", 3)))
     assert source.image_shape == source[0]["image"].shape == (6, 6, 3)
-    assert build.images(changed(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
-    assert build.images(changed(("data.channels", 1))).image_shape == (8, 8, 1)
+    assert build_data.images(changed(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
+    assert build_data.images(changed(("data.channels", 1))).image_shape == (8, 8, 1)
 
 
 def write_idx(path, array):
@@ -269,13 +284,14 @@ def write_idx(path, array):
 
 def test_idx_files(tmp_path):
     config = changed(("data.source", "idx"), ("data.path", str(tmp_path)), ("data.num_classes", 4))
-    refused(build.images, config, match="`apt-get install dataset-fashion-mnist` puts Fashion-MNIST in")
+    refused(build_data.images, config, match="`apt-get install dataset-fashion-mnist` puts Fashion-MNIST in")
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((3, 5, 5), np.uint8))
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([0, 3, 1], np.uint8))
-    source = build.images(config)
+    source = build_data.images(config)
     assert source.image_shape == (5, 5, 1) and source[1]["label"] == 3
     config.data.num_classes = 3
-    refused(build.images, config, match="label 3 of example 1 is out of range 0..2 (1 such labels): set num_classes")
+    message = "label 3 of example 1 is out of range 0..2 (1 such labels): set num_classes"
+    refused(build_data.images, config, match=message)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +305,7 @@ def test_idx_files(tmp_path):
     ],
 )
 def test_encoder_refuses(changes, message):
-    refused(build.encoder, changed(*changes), match=message)
+    refused(build_data.encoder, changed(*changes), match=message)
 
 
 class Colours(Source):
@@ -303,8 +319,8 @@ class Colours(Source):
 def toy(monkeypatch):
     """config.encoder 'toy' on 44 colour images of 8 x 8 in 4 classes: a config that encodes in a moment."""
     made = dict(source=Colours(), encoder=Toy())
-    monkeypatch.setitem(build.SOURCES, "toy", lambda data: made["source"])
-    monkeypatch.setitem(build.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
+    monkeypatch.setitem(build_data.SOURCES, "toy", lambda data: made["source"])
+    monkeypatch.setitem(build_data.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
     config = changed(
         ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", 4),
         ("encoder.batch_size", 44), ("levels[2].shape", (8, 8, 3)),
@@ -314,33 +330,34 @@ def toy(monkeypatch):
 
 def test_latents_are_encoded_once_and_split(toy, tmp_path):
     config, made = toy
-    records, latents = build.latents(config, str(tmp_path))
+    records, latents = build_data.latents(config, str(tmp_path))
     assert len(records) == 44 and [level.name for level in latents.levels] == list(ALL)
     report = json.loads((tmp_path / "levels.json").read_text())
     assert [row["name"] for row in report] == list(ALL) and "bits_per_image" in report[0]
     made["source"].reads.clear()
-    build.latents(config, str(tmp_path))
+    build_data.latents(config, str(tmp_path))
     assert set(made["source"].reads) == {0}  # its shape is looked at, nothing is encoded again
-    training, held_out = build.split(config, records)
+    training, held_out = build_data.split(config, records)
     assert len(training) == 36 and held_out["label"].shape == (8,)
     np.testing.assert_array_equal(held_out["image"], made["source"].images[36:])
     config.data.holdout = 0
-    assert build.split(config, records) == (records, None)
+    assert build_data.split(config, records) == (records, None)
     config.data.holdout = 44
-    refused(build.split, config, records, match="config.data.holdout 44 of 44 records: keep it below that")
+    refused(build_data.split, config, records, match="config.data.holdout 44 of 44 records: keep it below that")
 
 
 def test_latents_of_another_encoder_or_another_config_are_refused(toy, tmp_path):
     config, made = toy
-    build.latents(config, str(tmp_path))
+    build_data.latents(config, str(tmp_path))
     made["encoder"] = Toy(fingerprint="beef")
     message = "were made with encoder.weights_sha256 cafe, config says beef: use another latents_dir or delete it"
-    refused(build.latents, config, str(tmp_path), match=message)
+    refused(build_data.latents, config, str(tmp_path), match=message)
     made["encoder"] = Toy()
     config.encoder.components = 3
-    refused(build.latents, config, str(tmp_path), match="were made with encoder.components 4, config says 3")
+    refused(build_data.latents, config, str(tmp_path), match="were made with encoder.components 4, config says 3")
     config.latents_dir = str(tmp_path / "another")
-    refused(build.latents, config, str(tmp_path), match="level z1x1: shape 1x1x4 cannot come from 'map', which stores")
+    message = "level z1x1: shape 1x1x4 cannot come from 'map', which stores"
+    refused(build_data.latents, config, str(tmp_path), match=message)
 
 
 @pytest.mark.parametrize(
@@ -355,35 +372,35 @@ def test_bad_data_are_refused_while_encoding(toy, tmp_path, damage, encoder, mes
     config, made = toy
     made.update(source=Colours(**damage), encoder=encoder)
     made["source"].images[made["source"].images[:, 0, 0, 0] == 0] = 1  # only the damaged image begins with 0
-    refused(build.latents, config, str(tmp_path), match=message)
+    refused(build_data.latents, config, str(tmp_path), match=message)
 
 
 def test_options_that_encoding_does_not_take(toy, tmp_path):
     config, _ = toy
     with config.unlocked():
         config.encoder.vector = "cls"
-    refused(build.latents, config, str(tmp_path), match="config.encoder: vector is decided by other parts")
+    refused(build_data.latents, config, str(tmp_path), match="config.encoder: vector is decided by other parts")
     with config.unlocked():
         del config.encoder.vector
         config.codec.rate = 3
-    refused(build.latents, config, str(tmp_path), match="config.codec: CodecConfig.__init__() got an unexpected")
+    refused(build_data.latents, config, str(tmp_path), match="config.codec: CodecConfig.__init__() got an unexpected")
 
 
 def test_where_latents_are():
     for given, expected in (("", "run/latents"), ("/data/latents", "/data/latents")):
-        assert build.latents_dir(changed(("latents_dir", given)), "run") == expected
+        assert build_data.latents_dir(changed(("latents_dir", given)), "run") == expected
 
 
 def test_synthetic_latents_are_the_variables(tmp_path):
     config = tiny.get_config("synthetic")
-    records, latents = build.latents(config, str(tmp_path))
+    records, latents = build_data.latents(config, str(tmp_path))
     assert len(records) == config.data.num_examples and list(tmp_path.iterdir()) == []
     variables = latents.variables(records[3], None)
     assert {name: z.shape for name, z in variables.items()} == {level.name: level.shape for level in config.levels}
     np.testing.assert_array_equal(variables["x"], records[3]["x"])
     refused(latents.decode, variables["x"], match="synthetic latents have no images")
     config.data.num_examples = 0
-    refused(build.latents, config, "", match="synthetic latents: num_examples must be at least 1, found 0")
+    refused(build_data.latents, config, "", match="synthetic latents: num_examples must be at least 1, found 0")
 
 
 def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():

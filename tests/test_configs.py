@@ -19,9 +19,16 @@ ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes
     "quickstart": None,
     "fashion_mnist": (("L1", "L2", "L3"), ("class", "uncond")),
     "imagenet": (DEPTHS, ("uncond", "class"), ("data", "synthetic")),
+    "fashion_mnist_hdit": (("hdit", "uvit"),),
+    "fashion_mnist_nested_hdit": (("class", "uncond"),),
+    "emoji_hdit": (("64", "128"),),
+    "hdit_ffhq1024": (("ffhq", "synthetic"),),
+    "hdit_imagenet256": (("imagenet", "synthetic"),),
+    "hdit": (("E", "D", "C", "B2", "B1", "A", "R1", "R2", "R3", "R4"), ("128", "256", "512")),
     **{f"imagenet_{depth}": (("uncond", "class"), ("data", "synthetic")) for depth in DEPTHS},
 }
 ALL = [(name, ",".join(words)) for name, groups in ARGUMENTS.items() for words in itertools.product(*groups or ())]
+ALL += [("hdit", words) for words in ("add", "concat", "min_snr_4", "A,min_snr_5", "synthetic", "R1,synthetic")]
 
 
 def get_config(name, argument=""):

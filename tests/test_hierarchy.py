@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import hierarchy, process, samplers
+from nested import hierarchy, process, samplers, schedules
+from nested.models import layers
 
 
-class Probe(nn.Module):
+class Probe(layers.Backbone):
     """A backbone whose output shows its conditions: bias + sum of kept conditions' means + label."""
 
     conditions: tuple = ()
@@ -31,7 +32,7 @@ class Probe(nn.Module):
 
 
 def make_levels(**changes):
-    proc = process.Process(schedules=(process.sd_scaled_linear(),), parameterization="x0")
+    proc = process.Process(schedules=(schedules.sd_scaled_linear(),), parameterization="x0")
     sampler = samplers.DDIM(steps=4, eta=0.0)
     top = hierarchy.Level("top", (1, 1, 2), Probe(), proc, sampler)
     middle = hierarchy.Level("middle", (2, 2, 3), Probe(("top",)), proc, sampler, ("top",), (0.5,))
@@ -58,7 +59,7 @@ def draw(batch, seed=0):
 def test_training_conditions_have_the_levels_sigma():
     _, _, bottom = make_levels()
     keys, variables, labels = draw(4096)
-    cond = hierarchy.train_conditions(bottom, variables, labels, keys)
+    cond = hierarchy.train_conditions(bottom, variables, {"label": labels}, keys)
     noise = np.asarray(cond["top"] - variables["top"])
     assert abs(noise.std() - 0.5) < 0.02 and abs(noise.mean()) < 0.02
     np.testing.assert_array_equal(cond["middle"], variables["middle"])
@@ -68,7 +69,7 @@ def test_training_conditions_have_the_levels_sigma():
 def test_joint_drop_loses_everything_at_once():
     _, _, bottom = make_levels(cond_drop=0.25)
     keys, variables, labels = draw(8192)
-    cond = hierarchy.train_conditions(bottom, variables, labels, keys)
+    cond = hierarchy.train_conditions(bottom, variables, {"label": labels}, keys)
     dropped = ~np.asarray(cond["keep_top"])
     assert abs(dropped.mean() - 0.25) < 0.02
     np.testing.assert_array_equal(dropped, ~np.asarray(cond["keep_middle"]))
@@ -78,7 +79,7 @@ def test_joint_drop_loses_everything_at_once():
 def test_independent_drop_tosses_a_coin_each():
     _, _, bottom = make_levels(cond_drop=0.5, drop_mode="independent")
     keys, variables, labels = draw(8192)
-    cond = hierarchy.train_conditions(bottom, variables, labels, keys)
+    cond = hierarchy.train_conditions(bottom, variables, {"label": labels}, keys)
     coins = np.stack([~np.asarray(cond["keep_top"]), ~np.asarray(cond["keep_middle"]), np.asarray(cond["label"]) == 10])
     np.testing.assert_allclose(coins.mean(1), 0.5, atol=0.03)
     np.testing.assert_allclose(np.corrcoef(coins), np.eye(3), atol=0.05)
@@ -87,7 +88,7 @@ def test_independent_drop_tosses_a_coin_each():
 def test_null_conditions_are_all_absent():
     _, _, bottom = make_levels()
     _, variables, labels = draw(3)
-    null = hierarchy.null_cond(bottom, hierarchy.conditions(bottom, variables, labels))
+    null = hierarchy.null_cond(bottom, hierarchy.conditions(bottom, variables, {"label": labels}))
     assert not null["keep_top"].any() and not null["keep_middle"].any() and (null["label"] == 10).all()
 
 
@@ -96,8 +97,8 @@ def test_rows_do_not_depend_on_the_batch():
     params = hierarchy.init(levels, jax.random.key(0))
     keys, variables, labels = draw(8)
     times = hierarchy.sample_times(levels, keys)
-    whole = hierarchy.losses(levels, params, variables, labels, times, keys)
-    part = jax.tree.map(lambda x: x[2:5], (variables, labels, times, keys))
+    whole = hierarchy.losses(levels, params, variables, {"label": labels}, times, keys)
+    part = jax.tree.map(lambda x: x[2:5], (variables, {"label": labels}, times, keys))
     some = hierarchy.losses(levels, params, *part)
     for name in whole:
         np.testing.assert_allclose(whole[name][2:5], some[name], rtol=1e-6)
@@ -108,10 +109,10 @@ def test_only_the_named_levels_have_a_loss_and_weights_scale_it():
     params = hierarchy.init(levels, jax.random.key(0))
     keys, variables, labels = draw(4)
     times = hierarchy.sample_times(levels, keys)
-    one = hierarchy.losses(levels, params, variables, labels, times, keys, only=("middle",))
+    one = hierarchy.losses(levels, params, variables, {"label": labels}, times, keys, only=("middle",))
     assert list(one) == ["middle"]
     doubled = make_levels(loss_weight=2.0)
-    two = hierarchy.losses(doubled, params, variables, labels, times, keys, only=("middle",))
+    two = hierarchy.losses(doubled, params, variables, {"label": labels}, times, keys, only=("middle",))
     np.testing.assert_allclose(two["middle"], 2 * one["middle"], rtol=1e-6)
 
 
@@ -128,12 +129,12 @@ def test_sampling_goes_coarse_to_fine_and_keeps_what_is_fixed():
     biases = {"top": 1.0, "middle": 10.0, "bottom": 0.0}
     params = {name: {"bias": jnp.array([bias])} for name, bias in biases.items()}
     keys, _, labels = draw(3)
-    result = hierarchy.sample(levels, params, every(keys), labels)
+    result = hierarchy.sample(levels, params, every(keys), {"label": labels})
     np.testing.assert_allclose(result["top"], 1.0, rtol=1e-5)
     np.testing.assert_allclose(result["middle"], 11.0, rtol=1e-5)
     np.testing.assert_allclose(result["bottom"][:, 0, 0, 0], 12.0 + labels, rtol=1e-5)
     fixed = {"top": jnp.full((3, 1, 1, 2), 5.0)}
-    result = hierarchy.sample(levels, params, every(keys), labels, fixed)
+    result = hierarchy.sample(levels, params, every(keys), {"label": labels}, fixed)
     np.testing.assert_array_equal(result["top"], fixed["top"])
     np.testing.assert_allclose(result["middle"], 15.0, rtol=1e-5)
 
@@ -143,7 +144,7 @@ def test_guidance_subtracts_the_null_conditions():
     params = {name: {"bias": jnp.zeros(1)} for name in ("top", "middle", "bottom")}
     keys, _, labels = draw(2)
     fixed = {"top": jnp.full((2, 1, 1, 2), 4.0)}
-    middle = hierarchy.sample(levels, params, every(keys), labels, fixed)["middle"]
+    middle = hierarchy.sample(levels, params, every(keys), {"label": labels}, fixed)["middle"]
     np.testing.assert_allclose(middle, 4.0 + 0.5 * (4.0 - 100.0), rtol=1e-5)
 
 
@@ -158,7 +159,7 @@ def test_generated_conditions_are_noised_by_time_to_the_gamma(gamma, expected):
 
 def test_a_tuple_variable_goes_through_the_same_code():
     """Two leaves of different shape with a schedule each (Matryoshka's form): loss, sampling and conditioning."""
-    proc = process.Process(schedules=(process.sd_scaled_linear(), process.LinearVP()), parameterization="x0")
+    proc = process.Process(schedules=(schedules.sd_scaled_linear(), schedules.LinearVP()), parameterization="x0")
     sampler = samplers.DDIM(steps=4, eta=0.0)
     pair = hierarchy.Level("pair", ((4, 4, 1), (8, 8, 1)), Probe(), proc, sampler, leaf_weights=(1.0, 0.5))
     fine = hierarchy.Level("fine", (2, 2, 1), Probe(("pair",)), make_levels()[0].process, sampler, ("pair",), (0.3,))

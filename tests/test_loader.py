@@ -1,4 +1,4 @@
-"""The order of the data is a pure function of (seed, step, row)."""
+"""The order of the data, and what a transform draws, are pure functions of (seed, step, row)."""
 
 import itertools
 import time
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from input_pipeline import loader
-from input_pipeline.sources import SyntheticLatents
+from input_pipeline.augment import Augmentation
+from input_pipeline.sources import ImagesInMemory, SyntheticLatents
 
 
 class Numbers:
@@ -91,6 +92,43 @@ def test_threads_and_workers_change_nothing():
     expected = take(7, batch_size=6, start_step=2)
     np.testing.assert_array_equal(expected, take(7, batch_size=6, start_step=2, threads=3))
     np.testing.assert_array_equal(expected, take(7, batch_size=6, start_step=2, threads=1, workers=2))
+
+
+def add_draw(record, generator):
+    return {**record, "draw": generator.random()}
+
+
+def test_each_row_has_its_own_generator():
+    options = {"seed": 3, "batch_size": 4, "threads": 0, "transform": add_draw}
+    iterator = loader.batches(Numbers(10), start_step=2, **options)
+    found = np.concatenate([next(iterator)["draw"] for _ in range(2)])
+    expected = [np.random.default_rng((3, position)).random() for position in range(8, 16)]
+    np.testing.assert_array_equal(found, expected)  # whatever the example
+    host = loader.batches(Numbers(10), start_step=2, process_index=1, process_count=2, **options)
+    np.testing.assert_array_equal(next(host)["draw"], expected[2:4])
+
+
+def augmented(count, **options):
+    """The first `count` batches of two images of 6 pixels, all rows augmented: images and conditions as one vector."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
+    source = ImagesInMemory(images, np.zeros(2, np.int32), 0, (), "two images")
+    options = {"batch_size": 4, "threads": 0, **options}
+    iterator = loader.batches(source, seed=0, transform=Augmentation(prob=0.5), **options)
+    batches = list(itertools.islice(iterator, count))
+    iterator.close()
+    assert {key: value.dtype for key, value in batches[0].items()} == {"image": "f4", "label": "i4", "augment": "f4"}
+    return np.stack([np.concatenate([b["image"].reshape(len(b["image"]), -1), b["augment"]], 1) for b in batches])
+
+
+def test_augmented_rows_depend_on_seed_step_and_row_only():
+    expected = augmented(5)
+    np.testing.assert_array_equal(augmented(3, start_step=2), expected[2:])
+    np.testing.assert_array_equal(augmented(5, threads=3), expected)
+    np.testing.assert_array_equal(augmented(3, start_step=2, threads=1, workers=2), expected[2:])
+    hosts = [augmented(5, process_index=index, process_count=2) for index in range(2)]
+    np.testing.assert_array_equal(np.concatenate(hosts, axis=1), expected)
+    np.testing.assert_array_equal(augmented(2, batch_size=10).reshape(expected.shape), expected)
+    assert len(np.unique(expected.reshape(20, -1), axis=0)) > 15  # 2 examples, 10 times each
 
 
 def test_batch_larger_than_the_data():

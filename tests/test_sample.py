@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import common
-from nested import build, evaluate, hierarchy, partition, pictures, sample
+from nested import build, build_data, evaluate, hierarchy, partition, pictures, sample
 from nested.encoders import compress
 
 CLASSES = 3
@@ -216,7 +216,7 @@ class Pooler:
 @pytest.fixture
 def pooler(monkeypatch):
     pooler = Pooler()
-    monkeypatch.setattr(build, "score_encoder", lambda config: pooler)
+    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
     return pooler
 
 
@@ -248,7 +248,10 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
             unguided = [dataclasses.replace(level, guidance=w) for level, w in zip(levels, weights, strict=True)]
             return Fake(config, unguided, None, None, lambda *a: self.draw(*a) + np.uint8(50))
 
-    source = [{"image": image} for image in images]
+    class Images(list):
+        fingerprint = "fedcba9876543210"
+
+    source = Images({"image": image} for image in images)
     return Fake(config, levels, None, None, lambda params, keys, labels: images[np.asarray(labels)]), source
 
 
@@ -277,7 +280,7 @@ def test_reference_features_are_kept(pooler, tmp_path):
     features = evaluate.reference_features(generator.config, source, pooler, str(tmp_path))
     every_third = np.stack([record["image"] for record in source[::3]])
     np.testing.assert_array_equal(features, Pooler().pooled(every_third))
-    assert [path.name for path in tmp_path.iterdir()] == ["reference-EffLite0-01234567-32px-10.npy"]
+    assert [path.name for path in tmp_path.iterdir()] == ["reference-EffLite0-01234567-fedcba98-32px-10.npy"]
     pooler.sizes.clear()
     again = evaluate.reference_features(generator.config, source, pooler, str(tmp_path))
     np.testing.assert_array_equal(again, features)
@@ -304,7 +307,7 @@ def test_write_scores(tmp_path):
 
 def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):
     generator, source = fake_scoring(8, unguided=False)
-    monkeypatch.setattr(build, "latents", lambda config, workdir: (source, None))
+    monkeypatch.setattr(build_data, "latents", lambda config, workdir: (source, None))
     monkeypatch.setattr(sample, "restored", lambda config, workdir: (generator, None, 7))
     evaluate.evaluate(generator.config, str(tmp_path))
     assert json.loads((tmp_path / "scores.json").read_text())[0]["step"] == 7

@@ -1,6 +1,5 @@
-"""Samplers: every recorded DPM-Solver case, the exact denoiser, EDM's algorithm, independence of samples."""
+"""Samplers: every recorded DPM-Solver case, the exact denoiser, independence of samples."""
 
-import dataclasses
 import functools
 import json
 
@@ -8,29 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact import exact_errors, padded
 
 from nested.denoiser import denoiser, thresholded
-from nested.process import LinearVP, Process, cosine, sd_scaled_linear
-from nested.sampler_tables import CLEAN, Row, run
-from nested.samplers import DDIM, DDPM, DPMSolver, Euler, Heun
+from nested.process import Process
+from nested.sampler_tables import CLEAN, run
+from nested.samplers import DDIM, DDPM, DPMSolver, EulerInTime
+from nested.schedules import ExponentialVE, LinearVP, cosine, sd_scaled_linear
 
 SCHEDULES = {"discrete": sd_scaled_linear(), "linear": LinearVP(), "cosine": cosine()}
 KEYS = jax.random.split(jax.random.key(5), 8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Exploding:
-    """alpha = 1, sigma from 0.002 to 80 by EDM's rho = 7: a schedule that is not variance preserving."""
-
-    def __call__(self, t):
-        sigma = (0.002 ** (1 / 7) + t * (80.0 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
-        return sigma / sigma, sigma
-
-    def log_snr(self, t):
-        return -np.log(self(t)[1])
-
-    def inverse_log_snr(self, log_snr):
-        return (np.exp(-log_snr / 7) - 0.002 ** (1 / 7)) / (80.0 ** (1 / 7) - 0.002 ** (1 / 7))
 
 
 # ---------------------------------------------------------------------------------------------------- goldens
@@ -38,7 +24,7 @@ class Exploding:
 
 def recorded_sampler(case):
     if case["method"] == "euler_ode":
-        return Euler(case["steps"], "time", case["eps"])
+        return EulerInTime(case["steps"], case["eps"])
     if case["method"] == "old_fast":
         return DPMSolver(case["steps"], 3, "dpm_solver", "fast", "log_snr", "log_snr", t_end=case["eps"])
     return DPMSolver(
@@ -71,19 +57,6 @@ def recorded_denoiser(record, schedule, dynamic):
     return thresholded(denoise, 0.995) if dynamic else denoise
 
 
-def padded(table, rows=50, depth=3):
-    """The table with rows that keep the state, so that one compilation serves every case."""
-    more = rows - len(table.t)
-    return Row(
-        t=np.pad(table.t, (0, more), constant_values=1.0),
-        output=np.pad(table.output, ((0, more), (0, 0))),
-        base=np.pad(table.base, (0, more), constant_values=1.0),
-        history=np.pad(table.history, ((0, more), (0, depth - table.history.shape[1]))),
-        noise=np.pad(table.noise, (0, more)),
-        commit=np.pad(table.commit, (0, more), constant_values=True),
-    )
-
-
 def test_every_recorded_case(golden, x64):
     """All 124 float64 cases of U-ViT's two solvers and its Euler ODE; the two recorded models are the leaves."""
     record = golden("uvit_dpm_solver.npz")
@@ -102,9 +75,9 @@ def test_every_recorded_case(golden, x64):
         out = sample(case["schedule"], case.get("thresholding", False), (padded(table),) * 2, x_T)
         for model, leaf in zip(("gauss", "gmm"), out, strict=True):
             np.testing.assert_allclose(leaf, record[f"out/{model}/{name}"], atol=2e-12, rtol=0, err_msg=name)
-            times = record.get(f"model_times/{model}/{name}", table.t)
-            np.testing.assert_allclose(table.t, times, atol=1e-15)
-        assert sampler.nfe(process) == len(table.t) == case.get("nfe", case["steps"])
+            times = record.get(f"model_times/{model}/{name}", table.rows.t)
+            np.testing.assert_allclose(table.rows.t, times, atol=1e-15)
+        assert sampler.nfe(process) == len(table.rows.t) == case.get("nfe", case["steps"])
 
 
 def test_recorded_float32_call(golden):
@@ -160,7 +133,6 @@ def test_ddpm_step_is_the_posterior(golden):
 
 # ------------------------------------------------------------------------------------------- the exact denoiser
 
-MEAN, STD = 0.7, 0.3  # of the data
 DPM_METHODS = [
     ("singlestep", 1, "dpm_solver"), ("singlestep", 2, "dpm_solver"), ("singlestep", 2, "taylor"),
     ("singlestep", 3, "dpm_solver"), ("singlestep", 3, "taylor"), ("fast", 2, "dpm_solver"), ("fast", 3, "dpm_solver"),
@@ -176,37 +148,8 @@ LOG_SNR_SOLVERS = {
     for algorithm in ("dpm_solver", "dpm_solver++")
     for method, intermediate in [("fast", "log_snr"), ("singlestep", "grid"), ("multistep", "grid")]
 }
-TO_CLEAN = {"ddim": DDIM(1000), "euler": Euler(1000), "heun": Heun(500)}
+TO_CLEAN = {"ddim": DDIM(1000)}
 STOCHASTIC = {"ddpm": DDPM(1000), "ddim eta 0.5": DDIM(1000, 0.5)}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run_exact(schedules, tables, keys, x_T):
-    """One leaf per schedule, each with the posterior mean of its own process."""
-
-    def posterior_mean(x_t, t, cond):
-        x0 = []
-        for schedule, x in zip(schedules, x_t, strict=True):
-            alpha, sigma = (value.reshape(-1, 1) for value in schedule(t))
-            x0.append(MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN))
-        return tuple(x0)
-
-    return run(tables, keys, posterior_mean, x_T, {})
-
-
-def exact_errors(schedules, sampler, keys=None):
-    """|error| of the mean and of the standard deviation of 8192 samples, for each schedule.
-
-    x_T is drawn from the exact marginal at t = 1 and set to its mean and deviation, so that x_T, which is carried
-    linearly, adds no sampling error.
-    """
-    unit = np.random.default_rng(0).normal(size=(8, 1024))
-    unit = (unit - unit.mean()) / unit.std()
-    ends = [schedule(1.0) for schedule in schedules]
-    x_T = tuple(jnp.asarray(alpha * MEAN + np.hypot(alpha * STD, sigma) * unit) for alpha, sigma in ends)
-    tables = sampler.tables(Process(schedules), x_T)
-    samples = run_exact(schedules, tuple(padded(table, 1000) for table in tables), keys, x_T)
-    return [(abs(float(x.mean()) - MEAN), abs(float(x.std()) - STD)) for x in samples]
 
 
 @pytest.mark.parametrize("name", [*DPM_SOLVERS, *LOG_SNR_SOLVERS, *TO_CLEAN, *STOCHASTIC, "euler in time"])
@@ -220,10 +163,10 @@ def test_exact_denoiser_under_every_schedule(name):
     if name in STOCHASTIC:
         keys, tolerance = KEYS, 0.015
     if name in STOCHASTIC or name in TO_CLEAN:  # these do not ask for alpha^2 + sigma^2 = 1
-        schedules += (Exploding(),)
+        schedules += (ExponentialVE(0.002, 80.0),)
     if name == "euler in time":  # the last beta of the cosine, 0.999 in one step of 1000, is beyond a first-order step
         schedules = schedules[:2]
-    everything = DPM_SOLVERS | LOG_SNR_SOLVERS | TO_CLEAN | STOCHASTIC | {"euler in time": Euler(1000, "time")}
+    everything = DPM_SOLVERS | LOG_SNR_SOLVERS | TO_CLEAN | STOCHASTIC | {"euler in time": EulerInTime(1000)}
     errors = exact_errors(schedules, everything[name], keys)
     assert np.max(errors) < tolerance, errors
 
@@ -236,35 +179,11 @@ def wiggly(x_t, t, cond):
     return jax.tree.map(lambda x: jnp.tanh(x + t[:, None]) * cond["scale"][:, None], x_t)
 
 
-def test_heun_and_euler_are_edms(x64):
-    """Algorithm 1 of EDM without churn, written from the paper, at alpha = 1."""
-    schedule, steps = Exploding(), 7
-    process = Process((schedule,))
-    x_T = jnp.asarray(np.random.default_rng(1).normal(size=(8, 3)) * 80)
-    cond = {"scale": jnp.linspace(0.5, 2, 8)}
-    times = np.linspace(1, 0, steps)
-    sigmas = [*((80 ** (1 / 7) + (1 - times) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7), 0.0]
-
-    def slope(x, i):
-        return (x - wiggly(x, jnp.full(8, times[i]), cond)) / sigmas[i]
-
-    heun = euler = x_T
-    for i in range(steps):
-        step = sigmas[i + 1] - sigmas[i]
-        euler = euler + step * slope(euler, i)
-        d = slope(heun, i)
-        proposal = heun + step * d
-        heun = heun + step * (d + slope(proposal, i + 1)) / 2 if i < steps - 1 else proposal
-    for sampler, expected, evaluations in ((Heun(steps, 0.0), heun, 13), (Euler(steps, t_end=0.0), euler, 7)):
-        np.testing.assert_allclose(sampler(None, wiggly, process, x_T, cond), expected, atol=1e-11)
-        assert sampler.nfe(process) == evaluations
-
-
 def test_a_leaf_is_sampled_as_it_would_be_alone():
     schedules = (SCHEDULES["linear"], SCHEDULES["cosine"])
     x_T = tuple(jnp.asarray(np.random.default_rng(i).normal(size=(8, 3))) for i in (0, 1))
     cond = {"scale": jnp.ones(8)}
-    for sampler in (DDIM(5), Heun(4), DPMSolver(6), DPMSolver(6, method="multistep")):
+    for sampler in (DDIM(5), DPMSolver(6), DPMSolver(6, method="multistep")):
         together = sampler(KEYS, wiggly, Process(schedules), x_T, cond)
         for leaf, schedule, x in zip(together, schedules, x_T, strict=True):
             np.testing.assert_allclose(leaf, sampler(KEYS, wiggly, Process((schedule,)), x, cond), rtol=2e-5, atol=1e-6)
@@ -288,9 +207,9 @@ def test_noise_is_drawn_from_the_key_of_the_sample_and_the_row():
     """DDPM(2) with x0 = 0 throughout, by hand."""
     process = Process((SCHEDULES["discrete"],))
     (table,) = DDPM(2).tables(process, jnp.zeros((8, 3)))
-    out = run(jax.tree.map(lambda a: a[:1], (table,)), KEYS, lambda x, t, cond: 0 * x, jnp.ones((8, 3)), {})
+    out = run(jax.tree.map(lambda column: column[:1], (table,)), KEYS, lambda x, t, cond: 0 * x, jnp.ones((8, 3)), {})
     noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (3,)))(KEYS)
-    np.testing.assert_allclose(out, table.base[0] + table.noise[0] * noise, rtol=1e-6)
+    np.testing.assert_allclose(out, table.rows.base[0] + table.rows.noise[0] * noise, rtol=1e-6)
 
 
 def test_bfloat16_state_is_cast_up():
@@ -303,10 +222,10 @@ def test_bfloat16_state_is_cast_up():
     "build, message",
     [
         (lambda: DDIM(0), "sampler.steps = 0, sampler.t_end = 0.001: expected steps >= 1"),
-        (lambda: Heun(5, 1.0), "0 <= t_end < 1"),
+        (lambda: EulerInTime(5, 1.0), "0 <= t_end < 1"),
         (lambda: DDPM(-1), "sampler.steps = -1"),
         (lambda: DDIM(5, 1.5), "sampler.eta = 1.5: expected a number from 0 to 1"),
-        (lambda: Euler(5, "lambda"), "sampler.variable = 'lambda' is not known: use one of 'sigma', 'time'"),
+        (lambda: EulerInTime(5).tables(Process((ExponentialVE(),)), jnp.ones(3)), "has no beta.*use Euler, in sigma"),
         (lambda: DPMSolver(10, 4), "sampler.order = 4 is not known: use one of 1, 2, 3"),
         (lambda: DPMSolver(10, algorithm="unipc"), "sampler.algorithm = 'unipc'"),
         (lambda: DPMSolver(10, method="adaptive"), "sampler.method = 'adaptive'"),
@@ -316,7 +235,7 @@ def test_bfloat16_state_is_cast_up():
         (lambda: DPMSolver(10, method="singlestep"), "steps = 10 is not divisible by sampler.order = 3"),
         (lambda: DPMSolver(10, 1), "method 'fast' mixes orders"),
         (lambda: DPMSolver(10, method="multistep", intermediate="log_snr"), "'multistep' has none"),
-        (lambda: Heun(5, 0.0).tables(Process((LinearVP(),)), jnp.ones(3)), "infinite coefficients.*raise t_end"),
+        (lambda: DDIM(5, t_end=0.0).tables(Process((LinearVP(),)), jnp.ones(3)), "infinite coefficients.*raise t_end"),
         (lambda: DPMSolver(6, t_end=0.0, grid="log_snr").tables(Process((LinearVP(),)), jnp.ones(3)), "raise t_end"),
     ],
 )

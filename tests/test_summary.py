@@ -1,5 +1,6 @@
 """nested/summary.py: Table 6 of Nested Diffusion (appendix A.1) from the shipped configs, by shapes alone."""
 
+import importlib
 import json
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import pytest
 
 from configs import imagenet
 from nested import build, summary, train
+from nested.models.hdit import HDiT
 
 TABLE_6 = {  # depth: (million parameters, GMACs)
     "L1": (104, 26.82),
@@ -27,6 +29,50 @@ def test_table_6(depth):
     rows = summary.levels(build.levels(imagenet.get_config(depth)))
     assert sum(row.parameters for row in rows) / 1e6 == pytest.approx(parameters, rel=0.005)
     assert sum(row.macs for row in rows) / 1e9 == pytest.approx(gmacs, rel=0.001)
+
+
+HDIT = {  # arguments of configs/hdit.py: GMACs printed in HDiT's Table 1
+    "R1": 106, "R1,256": 657, "R1,512": 6341, "R2": 106, "R2,256": 657, "R2,512": 6341,
+    "R3": 106, "R3,256": 657, "R3,512": 6341, "R4": 106,
+    "A": 32, "A,256": 114, "A,512": 1060, "B1": 29, "B1,256": 60, "B1,512": 185, "B2": 29, "B2,256": 60, "B2,512": 184,
+    "C": 31, "C,256": 65, "D": 31, "D,512": 198, "E": 31, "E,256": 65, "E,512": 198,
+}  # fmt: skip
+EXACT = {  # (config, arguments): parameters and multiply-accumulates by the authors' code (k-diffusion at 4601bf08)
+    ("hdit", "E"): (117_003_805, 31_369_003_008),
+    ("hdit", "E,256"): (128_210_486, 64_716_079_104),
+    ("hdit", "E,512"): (139_417_167, 198_097_305_600),
+    ("hdit_imagenet256", ""): (557_416_522, 197_586_845_696),
+    ("hdit_ffhq1024", ""): (85_079_300, 206_075_854_848),
+}
+
+
+def only_row(name, arguments):
+    (row,) = summary.levels(build.levels(importlib.import_module(f"configs.{name}").get_config(arguments)))
+    return row
+
+
+@pytest.mark.parametrize("arguments", HDIT)
+def test_table_1_of_hdit(arguments):
+    row = only_row("hdit", arguments)
+    dit = arguments.startswith(("R1", "R2"))
+    norms = summary.LAYER_NORM_MACS * 25 * row.tokens * 768 if dit else 0  # which the paper does not count
+    assert (row.macs - norms) / 1e9 == pytest.approx(HDIT[arguments], abs=0.64)  # 657.63 is printed as 657
+
+
+@pytest.mark.parametrize("name, arguments", EXACT)
+def test_hdit_to_the_unit(name, arguments):
+    row = only_row(name, arguments)
+    assert (row.parameters, row.macs) == EXACT[name, arguments]
+
+
+def test_neighborhood_attention_counts_its_keys_and_constants_are_no_parameters():
+    """Closed form of papers' appendix A, per token of one level: 4 d^2 + 2 k^2 d + 9 d^2, with k^2 = 15 keys."""
+    model = HDiT(2, (1,), (16,), ("neighborhood",), ((3, 5),), 8, mapping_depth=0, mapping_width=16)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 12, 14, 1), (1,))]
+    params = jax.eval_shape(lambda x, c: model.init(jax.random.key(0), x, c, {}, train=False), *shapes)
+    macs = summary.count_macs(lambda p, x, c: model.apply(p, x, c, {}, train=False), params, *shapes)
+    patches, mapping = 2 * 42 * 4 * 16, 2 * 16 * 16 + 2 * 16 * 16  # in and out; time, augmentation; two adaptive norms
+    assert macs == patches + mapping + 42 * (13 * 16**2 + 2 * 15 * 16)
 
 
 def test_table_6_tokens_and_levels_of_the_deepest():

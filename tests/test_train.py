@@ -12,7 +12,7 @@ from tiny import get_config
 
 from configs import common
 from input_pipeline import loader, sources
-from nested import build, checkpoint, hierarchy, optimizer, summary, train
+from nested import build_data, checkpoint, hierarchy, optimizer, summary, train
 from nested.writers import read_metrics
 
 
@@ -20,7 +20,7 @@ def make(changes=(), config=None):
     """(run, records) of the tiny synthetic config with the dotted keys of `changes` set."""
     config = config or get_config("synthetic,L2")
     config.update_from_flattened_dict(dict(changes))
-    source, latents = build.latents(config, "unused")
+    source, latents = build_data.latents(config, "unused")
     return train.make_run(config, latents), source
 
 
@@ -96,7 +96,7 @@ def test_metrics_are_those_of_the_loss_and_its_gradient(base):
     @jax.jit
     def expected(params):
         times = hierarchy.sample_times(run.step.levels, keys)
-        means = hierarchy.losses(run.step.levels, params, batch, batch["label"], times, keys)
+        means = hierarchy.losses(run.step.levels, params, batch, {"label": batch["label"]}, times, keys)
         return sum(loss.mean() for loss in means.values())
 
     loss, grads = jax.value_and_grad(expected)(state.params)
@@ -183,7 +183,8 @@ def test_validation_is_the_loss_at_its_times_without_drops(base):
     assert first == again  # drops are training's
     keys = hierarchy.rows(jax.random.key(0), 8)
     times = {"z1x1": jnp.full(8, 0.9), "x": jnp.full(8, 0.9)}
-    plain = hierarchy.losses(run.step.levels, state.ema, batch, batch["label"], times, keys, train=False)
+    given = {"label": batch["label"]}
+    plain = hierarchy.losses(run.step.levels, state.ema, batch, given, times, keys, train=False)
     assert first["validation/x/t0.9"] == pytest.approx(float(plain["x"].mean()), rel=1e-5)
     assert first["validation/x/t0.1"] != first["validation/x/t0.9"]
 
@@ -216,8 +217,8 @@ def test_meter_averages_good_steps_and_gives_up_on_bad_ones():
     meter = train.Meter(max_bad_steps=2)
     for step, (loss, finite) in enumerate([(1.0, True), (math.nan, False), (3.0, True)], 1):
         meter.add(step, {"loss": np.float32(loss), "finite": np.bool_(finite)})
-    meter.dispatched = 3
-    report = meter.report(batch_size=8, macs_per_row=5.0)
+    meter.rows = 24
+    report = meter.report(macs_per_row=5.0)
     assert report["loss"] == 2.0 and report["skipped_steps"] == 1
     assert report["model_flops_per_second"] == pytest.approx(30 * report["images_per_second"]) and meter.sums == {}
     meter.add(4, {"loss": np.float32(math.inf), "finite": np.bool_(False)})

@@ -266,15 +266,18 @@ def test_cudnn_attention_is_asked_for_and_only_in_half_precision(monkeypatch):
     """The fused kernel needs a GPU; here jax's plain form of the same call takes its place."""
     asked, plain = [], jax.nn.dot_product_attention
 
-    def stand_in(q, k, v, implementation):
+    def stand_in(q, k, v, implementation, **options):
         asked.append(implementation)
-        return plain(q, k, v, implementation="xla")
+        return plain(q, k, v, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     q, k, v = jax.random.normal(KEY, (3, 2, 7, 3, 8), jnp.bfloat16)
     fused, ours = (layers.attention(q, k, v, implementation).astype(float) for implementation in layers.ATTENTION)
     np.testing.assert_allclose(fused, ours, rtol=0, atol=0.02)
-    assert asked == ["cudnn"]
+    mask = jax.random.bernoulli(KEY, 0.5, (2, 1, 7, 7)) | jnp.eye(7, dtype=bool)[None, None]
+    pair = [layers.attention(q, k, v, name, scale=2.0, mask_BHLM=mask).astype(float) for name in layers.ATTENTION]
+    np.testing.assert_allclose(*pair, rtol=0, atol=0.03)
+    assert np.abs(pair[1] - ours).max() > 0.1 and asked == ["cudnn"] * 2
     model, _, inputs = small_case()
     assert shapes(model.clone(attention="cudnn", dtype="bfloat16"), *inputs) == shapes(model, *inputs)
     with pytest.raises(ValueError, match="'cudnn' works in bfloat16 or float16, found float32; set dtype"):

@@ -13,8 +13,9 @@ from tests.processes import ROOT, finish
 
 
 def get_config(arg=""):
-    """synthetic: random latents of the same shapes, and nothing to sample or score. L2: without the middle level."""
-    kind, depth = common.parse(arg, ("digits", "synthetic"), ("L3", "L2"))
+    """synthetic: random latents of the same shapes, and nothing to sample or score. L2: without the middle level; L1:
+    the pixels alone. hdit: HDiT in an EDM process for the pixels."""
+    kind, depth, backbone = common.parse(arg, ("digits", "synthetic"), ("L3", "L2", "L1"), ("uvit", "hdit"))
     config = common.default()
     config.data.update(source="digits", num_classes=10, holdout=8)
     config.encoder.update(input_size=32, map="stage4", features=("map",), components=16)
@@ -26,8 +27,9 @@ def get_config(arg=""):
         common.level("z2x2", "map", (2, 2, 4), 1, sigma=0.5, guidance=0.4, backbone=small, sampler=ddim),
         common.level("x", "pixels", (8, 8, 1), 4, guidance=0.3, backbone=base, sampler=ddim),
     )
-    if depth == "L2":
-        config.levels = config.levels[::2]
+    if backbone == "hdit":
+        config.levels = (*config.levels[:-1], hdit_level())
+    config.levels = config.levels[{"L3": slice(None), "L2": slice(None, None, 2), "L1": slice(2, None)}[depth]]
     config.hierarchy.update(label_levels=tuple(level.name for level in config.levels), noise_gamma=0.3)
     config.train.update(batch_size=8, steps=4, log_every=1, save_every=100, threads=1)
     # Gradients of float32 carry noise of 1e-8; an eps above that keeps AdamW's first steps from magnifying it to 1.
@@ -38,6 +40,18 @@ def get_config(arg=""):
         config.data.update(source="synthetic", num_examples=64)
         config.sample.num_samples = config.evaluate.num_samples = 0
     return config
+
+
+def hdit_level():
+    """8x8x1 pixels: 4 x 4 tokens with neighborhoods of 3, 2 x 2 with global attention and dropout."""
+    network = common.hdit(
+        depths=(1, 1), widths=(16, 16), attentions=("neighborhood", "global"), windows=(3, 0), head_widths=8,
+        dropouts=(0.0, 0.1), mapping_depth=1, mapping_width=16,
+    )  # fmt: skip
+    return common.level(
+        "x", "pixels", (8, 8, 1), 2, guidance=0.3, backbone=network, process=common.edm_process(8),
+        sampler=common.sigma_sampler("dpmpp_3m_sde", 3),
+    )  # fmt: skip
 
 
 def start_main(arguments, config="tests/tiny.py", devices=1, env=None):

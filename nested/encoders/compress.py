@@ -238,7 +238,8 @@ class Pixels:
     """z_1 = the image in [-1, 1]."""
 
     def encode(self, images):
-        return normalise(images)
+        """uint8 images; floats are images in that range already (input_pipeline/augment.py) and stay as they are."""
+        return normalise(images) if images.dtype == jnp.uint8 else images
 
     def decode(self, z_BHWC):
         return to_images(z_BHWC)

@@ -4,6 +4,7 @@ Numerics: LayerNorm statistics, softmax and the sinusoid are computed in float32
 only matrix products run in the compute dtype.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -12,6 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 ATTENTION = ("xla", "cudnn")
+
+
+class Backbone(nn.Module):
+    """What the hierarchy asks of a level's network besides __call__(x, c_noise, cond, *, train) and num_tokens(shape).
+
+    buffers: patterns (re.search) of the paths, joined with '/', of parameters that are constants: saved with the
+        others, never trained, averaged or counted. inputs: names of entries of cond that it takes where they are there,
+        other than the label and coarser variables. has_dropout: whether training gives it cond['dropout'], a key per
+        row.
+    """
+
+    buffers = ()
+    inputs = ()
+    has_dropout = False
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -31,9 +46,17 @@ def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10000.0) 
     return jnp.pad(embedding_BD, ((0, 0), (0, width % 2)))
 
 
-def attention(q_BLHD: jax.Array, k_BMHD: jax.Array, v_BMHD: jax.Array, implementation: str) -> jax.Array:
-    """[B, L, H, D] = softmax(q k^T / sqrt(D)) v over all keys, no mask.
+def attention(
+    q_BLHD: jax.Array,
+    k_BMHD: jax.Array,
+    v_BMHD: jax.Array,
+    implementation: str,
+    scale: float | None = None,
+    mask_BHLM: jax.Array | None = None,
+) -> jax.Array:
+    """[B, L, H, D] = softmax(scale q k^T) v over all keys, or over those where the mask (any axis may be 1) is True.
 
+    scale: None for 1 / sqrt(D).
     implementation: 'xla' (plain, any dtype, logits and softmax in float32 or better) or 'cudnn' (fused; NVIDIA GPU,
     bfloat16 or float16 only).
     """
@@ -45,11 +68,15 @@ def attention(q_BLHD: jax.Array, k_BMHD: jax.Array, v_BMHD: jax.Array, implement
                 f"attention: 'cudnn' works in bfloat16 or float16, found {q_BLHD.dtype}; set dtype='bfloat16' or "
                 "attention='xla'"
             )
-        return jax.nn.dot_product_attention(q_BLHD, k_BMHD, v_BMHD, implementation="cudnn")
-    scale = q_BLHD.shape[-1] ** -0.5
+        return jax.nn.dot_product_attention(
+            q_BLHD, k_BMHD, v_BMHD, mask=mask_BHLM, scale=scale, implementation="cudnn"
+        )
+    scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
     logits_BHLM = jnp.einsum(
         "BLHD,BMHD->BHLM", q_BLHD * scale, k_BMHD, preferred_element_type=at_least_float32(q_BLHD.dtype)
     )
+    if mask_BHLM is not None:
+        logits_BHLM = jnp.where(mask_BHLM, logits_BHLM, -jnp.inf)
     weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHD.dtype)
     return jnp.einsum("BHLM,BMHD->BLHD", weights_BHLM, v_BMHD)
 
@@ -64,6 +91,11 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+def torch_xavier(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+    """U(-b, b), b^2 = 6 / (fan in + fan out), of a kernel (*window, in, out) taken as the matrix (window in, out)."""
+    return nn.initializers.xavier_uniform()(key, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
+
+
 def unpatchify(tokens_BNP: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
     """[B, h p, w p, c] from tokens [B, h w, p p c]: rows of patches first, inside a patch rows, columns, channels."""
     (rows, columns), p = grid, patch_size
@@ -72,19 +104,24 @@ def unpatchify(tokens_BNP: jax.Array, grid: tuple[int, int], patch_size: int) ->
 
 
 class PatchEmbed(nn.Module):
-    """[B, h, w, c] -> tokens [B, (h/p) (w/p), width], one linear map per p x p patch, rows first."""
+    """[B, h, w, c] -> tokens [B, (h/p) (w/p), width], one linear map per p x p patch, rows first.
+
+    kernel_init: None starts weight and bias as torch leaves a convolution; with one the bias starts at 0.
+    """
 
     patch_size: int
     width: int
     dtype: jnp.dtype | None = None
+    kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         p = self.patch_size
-        init = torch_uniform(p * p * x_BHWC.shape[-1])
+        default = torch_uniform(p * p * x_BHWC.shape[-1])
         x_BhwD = nn.Conv(
-            self.width, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype, kernel_init=init, bias_init=init,
-            name="proj",
+            self.width, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype, name="proj",
+            kernel_init=self.kernel_init or default,
+            bias_init=nn.initializers.zeros if self.kernel_init else default,
         )(x_BHWC)  # fmt: skip
         return x_BhwD.reshape(x_BhwD.shape[0], -1, self.width)
 
@@ -96,26 +133,28 @@ class SelfAttention(nn.Module):
     qkv_bias: bool = False
     implementation: str = "xla"
     dtype: jnp.dtype | None = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         B, L, D = x_BLD.shape
-        dense = nn.initializers.normal(0.02)
-        qkv_BLE = nn.Dense(3 * D, use_bias=self.qkv_bias, dtype=self.dtype, kernel_init=dense, name="qkv")(x_BLD)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
+        qkv_BLE = dense(3 * D, use_bias=self.qkv_bias, name="qkv")(x_BLD)
         q_BLHK, k_BLHK, v_BLHK = jnp.moveaxis(qkv_BLE.reshape(B, L, 3, self.num_heads, D // self.num_heads), 2, 0)
         out_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, self.implementation)
-        return nn.Dense(D, dtype=self.dtype, kernel_init=dense, name="proj")(out_BLHK.reshape(B, L, D))
+        return dense(D, name="proj")(out_BLHK.reshape(B, L, D))
 
 
 class Mlp(nn.Module):
-    """Two layers with the exact (erf) GELU between them."""
+    """Two layers with GELU between them: the exact one (erf), or its approximation by tanh."""
 
     hidden: int
     dtype: jnp.dtype | None = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    tanh_gelu: bool = False
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        dense = nn.initializers.normal(0.02)
-        x_BLE = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=dense, name="fc1")(x_BLD)
-        x_BLE = nn.gelu(x_BLE, approximate=False)
-        return nn.Dense(x_BLD.shape[-1], dtype=self.dtype, kernel_init=dense, name="fc2")(x_BLE)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
+        x_BLE = nn.gelu(dense(self.hidden, name="fc1")(x_BLD), approximate=self.tanh_gelu)
+        return dense(x_BLD.shape[-1], name="fc2")(x_BLE)

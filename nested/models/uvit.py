@@ -61,7 +61,7 @@ def layer_norm(dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
-class UViT(nn.Module):
+class UViT(layers.Backbone):
     """The backbone of one level whose variable is one array [B, h, w, c].
 
     num_classes: labels 0..num_classes-1, null = num_classes; 0: no label token. text_dim, text_tokens: size and number

@@ -1,0 +1,209 @@
+"""DiT (Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748, Sec. 3.2).
+
+    x = patches + positions                                      positions: sin and cos of column and row, a constant
+    c = mlp(sinusoids of the time) + label
+    block:  s1, a1, g1, s2, a2, g2 = W silu(c) + b               "adaLN-Zero": W and b start at 0
+            x += g1 attention((1 + a1) norm(x) + s1)
+            x += g2 mlp((1 + a2) norm(x) + s2)
+    output = unpatchify(linear((1 + a) norm(x) + s)),  s, a = W silu(c) + b             exactly 0 at the start
+
+In pixel space with patches of 4 it is the baseline of HDiT's Table 1 (arXiv 2401.11605).
+Names and numerics are those of the authors' code (models.py of facebookresearch/DiT), so its state dicts load with
+nested.weights.from_torch: LayerNorm without parameters and eps 1e-6, tanh GELU, 256 sinusoids with cosines first.
+Initial values as there: linear layers Xavier uniform, time and label embedding N(0, .02^2), biases and what ends a
+residual branch or the network 0. The patch embedding's bias, which some versions leave to torch, is 0 too.
+Departures from the authors' code: grids need not be square; without classes there is no label; `num_classes` does not
+count the null class, which is the last row of the label embedding. The time, the label, the adaptive scales and the
+norms are float32 (or float64 where the input is) in every compute dtype.
+"""
+
+import types
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested.models import layers
+
+SINUSOIDS = 256  # width of the time's sinusoidal embedding
+
+VARIANTS = types.MappingProxyType({
+    "S": types.MappingProxyType(dict(width=384, depth=12, num_heads=6)),
+    "B": types.MappingProxyType(dict(width=768, depth=12, num_heads=12)),
+    "L": types.MappingProxyType(dict(width=1024, depth=24, num_heads=16)),
+    "XL": types.MappingProxyType(dict(width=1152, depth=28, num_heads=16)),
+})  # fmt: skip
+
+
+def position_embedding(rows: int, columns: int, width: int) -> np.ndarray:
+    """[1, rows columns, width] float64: of the column, then of the row, sin and then cos of position * frequency.
+
+    Frequencies fall from 1 to 1 / 10000 (excluded), width / 4 of them. Positions count patches, from 0.
+    """
+    frequencies_F = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
+    row_N, column_N = np.divmod(np.arange(rows * columns), columns)
+    angles = [position_N[:, None] * frequencies_F for position_N in (column_N, row_N)]
+    return np.concatenate([wave(angle_NF) for angle_NF in angles for wave in (np.sin, np.cos)], axis=1)[None]
+
+
+def modulated_norm(x_BLD, shift_BD, scale_BD, name: str) -> jax.Array:
+    """(1 + scale) norm(x) + shift, computed in float32 or better, in x's dtype."""
+    norm = nn.LayerNorm(
+        epsilon=1e-6, use_scale=False, use_bias=False, use_fast_variance=False,
+        dtype=layers.at_least_float32(x_BLD.dtype), name=name,
+    )  # fmt: skip
+    return ((1 + scale_BD[:, None]) * norm(x_BLD) + shift_BD[:, None]).astype(x_BLD.dtype)
+
+
+def adaptive(c_BD, count: int) -> list[jax.Array]:
+    """`count` vectors [B, D] from the conditioning vector: shifts, scales and gates."""
+    values_BE = nn.Dense(
+        count * c_BD.shape[-1], kernel_init=nn.initializers.zeros, name="adaLN_modulation_1"
+    )(nn.silu(c_BD))  # fmt: skip
+    return jnp.split(values_BE, count, axis=-1)
+
+
+class TimeEmbedder(nn.Module):
+    """Times [B] -> [B, width], float32 or better: sinusoids and two layers."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, c_noise_B):
+        dense = nn.initializers.normal(0.02)
+        time_BD = nn.Dense(self.width, kernel_init=dense, name="mlp_0")(
+            layers.timestep_embedding(c_noise_B, SINUSOIDS)
+        )  # fmt: skip
+        return nn.Dense(self.width, kernel_init=dense, name="mlp_2")(nn.silu(time_BD))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] -> [B, width]; the last row is the null class."""
+
+    num_classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, label_B):
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="embedding_table")(label_B)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated before and gated after by the conditioning vector c."""
+
+    num_heads: int
+    mlp_ratio: float
+    attention: str
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        shift1_BD, scale1_BD, gate1_BD, shift2_BD, scale2_BD, gate2_BD = adaptive(c_BD, 6)
+        init = layers.torch_xavier
+        attend = layers.SelfAttention(self.num_heads, True, self.attention, self.dtype, init, name="attn")
+        mlp = layers.Mlp(int(x_BLD.shape[-1] * self.mlp_ratio), self.dtype, init, tanh_gelu=True, name="mlp")
+        y_BLD = attend(modulated_norm(x_BLD, shift1_BD, scale1_BD, "norm1"))
+        x_BLD = (x_BLD + gate1_BD[:, None] * y_BLD).astype(x_BLD.dtype)
+        y_BLD = mlp(modulated_norm(x_BLD, shift2_BD, scale2_BD, "norm2"))
+        return (x_BLD + gate2_BD[:, None] * y_BLD).astype(x_BLD.dtype)
+
+
+class FinalLayer(nn.Module):
+    """[B, L, D] -> [B, L, features]; 0 at the start."""
+
+    features: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x_BLD, c_BD):
+        x_BLD = modulated_norm(x_BLD, *adaptive(c_BD, 2), "norm_final")
+        return nn.Dense(self.features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="linear")(x_BLD)
+
+
+class DiT(layers.Backbone):
+    """The backbone of a level whose variable is one array [B, h, w, c].
+
+    width: a multiple of 4 and of num_heads. mlp_ratio: hidden width of the MLP over `width`. num_classes: labels
+        0..num_classes-1, null = num_classes; 0: no label.
+    conditions: must be (), DiT takes no coarser levels. attention: 'xla' or 'cudnn'. learn_variance: twice the output
+        channels. remat: recompute each block in the backward pass. dtype: of matrix products and the residual stream,
+        None for that of the input; parameters are float32.
+    """
+
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4
+    num_classes: int = 0
+    conditions: tuple[tuple[str, int], ...] = ()
+    attention: str = "xla"
+    learn_variance: bool = False
+    remat: bool = False
+    dtype: jnp.dtype | None = None
+
+    buffers = (r"^pos_embed$",)
+
+    def num_tokens(self, shape: tuple[int, int, int]) -> int:
+        """Tokens of a variable of this shape (h, w, c)."""
+        return shape[0] * shape[1] // self.patch_size**2
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
+        """[B, h, w, c] like x; with learn_variance [B, h, w, 2c], the prediction and then, per channel, where the log
+        variance lies between its bounds (-1 to 1: Improved DDPM's). c_noise_B: the time (DiT: 0..1000).
+        cond: 'label' [B] int where num_classes.
+
+        `train` is part of the contract of backbones; DiT has no dropout and does the same either way.
+        ValueError: coarser levels, a label that is missing, anything else in cond, a shape that does not divide,
+        pos_embed of another grid.
+        """
+        self.check(x_BHWC, cond)
+        p, (_, height, width, channels) = self.patch_size, x_BHWC.shape
+        grid = (height // p, width // p)
+        embed = layers.PatchEmbed(p, self.width, self.dtype, layers.torch_xavier, name="x_embedder")
+        x_BLD = embed(x_BHWC)
+        x_BLD = x_BLD + self.positions(grid).astype(x_BLD.dtype)
+        c_BD = TimeEmbedder(self.width, name="t_embedder")(c_noise_B)
+        if self.num_classes:
+            c_BD = c_BD + LabelEmbedder(self.num_classes, self.width, name="y_embedder")(cond["label"])
+
+        block = nn.remat(Block) if self.remat else Block
+        config = (self.num_heads, self.mlp_ratio, self.attention, self.dtype)
+        for i in range(self.depth):
+            x_BLD = block(*config, name=f"blocks_{i}")(x_BLD, c_BD)
+        features = p * p * channels * (2 if self.learn_variance else 1)
+        pixels_BLP = FinalLayer(features, self.dtype, name="final_layer")(x_BLD, c_BD)
+        return layers.unpatchify(pixels_BLP, grid, p).astype(x_BHWC.dtype)
+
+    def positions(self, grid: tuple[int, int]) -> jax.Array:
+        """[1, L, D]: a constant that is kept with the parameters, as in the authors' code."""
+        if self.has_variable("params", "pos_embed"):
+            held, needed = self.get_variable("params", "pos_embed").shape[1], grid[0] * grid[1]
+            if held != needed:
+                raise ValueError(f"DiT: a grid of {grid} patches needs {needed} positions, pos_embed has {held}; for "
+                                 f"another resolution take position_embedding{(*grid, self.width)}")  # fmt: skip
+
+        def init(key):
+            return jnp.asarray(position_embedding(*grid, self.width), jnp.float32)
+
+        return jax.lax.stop_gradient(self.param("pos_embed", init))
+
+    def check(self, x_BHWC, cond) -> None:
+        """One line about what does not fit, before flax or XLA say it at length."""
+        if self.conditions:
+            names = [name for name, _ in self.conditions]
+            raise ValueError(f"DiT takes no coarser levels, conditions has {names}; use uvit or hdit for this level")
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(f"DiT: width {self.width} must be divisible by 4 and by num_heads {self.num_heads}")
+        shape = getattr(x_BHWC, "shape", type(x_BHWC).__name__)
+        p = self.patch_size
+        if not hasattr(x_BHWC, "ndim") or x_BHWC.ndim != 4 or shape[1] % p or shape[2] % p:
+            raise ValueError(f"DiT: its input has shape {shape}, expected one array (batch, height, width, channels), "
+                             f"height and width divisible by patch_size {p}")  # fmt: skip
+        expected = ["label"] if self.num_classes else []
+        if sorted(cond) != expected:
+            raise ValueError(f"DiT: cond has {sorted(cond)}, expected {expected} with num_classes {self.num_classes}")

@@ -1,0 +1,320 @@
+"""HDiT, the hourglass diffusion transformer (Crowson et al., ICML 2024, arXiv 2401.11605).
+
+    x = patch_in(image)                                           tokens of p_h x p_w pixels
+    for each level but the last:   x = its layers(x);  push x;  x = merge(x)        2 x 2 tokens -> 1
+    x = the last level's layers(x)
+    for each level upwards:        x = skip(pop, split(x));  x = its other layers(x)
+    output = patch_out(RMSNorm(x))                                like the image; exactly 0 at the start
+
+    skip: lerp  s + f (u - s), f learned, .5 at the start (the paper's Eq. 6 with 1 - f);  add  s + u;  concat  W [s, u]
+    cond = mapping(W_t fourier(c_noise) + W_a fourier(augment) + class + W_m mapping + sum over coarser levels)
+
+The blocks are in hdit_blocks.py. Names and layouts are those of the authors' code (ImageTransformerDenoiserModelV2 of
+k_diffusion/models/image_transformer_v2.py at 4601bf08), so its state dicts load with nested.weights.from_torch.
+The network is given log(sigma) / 4 and c_in x_t by an EDM process (nested/process.py).
+
+Not in the authors' code, built from the paper's text: additive positions (learned, added after patch_in), plain GELU
+feed-forwards, add and concat skips. Ours: coarser levels as conditions. The variable z [h, w, c] of one goes, flattened
+and projected, into the mapping network, and, where it is more than 1 x 1, projected, resized bilinearly and added to
+the tokens; where it is dropped, a learned vector takes the first place and 0 the second.
+A condition `augment` of zeros is not nothing (cos 0 = 1): it is what sampling uses, and it is the default.
+"""
+
+import types
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nested.models import hdit_blocks as blocks
+from nested.models.layers import Backbone
+
+SKIPS = ("lerp", "add", "concat")
+POSITIONS = ("rope", "additive")
+AUGMENT_WIDTH = 9
+NEIGHBORHOOD = "neighborhood"
+
+# Widths and depths of the paper's models. At most 16 x 16 tokens attend globally (32 x 32 too in ffhq1024).
+VARIANTS = types.MappingProxyType({
+    "imagenet128": types.MappingProxyType(dict(
+        depths=(2, 11), widths=(384, 768), attentions=(NEIGHBORHOOD, "global"), mapping_depth=1, mapping_width=768,
+    )),
+    "imagenet256": types.MappingProxyType(dict(
+        depths=(2, 2, 16), widths=(384, 768, 1536), attentions=(NEIGHBORHOOD, NEIGHBORHOOD, "global"),
+    )),
+    "ffhq1024": types.MappingProxyType(dict(
+        depths=(2,) * 5, widths=(128, 256, 384, 768, 1024), attentions=(NEIGHBORHOOD,) * 3 + ("global",) * 2,
+        dropouts=(0.0, 0.0, 0.0, 0.0, 0.1),
+    )),
+})  # fmt: skip
+
+
+def merge_tokens(x_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C] -> [B, H / h, W / w, h w C]: the cells of each h x w block side by side, rows first."""
+    B, H, W, C = x_BHWC.shape
+    h, w = size
+    return x_BHWC.reshape(B, H // h, h, W // w, w, C).swapaxes(2, 3).reshape(B, H // h, W // w, h * w * C)
+
+
+def split_tokens(x_BHWE: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The inverse of merge_tokens."""
+    B, H, W, E = x_BHWE.shape
+    h, w = size
+    return x_BHWE.reshape(B, H, W, h, w, -1).swapaxes(2, 3).reshape(B, H * h, W * w, E // (h * w))
+
+
+class TokenMerge(nn.Module):
+    """Blocks of tokens or pixels, projected: [B, H, W, C] -> [B, H / h, W / w, width]."""
+
+    width: int
+    size: tuple[int, int]
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        x_BHWE = merge_tokens(x_BHWC, self.size)
+        return blocks.linear(self.width, x_BHWE.shape[-1], "proj", self.dtype)(x_BHWE)
+
+
+class TokenSplit(nn.Module):
+    """Projected and cut up: [B, H, W, D] -> [B, H h, W w, width]. With a skip, merged with it (see `skip` of HDiT)."""
+
+    width: int
+    size: tuple[int, int]
+    skip: str | None
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x_BHWD, skip_BHWC=None):
+        features = self.width * self.size[0] * self.size[1]
+        x_BHWE = blocks.linear(features, x_BHWD.shape[-1], "proj", self.dtype, zero=self.skip is None)(x_BHWD)
+        x_BHWC = split_tokens(x_BHWE, self.size)
+        if self.skip is None:
+            return x_BHWC
+        if self.skip == "concat":
+            both_BHWE = jnp.concatenate([skip_BHWC, x_BHWC], axis=-1)
+            return blocks.linear(self.width, 2 * self.width, "skip_proj", self.dtype)(both_BHWE)
+        if self.skip == "add":
+            return skip_BHWC + x_BHWC
+        fac_1 = self.param("fac", nn.initializers.constant(0.5), (1,)).astype(x_BHWC.dtype)
+        return skip_BHWC + fac_1[0] * (x_BHWC - skip_BHWC)
+
+
+class HDiT(Backbone):
+    """The backbone of a level whose variable is one array [B, H, W, C].
+
+    Tuples have one entry per level, finest tokens first.
+    patch_size: p, or (p_h, p_w). depths: layers on the way down, and as many on the way up; the last level's once.
+    attentions: blocks.ATTENTIONS. windows: kernel, an int or (rows, columns), or window size; 0 where attention is
+        'global' or 'none'. head_widths: multiples of 8; one number for all levels. ff_widths: None for 3 (geglu) or 4
+        (gelu) times the width. dropouts, mapping_dropout: rates; one number for all levels.
+    mapping_ff_width: None for 3 times mapping_width. mapping_cond_dim: width of a vector cond['mapping']; 0: none.
+    num_classes: null is num_classes; 0: no label. conditions: (name, patch size) of each coarser level.
+    position, feed_forward, skip: POSITIONS, blocks.FEED_FORWARDS, SKIPS.
+    attention: of global and window attention, 'xla' or 'cudnn'. neighborhood: implementation of neighborhood attention.
+    remat: recompute each block in the backward pass. dtype: of matrix products and the residual stream, None for that
+        of the input; parameters are float32.
+    """
+
+    patch_size: int | tuple[int, int]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    attentions: tuple[str, ...]
+    windows: tuple[int | tuple[int, int], ...]
+    head_widths: int | tuple[int, ...] = 64
+    ff_widths: tuple[int, ...] | None = None
+    dropouts: float | tuple[float, ...] = 0.0
+    mapping_depth: int = 2
+    mapping_width: int = 256
+    mapping_ff_width: int | None = None
+    mapping_dropout: float = 0.0
+    mapping_cond_dim: int = 0
+    num_classes: int = 0
+    conditions: tuple[tuple[str, int], ...] = ()
+    position: str = "rope"
+    feed_forward: str = "geglu"
+    skip: str = "lerp"
+    attention: str = "xla"
+    neighborhood: str = "auto"
+    remat: bool = False
+    dtype: jnp.dtype | None = None
+
+    buffers = (r"(^|/)(time_emb|aug_emb)/weight$", r"/pos_emb/freqs$")
+    inputs = ("augment", "mapping")
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(self.per_level(self.dropouts)) or self.mapping_dropout > 0
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return (self.patch_size,) * 2 if isinstance(self.patch_size, int) else tuple(self.patch_size)
+
+    def num_tokens(self, shape: tuple[int, int, int]) -> int:
+        """Tokens of a variable of this shape (h, w, c) at the finest level."""
+        return shape[0] // self.patch[0] * (shape[1] // self.patch[1])
+
+    def per_level(self, value) -> tuple:
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(self.depths)
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
+        """[B, H, W, C] like x. c_noise_B: log(sigma) / 4. cond: 'label' [B] int where num_classes, 'mapping' [B, n]
+        where mapping_cond_dim, each condition by its name [B, h, w, c]; optional 'augment' [B, 9], 'keep_NAME' [B] bool
+        and, in training, 'dropout' [B] keys.
+
+        ValueError: a condition is missing or unknown; image, windows, kernels or merges that do not fit.
+        """
+        self.check(x_BHWC.shape, cond)
+        x_BHWD = TokenMerge(self.widths[0], self.patch, self.dtype, name="patch_in")(x_BHWC)
+        grid = x_BHWD.shape[1:3]
+        if self.position == "additive":
+            added = self.param("pos_embed", nn.initializers.normal(0.02), (1, *grid, self.widths[0]))
+            x_BHWD = x_BHWD + added.astype(x_BHWD.dtype)
+        x_BHWD = self.add_grids(x_BHWD, cond)
+        keys_B = cond.get("dropout") if train else None
+        cond_BM = self.mapping(c_noise_B, cond, keys_B)
+        x_BHWD = self.hourglass(x_BHWD, cond_BM, keys_B)
+        x_BHWD = blocks.RMSNorm(name="out_norm")(x_BHWD)
+        out = TokenSplit(x_BHWC.shape[-1], self.patch, None, self.dtype, name="patch_out")(x_BHWD)
+        return out.astype(x_BHWC.dtype)
+
+    def hourglass(self, x_BHWD, cond_BM, keys_B):
+        last = len(self.depths) - 1
+        positions = [blocks.axial_positions(*x_BHWD.shape[1:3])]
+        options = [self.level_options(level) for level in range(last + 1)]
+        skips, index = [], 0
+
+        def layers(x, level, name, numbers):
+            nonlocal index
+            for i, number in enumerate(numbers):
+                layer = blocks.Layer(options[level], number, index, name=f"{name}_{i}")
+                x = layer(x, positions[level], cond_BM, keys_B)
+                index += 1
+            return x
+
+        for level in range(last):
+            x_BHWD = layers(x_BHWD, level, f"down_levels_{level}", range(self.depths[level]))
+            skips.append(x_BHWD)
+            x_BHWD = TokenMerge(self.widths[level + 1], (2, 2), self.dtype, name=f"merges_{level}")(x_BHWD)
+            positions.append(blocks.halved(positions[-1]))
+        x_BHWD = layers(x_BHWD, last, "mid_level", range(self.depths[last]))
+        for level in reversed(range(last)):
+            split = TokenSplit(self.widths[level], (2, 2), self.skip, self.dtype, name=f"splits_{level}")
+            x_BHWD = split(x_BHWD, skips.pop())
+            depth = self.depths[level]
+            x_BHWD = layers(x_BHWD, level, f"up_levels_{level}", range(depth, 2 * depth))
+        return x_BHWD
+
+    def level_options(self, level: int) -> blocks.LevelOptions:
+        hidden = self.ff_widths or tuple(blocks.FEED_FORWARDS[self.feed_forward] * width for width in self.widths)
+        return blocks.LevelOptions(
+            attention=self.per_level(self.attentions)[level],
+            window=self.per_level(self.windows)[level],
+            head_width=self.per_level(self.head_widths)[level],
+            hidden=hidden[level],
+            feed_forward=self.feed_forward,
+            rope=self.position == "rope",
+            dropout=self.per_level(self.dropouts)[level],
+            implementation=self.attention,
+            neighborhood=self.neighborhood,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
+
+    def mapping(self, c_noise_B, cond, keys_B) -> jax.Array:
+        """[B, M] float32 or better: what every AdaRMSNorm reads."""
+        width, B = self.mapping_width, c_noise_B.shape[0]
+        c_noise_B = c_noise_B.astype(blocks.at_least_float32(c_noise_B.dtype))
+        augment = cond.get("augment", jnp.zeros((B, AUGMENT_WIDTH), c_noise_B.dtype))
+        time_BM = blocks.FourierFeatures(width, name="time_emb")(c_noise_B[:, None])
+        augment_BM = blocks.FourierFeatures(width, name="aug_emb")(augment.astype(c_noise_B.dtype))
+        total = blocks.linear(width, width, "time_in_proj")(time_BM)
+        total = total + blocks.linear(width, width, "aug_in_proj")(augment_BM)
+        if self.num_classes:
+            embed = nn.Embed(self.num_classes + 1, width, embedding_init=nn.initializers.normal(1.0), name="class_emb")
+            total = total + embed(cond["label"])
+        if self.mapping_cond_dim:
+            project = blocks.linear(width, self.mapping_cond_dim, "mapping_cond_in_proj")
+            total = total + project(cond["mapping"].astype(c_noise_B.dtype))
+        for name, _ in self.conditions:
+            flat_BN = cond[name].reshape(B, -1).astype(c_noise_B.dtype)
+            seen_BM = blocks.linear(width, flat_BN.shape[-1], f"cond_in_proj_{name}")(flat_BN)
+            empty_M = self.param(f"empty_{name}", nn.initializers.normal(1.0), (width,))
+            if f"keep_{name}" in cond:
+                seen_BM = jnp.where(cond[f"keep_{name}"][:, None], seen_BM, empty_M[None].astype(seen_BM.dtype))
+            total = total + seen_BM
+        hidden = self.mapping_ff_width or 3 * width
+        network = blocks.MappingNetwork(
+            self.mapping_depth, hidden, self.feed_forward, self.mapping_dropout, name="mapping"
+        )
+        return network(total, keys_B)
+
+    def add_grids(self, x_BHWD, cond) -> jax.Array:
+        """The tokens plus every coarser variable with a layout, projected and resized to them."""
+        B, H, W, D = x_BHWD.shape
+        for name, _ in self.conditions:
+            z_BhwC = cond[name].astype(x_BHWD.dtype)
+            if z_BhwC.shape[1:3] == (1, 1):
+                continue
+            z_BhwD = blocks.linear(D, z_BhwC.shape[-1], f"cond_grid_proj_{name}", self.dtype)(z_BhwC)
+            if f"keep_{name}" in cond:
+                z_BhwD = z_BhwD * cond[f"keep_{name}"][:, None, None, None]
+            x_BHWD = x_BHWD + jax.image.resize(z_BhwD, (B, H, W, D), "bilinear")
+        return x_BHWD
+
+    def check(self, shape, cond) -> None:
+        """One line about what does not fit, before flax or XLA say it at length."""
+        levels = len(self.depths)
+        for name in ("widths", "attentions", "windows", "head_widths", "dropouts", "ff_widths"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, list)) and len(value) != levels:
+                raise ValueError(f"HDiT: {name} {tuple(value)} has {len(value)} entries, depths {self.depths} {levels}")
+        for name, allowed in (("position", POSITIONS), ("feed_forward", blocks.FEED_FORWARDS), ("skip", SKIPS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"HDiT: {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if len(shape) != 4 or shape[1] % self.patch[0] or shape[2] % self.patch[1]:
+            raise ValueError(f"HDiT: an input of shape {shape}, expected (batch, height, width, channels), height and "
+                             f"width divisible by patch_size {self.patch_size}")  # fmt: skip
+        if self.mapping_width % 2:
+            raise ValueError(f"HDiT: mapping_width {self.mapping_width} is odd; Fourier features come in pairs")
+        height, width = shape[1] // self.patch[0], shape[2] // self.patch[1]
+        for level in range(levels):
+            self.check_level(level, height >> level, width >> level)
+            if level < levels - 1 and ((height >> level) % 2 or (width >> level) % 2):
+                raise ValueError(f"HDiT: level {level} has {height >> level}x{width >> level} tokens, which do not "
+                                 "merge 2x2: change the image or patch size, or use fewer levels")  # fmt: skip
+        self.check_cond(cond)
+
+    def check_level(self, level: int, height: int, width: int) -> None:
+        options = self.level_options(level)
+        where = f"HDiT: level {level} ({height}x{width} tokens)"
+        if options.attention not in blocks.ATTENTIONS:
+            kinds = ", ".join(blocks.ATTENTIONS)
+            raise ValueError(f"{where}: attention {options.attention!r}, expected one of {kinds}")
+        if options.head_width % 8 or self.widths[level] % options.head_width:
+            raise ValueError(f"{where}: head width {options.head_width} must be a multiple of 8 that divides the width "
+                             f"{self.widths[level]}")  # fmt: skip
+        window = options.window
+        sizes = (window, window) if isinstance(window, int) else tuple(window)
+        if options.attention in ("global", "none"):
+            if any(sizes):
+                raise ValueError(f"{where}: windows has {window}, {options.attention!r} attention has none; set 0")
+        elif options.attention == "neighborhood":
+            if min(sizes) < 1 or sizes[0] > height or sizes[1] > width:
+                raise ValueError(f"{where}: kernel {window} must be at least 1 and at most the level's side; change "
+                                 "windows")  # fmt: skip
+        elif not isinstance(window, int) or window < 1 or height % window or width % window:
+            raise ValueError(f"{where}: window {window} must be a number that divides both sides; change windows")
+
+    def check_cond(self, cond) -> None:
+        names = [name for name, _ in self.conditions]
+        required = ["label"] * (self.num_classes > 0) + ["mapping"] * (self.mapping_cond_dim > 0) + names
+        optional = {"augment", "dropout", *(f"keep_{name}" for name in names)}
+        missing = [name for name in required if name not in cond]
+        unknown = sorted(set(cond) - set(required) - optional)
+        if missing or unknown:
+            raise ValueError(f"HDiT: cond has {sorted(cond)}, expected {required} (optional {sorted(optional)}): "
+                             f"missing {missing}, unknown {unknown}; see num_classes, mapping_cond_dim, "
+                             "conditions")  # fmt: skip

@@ -1,0 +1,288 @@
+"""Noise schedules t -> (alpha, sigma), and the densities of the noise levels that training sees.
+
+`ExponentialVE` is EDM's x_t = x0 + sigma eps (arXiv 2206.00364) with log sigma linear in t; `PiecewiseVP` is the DDPM
+chain of betas read as a continuous process, log alpha linear between t_i = i / N (the 'discrete' schedule of
+DPM-Solver, arXiv 2206.00927, and of U-ViT's dpm_solver_pp.py); `LinearVP` is the VP-SDE of Song et al. (2011.13456).
+Departures from the authors' code: sigma = sqrt(-expm1(2 log alpha)), which keeps its digits at small t; below t = 1/N
+log alpha runs to alpha(0) = 1, where theirs extends the next segment and crosses 0.
+
+Densities map u uniform in [0, 1) to s = sigma / alpha, by the inverse distribution function, so that stratified u give
+stratified noise levels (k_diffusion/utils.py:267-385, whose laws and end points these are).
+
+Arithmetic is float32, or float64 where the inputs are; numpy in, numpy float64 out (sampler tables).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Schedule(Protocol):
+    """What a Process and the samplers ask of a schedule. numpy in, numpy float64 out (tables); jax in, jax out.
+
+    The Euler sampler in time asks for beta(t) besides.
+    """
+
+    def __call__(self, t):
+        """(alpha, sigma) at t, of t's shape."""
+
+    def log_snr(self, t):
+        """lambda = log(alpha / sigma) at t; decreasing in t."""
+
+    def inverse_log_snr(self, log_snr):
+        """The t at which log(alpha / sigma) has this value."""
+
+    def prior_std(self, t):
+        """Standard deviation of the state that sampling starts from at t."""
+
+
+class VariancePreserving:
+    """A schedule with alpha^2 + sigma^2 = 1. A subclass gives log_alpha(t), beta(t) and inverse_log_alpha(value)."""
+
+    def __call__(self, t):
+        t, xp = as_float(t)
+        log_alpha = self.log_alpha(t)
+        return xp.exp(log_alpha), xp.sqrt(xp.abs(xp.expm1(2 * log_alpha)))
+
+    def log_snr(self, t):
+        t, xp = as_float(t)
+        log_alpha = self.log_alpha(t)
+        return log_alpha - 0.5 * xp.log(xp.abs(xp.expm1(2 * log_alpha)))
+
+    def inverse_log_snr(self, log_snr):
+        log_snr, xp = as_float(log_snr)
+        return self.inverse_log_alpha(-0.5 * xp.logaddexp(-2.0 * log_snr, xp.zeros_like(log_snr)))
+
+    def prior_std(self, t):
+        """1: the data's variance, and so every marginal's."""
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearVP(VariancePreserving):
+    """dx = -beta/2 x dt + sqrt(beta) dw with beta(t) = beta_min + t (beta_max - beta_min); U-ViT's VPSDE (sde.py)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def log_alpha(self, t):
+        t, _ = as_float(t)
+        return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
+
+    def beta(self, t):
+        t, _ = as_float(t)
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def inverse_log_alpha(self, log_alpha):
+        log_alpha, xp = as_float(log_alpha)
+        root = xp.sqrt(self.beta_min**2 - 4 * (self.beta_max - self.beta_min) * log_alpha)
+        return -4 * log_alpha / (self.beta_min + root)
+
+
+@dataclasses.dataclass(frozen=True)
+class PiecewiseVP(VariancePreserving):
+    """The chain alpha_n^2 = prod_{i<=n} (1 - beta_i), n = 0..N, at t = n / N, and log alpha linear in between."""
+
+    betas: tuple[float, ...]
+
+    @functools.cached_property
+    def _nodes(self):
+        """log alpha at t = 0, 1/N ... 1, and its N differences."""
+        nodes = 0.5 * np.cumsum([0.0, *np.log1p(-np.asarray(self.betas, np.float64))])
+        return nodes, np.diff(nodes)
+
+    def _segment(self, t, xp):
+        """Of the segment that holds t: log alpha where it starts, its rise, and how far along it t is, in [0, 1]."""
+        nodes, slopes = (xp.asarray(values, t.dtype) for values in self._nodes)
+        position = t * len(self.betas)
+        index = xp.clip(xp.floor(position), 0, len(self.betas) - 1).astype(np.int32)
+        return nodes[index], slopes[index], position - index
+
+    def log_alpha(self, t):
+        node, slope, offset = self._segment(*as_float(t))
+        return node + slope * offset
+
+    def beta(self, t):
+        """-2 d log alpha / dt."""
+        return -2 * len(self.betas) * self._segment(*as_float(t))[1]
+
+    def inverse_log_alpha(self, log_alpha):
+        log_alpha, xp = as_float(log_alpha)
+        nodes, slopes = (xp.asarray(values, log_alpha.dtype) for values in self._nodes)
+        index = xp.clip(xp.searchsorted(-nodes, -log_alpha) - 1, 0, len(slopes) - 1)
+        return (index + (log_alpha - nodes[index]) / slopes[index]) / len(self.betas)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExponentialVE:
+    """alpha = 1, sigma(t) = sigma_min^(1 - t) sigma_max^t: EDM's variance exploding process, as far as it is ever used.
+
+    The formula goes on outside [0, 1]. Raises ValueError unless 0 < sigma_min < sigma_max.
+    """
+
+    sigma_min: float = 1e-3
+    sigma_max: float = 1e3
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"process.schedule: sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
+                "expected 0 < sigma_min < sigma_max"
+            )
+
+    def __call__(self, t):
+        t, xp = as_float(t)
+        return xp.ones_like(t), xp.exp(-self.log_snr(t))
+
+    def log_snr(self, t):
+        t, _ = as_float(t)
+        return -math.log(self.sigma_min) - t * math.log(self.sigma_max / self.sigma_min)
+
+    def inverse_log_snr(self, log_snr):
+        log_snr, _ = as_float(log_snr)
+        return (-log_snr - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+
+    def prior_std(self, t):
+        """sigma(t): the data's own variance is left out, as EDM and k-diffusion do."""
+        return self(t)[1]
+
+
+def sd_scaled_linear(steps=1000, beta_start=0.00085, beta_end=0.012) -> PiecewiseVP:
+    """Stable Diffusion's betas, linear in their square root; U-ViT on latents (train_ldm_discrete.py)."""
+    return PiecewiseVP(tuple(float(root) ** 2 for root in np.linspace(beta_start**0.5, beta_end**0.5, steps)))
+
+
+def ddpm_linear(steps=1000, beta_start=1e-4, beta_end=0.02) -> PiecewiseVP:
+    """DDPM's betas (arXiv 2006.11239), which ADM and DiT train with."""
+    return PiecewiseVP(tuple(np.linspace(beta_start, beta_end, steps).tolist()))
+
+
+def cosine(steps=1000, max_beta=0.999) -> PiecewiseVP:
+    """squaredcos_cap_v2 (Nichol & Dhariwal, arXiv 2102.09672): alpha^2 ~ cos^2((t + .008) / 1.008 pi/2), betas cut."""
+    alpha_squared = np.cos((np.linspace(0.0, 1.0, steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+    return PiecewiseVP(tuple(float(min(beta, max_beta)) for beta in 1 - alpha_squared[1:] / alpha_squared[:-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogNormal:
+    """log s ~ N(mean, std^2) (EDM: -1.2, 1.2). u is kept 1e-7 from 0 and from 1, as in k-diffusion."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self):
+        _check_positive(std=self.std)
+
+    def __call__(self, u):
+        return jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(u * (1 - 2e-7) + 1e-7))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLogistic:
+    """log s logistic around `mean` with scale `scale`, restricted to [sigma_min, sigma_max]."""
+
+    mean: float
+    scale: float
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+
+    def __post_init__(self):
+        _check_positive(scale=self.scale)
+        _check_range(self.sigma_min, self.sigma_max, least=0.0)
+
+    def _cdf(self, sigma):
+        return 1 / (1 + (math.exp(self.mean) / sigma) ** (1 / self.scale)) if sigma else 0.0
+
+    def __call__(self, u):
+        low, high = self._cdf(self.sigma_min), self._cdf(self.sigma_max)
+        return jnp.exp(self.mean + self.scale * jax.scipy.special.logit(low + u * (high - low)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """log s uniform between sigma_min and sigma_max."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self):
+        _check_range(self.sigma_min, self.sigma_max)
+
+    def __call__(self, u):
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        return jnp.exp(low + u * (high - low))
+
+
+@dataclasses.dataclass(frozen=True)
+class VDiffusion:
+    """s = sigma_data tan(pi v / 2), v uniform: v-diffusion's cosine schedule, between sigma_min and sigma_max."""
+
+    sigma_data: float
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+
+    def __post_init__(self):
+        _check_positive(sigma_data=self.sigma_data)
+        _check_range(self.sigma_min, self.sigma_max, least=0.0)
+
+    def __call__(self, u):
+        low, high = (2 / math.pi * math.atan(sigma / self.sigma_data) for sigma in (self.sigma_min, self.sigma_max))
+        return self.sigma_data * jnp.tan(math.pi / 2 * (low + u * (high - low)))
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineInterpolated:
+    """HDiT's density (arXiv 2401.11605, Sec. 3.1; simple diffusion, 2301.11093): u = 0 is sigma_max, u = 1 sigma_min.
+
+    With shift(n) = 2 log(n / image_size) and C(u; n) the cosine schedule of the log SNR moved by it, from that of
+    sigma_max to that of sigma_min: log SNR(u) = (1 - u) C(u; noise_low) + u C(u; noise_high), and
+    s = sigma_data exp(-log SNR / 2).
+    image_size: side of the images in pixels. noise_low, noise_high: the resolutions whose noise levels are mixed.
+    """
+
+    image_size: int
+    sigma_data: float
+    noise_low: int = 32
+    noise_high: int | None = None  # None: image_size
+    sigma_min: float = 1e-3
+    sigma_max: float = 1e3
+
+    def __post_init__(self):
+        _check_positive(image_size=self.image_size, sigma_data=self.sigma_data, noise_low=self.noise_low)
+        _check_positive(noise_high=self.noise_high or self.image_size)
+        _check_range(self.sigma_min, self.sigma_max)
+
+    def _log_snr(self, u, noise_size):
+        shift = 2 * math.log(noise_size / self.image_size)
+        low, high = (-2 * math.log(sigma / self.sigma_data) - shift for sigma in (self.sigma_max, self.sigma_min))
+        start, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
+        return -2 * jnp.log(jnp.tan(end + u * (start - end))) + shift
+
+    def __call__(self, u):
+        low, high = self._log_snr(u, self.noise_low), self._log_snr(u, self.noise_high or self.image_size)
+        return self.sigma_data * jnp.exp(-((1 - u) * low + u * high) / 2)
+
+
+def _check_positive(**values):
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"process.density.{name} = {value}: expected a positive number")
+
+
+def _check_range(sigma_min, sigma_max, least=None):
+    if not (sigma_min > 0 or sigma_min == least) or not sigma_min < sigma_max:
+        raise ValueError(
+            f"process.density: sigma_min = {sigma_min}, sigma_max = {sigma_max}: expected 0 < sigma_min < sigma_max"
+        )
+
+
+def as_float(value):
+    """(value in float32 or better, its array module): numpy float64 for host values, jax otherwise."""
+    if isinstance(value, jax.Array):
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32)), jnp
+    return np.asarray(value, np.float64), np
