@@ -127,8 +127,10 @@ def build_level(config, i: int) -> hierarchy.Level:
             f"config.{key}.guidance is {options.guidance} but nothing conditions {options.name}: set it to 0"
         )
     check_shape(key, options)
-    net_inputs = inputs(config, options, key)
     patches = tuple((name, coarser[name].backbone.patch_size) for name in seen)
+    for name, patch in patches:
+        if not isinstance(patch, int):
+            raise ValueError(f"config.{key}: sees {name}, whose backbone.patch_size is {patch}; give one number there")
     return hierarchy.Level(
         name=options.name,
         shape=tuple(options.shape),
@@ -143,7 +145,7 @@ def build_level(config, i: int) -> hierarchy.Level:
         guidance=float(options.guidance),
         noise_gamma=float(config.hierarchy.noise_gamma),
         threshold=choose(f"{key}.threshold", options.threshold, THRESHOLDS),
-        inputs=net_inputs,
+        inputs=inputs(config, options, key),
         loss_weight=float(options.loss_weight),
     )
 

@@ -171,6 +171,13 @@ def test_refusals_name_the_key(change, message):
     refused(build_all, match=message)
 
 
+def test_a_level_with_oblong_patches_conditions_nothing():
+    config = config_of(arg="hdit")
+    config.levels[0].backbone = common.hdit(depths=(1,), widths=(16,), attentions=("global",), head_widths=8)
+    config.levels[0].backbone["patch_size"] = (1, 1)
+    refused(build.levels, config, match="config.levels[1]: sees z1x1, whose backbone.patch_size is (1, 1); give one")
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 

@@ -293,7 +293,7 @@ class HDiT(Backbone):
         if options.attention not in blocks.ATTENTIONS:
             kinds = ", ".join(blocks.ATTENTIONS)
             raise ValueError(f"{where}: attention {options.attention!r}, expected one of {kinds}")
-        if options.head_width % 8 or self.widths[level] % options.head_width:
+        if options.attention != "none" and (options.head_width % 8 or self.widths[level] % options.head_width):
             raise ValueError(f"{where}: head width {options.head_width} must be a multiple of 8 that divides the width "
                              f"{self.widths[level]}")  # fmt: skip
         window = options.window
