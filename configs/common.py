@@ -112,7 +112,7 @@ def level(
     name: str,
     source: str,
     shape: tuple[int, int, int],
-    patch_size: int,
+    patch_size: int | tuple[int, int],
     *,
     sigma: float = 0.0,
     guidance: float = 0.0,
@@ -168,8 +168,8 @@ def sd_process(parameterization: str = "eps") -> dict:
     """Stable Diffusion's scaled-linear betas, 1,000 discrete steps; eps as in U-ViT's H and COCO configs, or v, which
     learns the high noise levels sooner and suits short runs."""
     return dict(
-        schedule="sd_scaled_linear",  # sd_scaled_linear | linear_vp | cosine
-        parameterization=parameterization,  # eps | v | x0: what the network predicts
+        schedule="sd_scaled_linear",  # sd_scaled_linear | linear_vp | cosine | ddpm_linear
+        parameterization=parameterization,  # eps | v | x0 | edm: what the network predicts
         loss_space=parameterization,  # where its squared error is taken
         weighting="uniform",
         time_sampling="uniform",
@@ -261,12 +261,14 @@ def edm_process(image_size: int, *, sigma_data: float = 0.5, weighting: str = "s
 
 def hdit_groups() -> tuple[dict, ...]:
     """k-diffusion's parameter groups: the mapping network and what reads it at a third of the rate; gains, embeddings
-    and their projections without decay."""
-    undecayed = "(^|/)(time_in_proj|aug_in_proj|class_emb|mapping_cond_in_proj|cond_in_proj_[^/]*|out_norm)/"
+    and their projections, and positions, without decay."""
+    undecayed = "/(time_in_proj|aug_in_proj|class_emb|mapping_cond_in_proj|cond_in_proj_[^/]*|out_norm)/"
     return (
         dict(pattern="/mapping/.*gain$", learning_rate=1 / 3, weight_decay=0.0),
         dict(pattern="/mapping/|/norm/linear/", learning_rate=1 / 3, weight_decay=1.0),
-        dict(pattern=undecayed + "|/self_attn/gain$|/fac$|/empty_[^/]*$", learning_rate=1.0, weight_decay=0.0),
+        dict(
+            pattern=undecayed + "|/self_attn/gain$|/fac$|/empty_[^/]*$|/pos_embed$", learning_rate=1.0, weight_decay=0.0
+        ),
     )
 
 

@@ -5,7 +5,8 @@
 
 Levels: z1x1 and z2x2 of configs/fashion_mnist.py (EfficientNet-Lite0's map at 64 px, pooled, 32 components; U-ViT,
 v-prediction), then the 28x28 pixels by the HDiT of configs/fashion_mnist_hdit.py, which sees them in its mapping
-network and, z2x2, added to its tokens. Arguments: class (default), uncond.
+network and, z2x2, added to its tokens. One optimizer serves all levels, that of fashion_mnist_hdit.py; so the upper
+levels are not trained as in fashion_mnist.py. Arguments: class (default), uncond.
 Expect: README.md "HDiT" has the measured scores and pictures.
 """
 

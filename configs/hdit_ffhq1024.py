@@ -2,11 +2,12 @@
 
     python main.py --config=configs/hdit_ffhq1024.py --workdir=runs/ffhq1024 --config.data.path=FFHQ/images1024x1024
 
-Five levels of two layers, 256 x 256 tokens of 4 x 4 pixels at the top; neighborhoods of 7 at the first three, global
-attention at 32 x 32 and 16 x 16. Table 6 prints four depths and a mapping width of 768: with five and 256 the paper's
-parameters and multiply-accumulates come out. 1M steps of 256 took the authors 5 days on 64 A100: FID 5.23 (50k).
-`:synthetic` trains on random images, to measure. Memory: batch 1 in bfloat16 with remat fits 24 GiB by XLA's count.
-Nothing has been trained with this config yet.
+The images must lie in one folder: the public archive's 70 folders would be read as 70 classes. Five levels of two
+layers, 256 x 256 tokens of 4 x 4 pixels at the top; neighborhoods of 7 at the first three, global attention at 32 x
+32 and 16 x 16. Table 6 prints four depths and a mapping width of 768: with five and 256 the paper's parameters and
+multiply-accumulates come out. 1M steps of 256 took the authors 5 days on 64 A100: FID 5.23 (50k). `:synthetic` trains
+on random images, to measure. Memory: batch 1 in bfloat16 with remat fits 24 GiB by XLA's count. Nothing has been
+trained with this config yet.
 """
 
 from configs import common

@@ -5,8 +5,9 @@
 Three levels, 64 x 64 tokens of 4 x 4 pixels at the top; neighborhoods of 7 at the first two, global attention at the
 last, 16 x 16. Table 6 prints a mapping width of 768: with 256 the paper's parameters and multiply-accumulates come
 out. 2M steps of 256, then 50k of 512, 100k of 1024 and 50k of 2048 (train.batch_growth). Published: FID 6.92, IS
-135.2 without guidance; 3.21, 220.6 at a guidance scale of 1.3, which is `--config.levels[0].guidance=0.3` here.
-`:synthetic` trains on random images, to measure. Nothing has been trained with this config yet.
+135.2 without guidance; 3.21, 220.6 at a guidance scale of 1.3, which is `--config.levels[0].guidance=0.3` here. Crops
+are ADM's, not k-diffusion's. `:synthetic` trains on random images, to measure. Nothing has been trained with this
+config yet.
 """
 
 from configs import common

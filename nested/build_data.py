@@ -110,9 +110,10 @@ def latents(config, workdir: str):
         shapes = tuple((level.name, tuple(level.shape)) for level in config.levels)
         source = sources.SyntheticLatents(shapes, config.data.num_examples, config.data.num_classes, config.seed)
         return source, SyntheticVariables([name for name, _ in shapes])
-    if all(level.source == "pixels" for level in config.levels):
+    if images_only(config):
         logging.info("the variables are the images themselves: nothing is encoded")
-        return sources.Fields(images(config), ("label", "image")), image_latents(config)
+        source = images(config)
+        return sources.Fields(source, ("label", "image")), latents_.of_images(wanted(config), source.image_shape)
     directory = encode_images(config, workdir)
     result = latents_.read(directory, wanted(config))
     report = result.report({level.name: float(level.sigma) for level in config.levels[:-1]})
@@ -122,13 +123,27 @@ def latents(config, workdir: str):
     return records.LatentRecords(directory, ("label", *result.fields)), result
 
 
-def image_latents(config) -> latents_.Latents:
-    """The Latents of a config whose levels' variables are the images themselves."""
-    return latents_.of_images(wanted(config), images(config).image_shape)
+def decoder(config, workdir: str):
+    """The Latents for sampling, which needs no data where the variables are the images themselves."""
+    if config.data.source != "synthetic" and images_only(config):
+        return latents_.of_images(wanted(config), tuple(config.levels[-1].shape))
+    return latents(config, workdir)[1]
+
+
+def images_only(config) -> bool:
+    """Whether every level's variable is the image itself."""
+    return all(level.source == "pixels" for level in config.levels)
 
 
 def check_augmentation(config) -> None:
-    """Encoded features describe the image as it was: only levels made from the image alone can see it changed."""
+    """Encoded features describe the image as it was: only levels made from the image alone can see it changed; and
+    warps are of square images."""
+    height, width, _ = config.levels[-1].shape
+    if config.data.augment_prob and images_only(config) and height != width:
+        raise ValueError(
+            f"config.data.augment_prob {config.data.augment_prob}: the augmentation is of square images, "
+            f"{config.levels[-1].name} is {height}x{width}; set it to 0 or data.image_size to a side"
+        )
     others = [level.name for level in config.levels if level.source not in latents_.CODECS]
     if others and (config.data.augment_prob or config.data.flip):
         raise ValueError(

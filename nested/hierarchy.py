@@ -44,7 +44,7 @@ class Level:
         coin per condition.
     guidance: w of classifier-free guidance, cond + w (cond - uncond); 0 evaluates no null condition.
     noise_gamma: in sampling a condition is shown as z + (t/T)^(gamma/2) sigma n, n fixed per sample, so its variance is
-        (t/T)^gamma sigma^2 (CVPR Sec. 4.2); infinity shows it clean.
+        (t/T)^gamma sigma^2 (CVPR Sec. 4.2); infinity shows it clean. t/T: see `elapsed`.
     threshold: None, or a transform DenoiseFn -> DenoiseFn that limits x0 in sampling.
     inputs: names of what else of `given` (see below) this level sees where it is there, such as 'augment'.
     """
@@ -132,6 +132,8 @@ def conditions(level: Level, variables: Mapping[str, Tree], given: Cond) -> Cond
         cond[name] = variables[name]
         cond[f"keep_{name}"] = jnp.ones(jax.tree.leaves(variables[name])[0].shape[0], bool)
     if level.num_classes:
+        if "label" not in given:
+            raise ValueError(f"level {level.name} has num_classes {level.num_classes} but no 'label' [B] is given")
         cond["label"] = given["label"]
     return cond
 
@@ -214,6 +216,15 @@ def losses(
     return result
 
 
+def elapsed(level: Level, t: jax.Array) -> jax.Array:
+    """t/T of `noise_gamma`: t itself where the schedule is clean at 0; else (EDM, whose range of times is arbitrary)
+    t's place between the sampler's last evaluation and its first."""
+    if level.process.schedules[0](0.0)[1] == 0:
+        return t
+    first, last = level.sampler.span(level.process)
+    return jnp.clip((t - last) / max(first - last, 1e-9), 0.0, 1.0)
+
+
 def noised_conditions(level: Level, denoise: Callable, keys: jax.Array) -> Callable:
     """`denoise` seeing its coarser variables noised by (t/T)^gamma sigma^2 (a DenoiseFn -> DenoiseFn transform)."""
     if math.isinf(level.noise_gamma):
@@ -223,7 +234,7 @@ def noised_conditions(level: Level, denoise: Callable, keys: jax.Array) -> Calla
         cond = dict(cond)
         for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
             noise = normal(fold(keys, i), jax.tree.map(lambda z: z.shape[1:], cond[name]))
-            scale = sigma * t ** (level.noise_gamma / 2)
+            scale = sigma * elapsed(level, t) ** (level.noise_gamma / 2)
             cond[name] = jax.tree.map(
                 lambda z, n, s=scale: z + s.reshape(-1, *[1] * (z.ndim - 1)) * n, cond[name], noise
             )

@@ -283,7 +283,8 @@ class Process:
         """Training times [B] from typed keys [B], one per row of the GLOBAL batch (stratified: row i has stratum i)."""
         u = TIME_SAMPLINGS[self.time_sampling](jax.vmap(jax.random.uniform)(keys))
         if self.density is not None:
-            return self.schedules[0].inverse_log_snr(-jnp.log(self.density(u)))
+            inside = jnp.clip(u, 2.0**-24, 1 - 2.0**-24)  # a float32 u can be 0 or, stratified, round to 1
+            return self.schedules[0].inverse_log_snr(-jnp.log(self.density(inside)))
         if self.discrete_steps:
             return jnp.minimum(jnp.floor(u * self.discrete_steps) + 1, self.discrete_steps) / self.discrete_steps
         return self.t_min + (1 - self.t_min) * u

@@ -120,7 +120,7 @@ def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
     if step is None:
         folder = os.path.join(workdir, "checkpoints")
         raise FileNotFoundError(f"{folder}: no checkpoint found; give the --workdir of a run that has saved")
-    _, latents = build_data.latents(config, workdir)
+    latents = build_data.decoder(config, workdir)
     levels = build.levels(config)
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))

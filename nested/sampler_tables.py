@@ -59,6 +59,11 @@ class Sampler(abc.ABC):
         """The time whose marginal x_T must have."""
         return 1.0
 
+    def span(self, process) -> tuple[float, float]:
+        """Times of the first and of the last evaluation."""
+        plan = self.plan(process.schedules[0])
+        return plan[0][0], plan[-1][-2]
+
     def opening(self, schedule, plan, start) -> tuple[float, float] | None:
         """(scale, noise) from x_T, at `start`, to the state of the first evaluation; None where that is x_T."""
         return None

@@ -131,7 +131,7 @@ class ExponentialVE:
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
-                f"process.schedule: sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
+                f"ExponentialVE: sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
                 "expected 0 < sigma_min < sigma_max"
             )
 
@@ -257,14 +257,15 @@ class CosineInterpolated:
         _check_positive(noise_high=self.noise_high or self.image_size)
         _check_range(self.sigma_min, self.sigma_max)
 
-    def _log_snr(self, u, noise_size):
+    def _shifted(self, u, noise_size):
+        """Log SNR (of power) of the cosine schedule at u."""
         shift = 2 * math.log(noise_size / self.image_size)
         low, high = (-2 * math.log(sigma / self.sigma_data) - shift for sigma in (self.sigma_max, self.sigma_min))
         start, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
         return -2 * jnp.log(jnp.tan(end + u * (start - end))) + shift
 
     def __call__(self, u):
-        low, high = self._log_snr(u, self.noise_low), self._log_snr(u, self.noise_high or self.image_size)
+        low, high = self._shifted(u, self.noise_low), self._shifted(u, self.noise_high or self.image_size)
         return self.sigma_data * jnp.exp(-((1 - u) * low + u * high) / 2)
 
 

@@ -211,8 +211,12 @@ class Meter:
         self.reset()
 
     def reset(self):
-        self.sums, self.good, self.rows, self.waited = {}, 0, 0, 0.0
-        self.start = time.perf_counter()
+        self.sums, self.good = {}, 0
+        self.restart_clock()
+
+    def restart_clock(self):
+        """What was done so far is part of no rate."""
+        self.rows, self.waited, self.start = 0, 0.0, time.perf_counter()
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]):
         """Takes one step's metrics (already computed on the device); raises NonFiniteError when too many are bad."""
@@ -330,13 +334,14 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
     validate = jax.jit(lambda ema, raw: validation_losses(run.step, ema, raw, config.eval_times))
     if config.sample_every:
         gen = sample.generator(run.config, run.step.levels, run.step.latents, run.mesh)
-    previous = None  # the metrics of step k - 1 are fetched after step k is dispatched
+    previous, compiled_for = None, 0  # the metrics of step k - 1 are fetched after step k is dispatched
     for step in itertools.count(first + 1):
         waiting = time.perf_counter()
         raw = partition.to_global(next(batches), run.mesh)
         meter.waited += time.perf_counter() - waiting
         state, metrics = update(state, raw, run.key)
-        meter.rows += jax.tree.leaves(raw)[0].shape[0]
+        rows = jax.tree.leaves(raw)[0].shape[0]
+        meter.rows += rows
         if previous is not None:
             meter.add(step - 1, previous)
         previous = metrics
@@ -345,7 +350,10 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
         if step == first + 1:
             jax.block_until_ready(metrics)
             logging.info("first step done after %.1f s of set-up and compilation", time.perf_counter() - run.began)
-            meter.reset()  # the first step compiles: it is not part of any rate
+        if rows != compiled_for:  # the first step of a batch size compiles: it is not part of any rate
+            compiled_for = rows
+            jax.block_until_ready(metrics)
+            meter.restart_clock()
         if step % config.log_every == 0 or last or stop:
             meter.add(step, previous)
             previous = None

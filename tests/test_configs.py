@@ -64,6 +64,12 @@ def test_the_named_files_are_the_arguments(depth, words):
     assert get_config(f"imagenet_{depth}", words) == imagenet.get_config(f"{depth},{words}")
 
 
+@pytest.mark.parametrize("words", ["R1,add", "R2,concat", "R4,add", "R1,min_snr_4"])
+def test_hdit_rows_refuse_what_they_do_not_have(words):
+    with pytest.raises(ValueError, match=f"config argument {words.split(',')[1]!r}: R"):
+        get_config("hdit", words)
+
+
 # --- the numbers of the papers ---------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The EDM process, its noise densities, and HDiT's training steps, against the authors' code and algebra."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
+from configs import common, hdit
 from nested import build, hierarchy, optimizer, schedules, weights
 from nested.process import Process
 
@@ -237,6 +238,19 @@ def test_groups_are_those_of_the_authors(golden, x64):
     expected = {name: factors[group] for group, names in groups.items() for name in names}
     assert {name: value for name, value in found.items() if value != (0.0, 0.0)} == expected
     assert len(found) == len(expected) + 5  # time and augmentation Fourier weights, three sets of frequencies
+
+
+def test_the_groups_of_hdit_e_have_the_authors_sizes():
+    config = hdit.get_config("E")
+    levels, options = build.levels(config), build.optimizer(config)
+    params = jax.eval_shape(lambda: hierarchy.init(levels, jax.random.key(0)))
+    sizes, is_buffer = collections.Counter(), hierarchy.is_buffer(levels)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        sizes[optimizer.factors(options, is_buffer, path)] += math.prod(leaf.shape)
+    del sizes[0.0, 0.0]
+    assert sizes == {(1, 1): 94_408_704, (1, 0): 1_948_957, (1 / 3, 1): 20_643_840, (1 / 3, 0): 2_304}
+    additive = jax.tree_util.tree_flatten_with_path({"x": {"pos_embed": 0.0}})[0][0][0]
+    assert optimizer.factors(options, is_buffer, additive) == (1, 0)
 
 
 def _nest(path):

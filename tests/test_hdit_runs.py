@@ -14,6 +14,7 @@ from tiny import get_config, run_main
 from configs import common
 from input_pipeline import sources
 from nested import build, build_data, checkpoint, hierarchy, train
+from nested.encoders import compress
 
 GROUPS = common.hdit_groups()
 DIGITS = sources.Fields(sources.Digits(), ("label", "image"))
@@ -42,6 +43,22 @@ def test_images_that_no_encoder_needs_are_read_as_they_are(tmp_path):
     refused(build_data.latents, wrong, str(tmp_path), match="level x: shape 8x8x3 given; 'pixels' of the images")
 
 
+def test_augmented_images_are_not_normalised_twice():
+    covariance = compress.CovarianceStream()
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), np.uint8)
+    covariance.add(compress.patchify(compress.normalise(images), 2), 9)
+    codec = compress.PatchPCA.from_basis(compress.fit_basis(covariance.result(), 3), 2, 3)
+    image = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    np.testing.assert_allclose(codec.encode(compress.normalise(image)), codec.encode(image), atol=1e-6)
+
+
+def test_sampling_needs_no_images_where_the_variables_are_images(tmp_path):
+    config = config_of(("data.source", "idx"), ("data.path", str(tmp_path / "gone")))
+    z = jnp.linspace(-1, 1, 64).reshape(1, 8, 8, 1)
+    assert build_data.decoder(config, "unused").decode(z).shape == (1, 8, 8, 1)
+    refused(build_data.latents, config, "unused", match="gone")
+
+
 def test_augmentation_is_refused_where_it_would_lie():
     augmented = ("data.augment_prob", 0.5)
     refused(build_data.latents, config_of(augmented, arg="hdit"), "unused", match="the features of z1x1, z2x2 are")
@@ -49,6 +66,9 @@ def test_augmentation_is_refused_where_it_would_lie():
     both = config_of(augmented, ("data.flip", True))
     refused(build_data.augmentation, both, match="config.data: ")
     assert build_data.augmentation(config_of()) is None
+    oblong = config_of(augmented)
+    oblong.levels[0].shape = (8, 4, 1)
+    refused(build_data.latents, oblong, "unused", match="the augmentation is of square images, x is 8x4; set it to 0")
 
 
 def test_the_network_is_told_of_the_augmentation_and_of_none_in_validation_and_sampling():

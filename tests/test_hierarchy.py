@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import hierarchy, process, samplers, schedules
+from nested import hierarchy, process, samplers, schedules, sigma_samplers
 from nested.models import layers
 
 
@@ -155,6 +155,23 @@ def test_generated_conditions_are_noised_by_time_to_the_gamma(gamma, expected):
     denoise = hierarchy.noised_conditions(middle, lambda x, t, cond: seen.append(cond["top"]), draw(2048)[0])
     denoise(None, jnp.full(2048, 0.25), {"top": jnp.zeros((2048, 1, 1, 2)), "keep_top": jnp.ones(2048, bool)})
     assert abs(float(seen[0].std()) - expected) < 0.02  # variance (t/T)^gamma sigma^2, t/T = 1/4, sigma = 1/2
+
+
+def test_noise_on_conditions_of_an_edm_level_falls_over_the_samplers_own_range():
+    sampler = sigma_samplers.DPMpp2M(5, "karras", 5e-4, 80.0)  # 5e-4 lies below the schedule's t = 0
+    edm = process.Process((schedules.ExponentialVE(),), "edm", sigma_data=0.5, discrete_steps=0)
+    _, middle, _ = make_levels(noise_gamma=1.0)
+    level = dataclasses.replace(middle, process=edm, sampler=sampler)
+    t = schedules.ExponentialVE().inverse_log_snr(-np.log([80.0, 0.2, 5e-4, 1e-4]))
+    np.testing.assert_allclose(hierarchy.elapsed(level, jnp.asarray(t)), [1.0, 0.5, 0.0, 0.0], atol=1e-5)
+    assert float(hierarchy.elapsed(middle, jnp.asarray(0.3))) == pytest.approx(0.3)
+
+
+def test_a_missing_label_names_the_level():
+    _, _, bottom = make_levels()
+    _, variables, _ = draw(2)
+    with pytest.raises(ValueError, match="level bottom has num_classes 10 but no 'label' is given"):
+        hierarchy.conditions(bottom, variables, {})
 
 
 def test_a_tuple_variable_goes_through_the_same_code():

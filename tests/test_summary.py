@@ -31,11 +31,21 @@ def test_table_6(depth):
     assert sum(row.macs for row in rows) / 1e9 == pytest.approx(gmacs, rel=0.001)
 
 
-HDIT = {  # arguments of configs/hdit.py: GMACs printed in HDiT's Table 1
-    "R1": 106, "R1,256": 657, "R1,512": 6341, "R2": 106, "R2,256": 657, "R2,512": 6341,
-    "R3": 106, "R3,256": 657, "R3,512": 6341, "R4": 106,
-    "A": 32, "A,256": 114, "A,512": 1060, "B1": 29, "B1,256": 60, "B1,512": 185, "B2": 29, "B2,256": 60, "B2,512": 184,
-    "C": 31, "C,256": 65, "D": 31, "D,512": 198, "E": 31, "E,256": 65, "E,512": 198,
+HDIT = {  # row of HDiT's Table 1: (GFLOP printed, GMACs by the authors' counter) at 128, 256 and 512 pixels
+    "R1": ((106, 106.458), (657, 657.627), (6341, 6341.228)),
+    "R2": ((106, 106.420), (657, 657.476), (6341, 6340.624)),
+    "R3": ((106, 106.395), (657, 657.451), (6341, 6340.599)),
+    "R4": ((106, 106.395), (657, 657.451), (6341, 6340.599)),
+    "A": ((32, 32.169), (114, 114.024), (1060, 1059.909)),
+    "B1": ((29, 29.149), (60, 60.269), (185, 184.742)),
+    "B2": ((29, 29.102), (60, 60.033), (184, 183.751)),
+    "C": ((31, 31.369), (65, 64.716), (198, 198.097)),
+    "D": ((31, 31.369), (65, 64.716), (198, 198.097)),
+    "E": ((31, 31.369), (65, 64.716), (198, 198.097)),
+}
+PARAMETERS = {  # millions, without positions, at 128, 256 and 512 pixels
+    "A": (108.16, 118.77, 129.39), "B1": (108.16, 118.77, 129.39), "B2": (108.16, 118.77, 129.39), "R3": (104.65,),
+    "C": (117.00, 128.21, 139.42), "D": (117.00, 128.21, 139.42),
 }  # fmt: skip
 EXACT = {  # (config, arguments): parameters and multiply-accumulates by the authors' code (k-diffusion at 4601bf08)
     ("hdit", "E"): (117_003_805, 31_369_003_008),
@@ -51,12 +61,18 @@ def only_row(name, arguments):
     return row
 
 
-@pytest.mark.parametrize("arguments", HDIT)
-def test_table_1_of_hdit(arguments):
-    row = only_row("hdit", arguments)
-    dit = arguments.startswith(("R1", "R2"))
-    norms = summary.LAYER_NORM_MACS * 25 * row.tokens * 768 if dit else 0  # which the paper does not count
-    assert (row.macs - norms) / 1e9 == pytest.approx(HDIT[arguments], abs=0.64)  # 657.63 is printed as 657
+@pytest.mark.parametrize("place, side", enumerate(("128", "256", "512")))
+@pytest.mark.parametrize("row", HDIT)
+def test_table_1_of_hdit(row, place, side):
+    printed, counted = HDIT[row][place]
+    found = only_row("hdit", f"{row},{side}")
+    width = 768 if row[0] == "R" else 384  # of the finest level
+    norms = summary.LAYER_NORM_MACS * 25 * found.tokens * width if row in ("R1", "R2") else 0  # the paper has none
+    assert (found.macs - norms) / 1e9 == pytest.approx(counted, abs=6e-4)
+    assert counted == pytest.approx(printed, abs=0.64)  # 657.63 is printed as 657
+    if row in PARAMETERS and place < len(PARAMETERS[row]):
+        positions = found.tokens * width if row in ("A", "B1", "B2", "C", "R3") else 0
+        assert (found.parameters - positions) / 1e6 == pytest.approx(PARAMETERS[row][place], abs=6e-3)
 
 
 @pytest.mark.parametrize("name, arguments", EXACT)

@@ -210,8 +210,9 @@ def information_bits(dimensions, sigma):
 
 
 def normalise(images):
-    """uint8 images -> float32 in [-1, 1]: x / 127.5 - 1."""
-    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
+    """uint8 images -> float32 in [-1, 1]: x / 127.5 - 1. Floats are in that range already (augmented) and stay."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images
 
 
 def to_images(x):
@@ -238,8 +239,7 @@ class Pixels:
     """z_1 = the image in [-1, 1]."""
 
     def encode(self, images):
-        """uint8 images; floats are images in that range already (input_pipeline/augment.py) and stay as they are."""
-        return normalise(images) if images.dtype == jnp.uint8 else images
+        return normalise(images)
 
     def decode(self, z_BHWC):
         return to_images(z_BHWC)

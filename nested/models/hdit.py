@@ -109,8 +109,10 @@ class HDiT(Backbone):
     attentions: blocks.ATTENTIONS. windows: kernel, an int or (rows, columns), or window size; 0 where attention is
         'global' or 'none'. head_widths: multiples of 8; one number for all levels. ff_widths: None for 3 (geglu) or 4
         (gelu) times the width. dropouts, mapping_dropout: rates; one number for all levels.
-    mapping_ff_width: None for 3 times mapping_width. mapping_cond_dim: width of a vector cond['mapping']; 0: none.
-    num_classes: null is num_classes; 0: no label. conditions: (name, patch size) of each coarser level.
+    mapping_ff_width: None for 3 times mapping_width. mapping_cond_dim: width of a vector cond['mapping'], as in the
+        authors' code, which trains no model with one either; for callers of the module, not in configs; 0: none.
+    num_classes: null is num_classes; 0: no label. conditions: (name, patch size) of each coarser level; the patch size,
+        which U-ViT needs, is not used.
     position, feed_forward, skip: POSITIONS, blocks.FEED_FORWARDS, SKIPS.
     attention: of global and window attention, 'xla' or 'cudnn'. neighborhood: implementation of neighborhood attention.
     remat: recompute each block in the backward pass. dtype: of matrix products and the residual stream, None for that
@@ -141,7 +143,7 @@ class HDiT(Backbone):
     dtype: jnp.dtype | None = None
 
     buffers = (r"(^|/)(time_emb|aug_emb)/weight$", r"/pos_emb/freqs$")
-    inputs = ("augment", "mapping")
+    inputs = ("augment",)
 
     @property
     def has_dropout(self) -> bool:
@@ -167,6 +169,8 @@ class HDiT(Backbone):
         ValueError: a condition is missing or unknown; image, windows, kernels or merges that do not fit.
         """
         self.check(x_BHWC.shape, cond)
+        if train and self.has_dropout and "dropout" not in cond:
+            raise ValueError("HDiT: training with dropout needs cond['dropout'], a key for each row")
         x_BHWD = TokenMerge(self.widths[0], self.patch, self.dtype, name="patch_in")(x_BHWC)
         grid = x_BHWD.shape[1:3]
         if self.position == "additive":
@@ -230,17 +234,17 @@ class HDiT(Backbone):
         augment = cond.get("augment", jnp.zeros((B, AUGMENT_WIDTH), c_noise_B.dtype))
         time_BM = blocks.FourierFeatures(width, name="time_emb")(c_noise_B[:, None])
         augment_BM = blocks.FourierFeatures(width, name="aug_emb")(augment.astype(c_noise_B.dtype))
-        total = blocks.linear(width, width, "time_in_proj")(time_BM)
-        total = total + blocks.linear(width, width, "aug_in_proj")(augment_BM)
+        total = blocks.linear(width, width, "time_in_proj", precision=blocks.EXACT)(time_BM)
+        total = total + blocks.linear(width, width, "aug_in_proj", precision=blocks.EXACT)(augment_BM)
         if self.num_classes:
             embed = nn.Embed(self.num_classes + 1, width, embedding_init=nn.initializers.normal(1.0), name="class_emb")
             total = total + embed(cond["label"])
         if self.mapping_cond_dim:
-            project = blocks.linear(width, self.mapping_cond_dim, "mapping_cond_in_proj")
+            project = blocks.linear(width, self.mapping_cond_dim, "mapping_cond_in_proj", precision=blocks.EXACT)
             total = total + project(cond["mapping"].astype(c_noise_B.dtype))
         for name, _ in self.conditions:
             flat_BN = cond[name].reshape(B, -1).astype(c_noise_B.dtype)
-            seen_BM = blocks.linear(width, flat_BN.shape[-1], f"cond_in_proj_{name}")(flat_BN)
+            seen_BM = blocks.linear(width, flat_BN.shape[-1], f"cond_in_proj_{name}", precision=blocks.EXACT)(flat_BN)
             empty_M = self.param(f"empty_{name}", nn.initializers.normal(1.0), (width,))
             if f"keep_{name}" in cond:
                 seen_BM = jnp.where(cond[f"keep_{name}"][:, None], seen_BM, empty_M[None].astype(seen_BM.dtype))
@@ -271,6 +275,14 @@ class HDiT(Backbone):
             value = getattr(self, name)
             if isinstance(value, (tuple, list)) and len(value) != levels:
                 raise ValueError(f"HDiT: {name} {tuple(value)} has {len(value)} entries, depths {self.depths} {levels}")
+        numbers = [*self.depths, *self.widths, *self.patch, self.mapping_width, *self.per_level(self.head_widths)]
+        if min(numbers) < 1:
+            raise ValueError(f"HDiT: depths {self.depths}, widths {self.widths}, patch_size {self.patch_size}, "
+                             f"mapping_width {self.mapping_width}, head_widths {self.head_widths}: expected 1 or "
+                             "more")  # fmt: skip
+        if not all(0 <= rate < 1 for rate in (*self.per_level(self.dropouts), self.mapping_dropout)):
+            raise ValueError(f"HDiT: dropouts {self.dropouts}, mapping_dropout {self.mapping_dropout}: expected rates "
+                             "in [0, 1)")  # fmt: skip
         for name, allowed in (("position", POSITIONS), ("feed_forward", blocks.FEED_FORWARDS), ("skip", SKIPS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"HDiT: {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
@@ -285,7 +297,7 @@ class HDiT(Backbone):
             if level < levels - 1 and ((height >> level) % 2 or (width >> level) % 2):
                 raise ValueError(f"HDiT: level {level} has {height >> level}x{width >> level} tokens, which do not "
                                  "merge 2x2: change the image or patch size, or use fewer levels")  # fmt: skip
-        self.check_cond(cond)
+        self.check_cond(cond, shape[0])
 
     def check_level(self, level: int, height: int, width: int) -> None:
         options = self.level_options(level)
@@ -298,6 +310,8 @@ class HDiT(Backbone):
                              f"{self.widths[level]}")  # fmt: skip
         window = options.window
         sizes = (window, window) if isinstance(window, int) else tuple(window)
+        if len(sizes) != 2:
+            raise ValueError(f"{where}: window {window}, expected a number or (rows, columns)")
         if options.attention in ("global", "none"):
             if any(sizes):
                 raise ValueError(f"{where}: windows has {window}, {options.attention!r} attention has none; set 0")
@@ -308,7 +322,7 @@ class HDiT(Backbone):
         elif not isinstance(window, int) or window < 1 or height % window or width % window:
             raise ValueError(f"{where}: window {window} must be a number that divides both sides; change windows")
 
-    def check_cond(self, cond) -> None:
+    def check_cond(self, cond, batch: int) -> None:
         names = [name for name, _ in self.conditions]
         required = ["label"] * (self.num_classes > 0) + ["mapping"] * (self.mapping_cond_dim > 0) + names
         optional = {"augment", "dropout", *(f"keep_{name}" for name in names)}
@@ -318,3 +332,11 @@ class HDiT(Backbone):
             raise ValueError(f"HDiT: cond has {sorted(cond)}, expected {required} (optional {sorted(optional)}): "
                              f"missing {missing}, unknown {unknown}; see num_classes, mapping_cond_dim, "
                              "conditions")  # fmt: skip
+        expected = {"label": (batch,), "mapping": (batch, self.mapping_cond_dim), "augment": (batch, AUGMENT_WIDTH)}
+        for name, shape in expected.items():
+            if name in cond and cond[name].shape != shape:
+                raise ValueError(f"HDiT: cond['{name}'] has shape {cond[name].shape}, expected {shape}")
+        for name in names:
+            if getattr(cond[name], "ndim", 0) != 4 or cond[name].shape[0] != batch:
+                raise ValueError(f"HDiT: the condition {name} must be one array (batch {batch}, height, width, "
+                                 "channels)")  # fmt: skip

@@ -27,15 +27,16 @@ from nested.models.layers import at_least_float32, attention, torch_uniform
 from nested.ops.neighborhood_attention import neighborhood_attention
 
 EPSILON = 1e-6
+EXACT = jax.lax.Precision.HIGHEST  # accelerators would round float32 products of the few rows that condition the rest
 MAPPING_INDEX = 1 << 20  # of the mapping network's first dropout, beyond those of the layers
 ATTENTIONS = ("global", "neighborhood", "shifted_window", "none")
 FEED_FORWARDS = {"geglu": 3, "gelu": 4}  # name -> hidden width over width
 
 
-def linear(features: int, fan_in: int, name: str, dtype=None, zero: bool = False) -> nn.Dense:
-    """A layer without bias, initialised as torch does or with zeros."""
+def linear(features: int, fan_in: int, name: str, dtype=None, zero: bool = False, precision=None) -> nn.Dense:
+    """A layer without bias, initialised as torch does or with zeros. precision: EXACT where float32 is meant."""
     init = nn.initializers.zeros if zero else torch_uniform(fan_in)
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, precision=precision, name=name)
 
 
 def axial_positions(height: int, width: int) -> np.ndarray:
@@ -93,7 +94,7 @@ class AdaRMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWD, cond_BM):
-        scale_BD = 1 + linear(x_BHWD.shape[-1], cond_BM.shape[-1], "linear", zero=True)(cond_BM)
+        scale_BD = 1 + linear(x_BHWD.shape[-1], cond_BM.shape[-1], "linear", zero=True, precision=EXACT)(cond_BM)
         return normalise(x_BHWD, scale_BD[:, None, None])
 
 
@@ -225,15 +226,16 @@ def similarity(x_BHWND: jax.Array, scale_N: jax.Array, theta_HWNF: jax.Array | N
     return (wide if theta_HWNF is None else rotate(wide, theta_HWNF)).astype(x_BHWND.dtype)
 
 
-def feed_forward(x, hidden: int, kind: str, rate: float, keys_B, index: int, dtype) -> jax.Array:
+def feed_forward(x, hidden: int, kind: str, rate: float, keys_B, index: int, dtype, precision=None) -> jax.Array:
     """down(dropout(activation(up(x)))) within the calling module, [..., D] -> [..., D]. GEGLU's second half gates."""
     width = x.shape[-1]
     if kind == "geglu":
-        value, gate = jnp.split(linear(2 * hidden, width, "up_proj", dtype)(x), 2, axis=-1)
+        value, gate = jnp.split(linear(2 * hidden, width, "up_proj", dtype, precision=precision)(x), 2, axis=-1)
         x = value * nn.gelu(gate, approximate=False)
     else:
-        x = nn.gelu(linear(hidden, width, "up_proj", dtype)(x), approximate=False)
-    return linear(width, hidden, "down_proj", dtype, zero=True)(dropout(x, rate, keys_B, index))
+        x = nn.gelu(linear(hidden, width, "up_proj", dtype, precision=precision)(x), approximate=False)
+    down = linear(width, hidden, "down_proj", dtype, zero=True, precision=precision)
+    return down(dropout(x, rate, keys_B, index))
 
 
 class FeedForward(nn.Module):
@@ -280,7 +282,7 @@ class MappingBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BM, keys_B):
         normed_BM = RMSNorm(name="norm")(x_BM)
-        return x_BM + feed_forward(normed_BM, self.hidden, self.kind, self.rate, keys_B, self.index, None)
+        return x_BM + feed_forward(normed_BM, self.hidden, self.kind, self.rate, keys_B, self.index, None, EXACT)
 
 
 class MappingNetwork(nn.Module):
