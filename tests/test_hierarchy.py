@@ -170,7 +170,7 @@ def test_noise_on_conditions_of_an_edm_level_falls_over_the_samplers_own_range()
 def test_a_missing_label_names_the_level():
     _, _, bottom = make_levels()
     _, variables, _ = draw(2)
-    with pytest.raises(ValueError, match="level bottom has num_classes 10 but no 'label' is given"):
+    with pytest.raises(ValueError, match=r"level bottom has num_classes 10 but no 'label' \[B\] is given"):
         hierarchy.conditions(bottom, variables, {})
 
 

@@ -61,7 +61,7 @@ def only_row(name, arguments):
     return row
 
 
-@pytest.mark.parametrize("place, side", enumerate(("128", "256", "512")))
+@pytest.mark.parametrize("place, side", [(0, "128"), (1, "256"), (2, "512")])
 @pytest.mark.parametrize("row", HDIT)
 def test_table_1_of_hdit(row, place, side):
     printed, counted = HDIT[row][place]
