@@ -22,9 +22,11 @@ finds damaged cannot leave the others waiting; the processes agree afterwards.
 
 import contextlib
 import json
+import logging as python_logging
 import pathlib
 import signal
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -287,8 +289,8 @@ def _read(folder, step, abstract, check_config):
 
 @contextlib.contextmanager
 def _hushed_abandoned_reads():
-    """A restore that fails leaves orbax's other reads unfinished, and python reports each, whenever it dies, in 60
-    lines of its own. After a failure those, and only those, stay off the terminal: the reason is in our one line."""
+    """A restore that fails leaves orbax's other reads unfinished, and python or asyncio reports each, whenever it dies,
+    in 60 lines. After a failure those, and only those, stay off the terminal: the reason is in our one line."""
     report = sys.unraisablehook
 
     def hook(unraisable):
@@ -296,8 +298,15 @@ def _hushed_abandoned_reads():
         if not (code and "orbax" in code.co_filename) and str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
+    def keep(record):
+        error = record.exc_info[1] if record.exc_info else None
+        frames = traceback.extract_tb(error.__traceback__) if error else ()
+        return not ("never retrieved" in record.getMessage() and any("orbax" in frame.filename for frame in frames))
+
     sys.unraisablehook = hook
+    python_logging.getLogger("asyncio").addFilter(keep)
     yield
+    python_logging.getLogger("asyncio").removeFilter(keep)
     sys.unraisablehook = report
 
 

@@ -324,3 +324,21 @@ def test_the_old_handler_comes_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.should_stop(2) and preemption.should_stop(3)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_asyncio_is_quiet_about_reads_that_a_failed_restore_left_and_about_nothing_else(monkeypatch, caplog):
+    """Its report comes when the garbage collector finds the futures: seldom, so here by hand."""
+    asyncio_logger = logging.getLogger("asyncio")
+    monkeypatch.setattr(asyncio_logger, "filters", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(KeyError), checkpoint._hushed_abandoned_reads():
+        raise KeyError("damaged")
+    for file, message in (("orbax/reads.py", "future exception was never retrieved"), ("user.py", "never retrieved"),
+                          ("orbax/reads.py", "slow callback")):  # fmt: skip
+        try:
+            exec(compile("raise ValueError('bad read')", file, "exec"))
+        except ValueError as error:
+            asyncio_logger.error(message, exc_info=error)
+    asyncio_logger.error("no exception, never retrieved")
+    heard = [record.getMessage() for record in caplog.records]
+    assert heard == ["never retrieved", "slow callback", "no exception, never retrieved"]
