@@ -141,6 +141,14 @@ def level(
     )
 
 
+def changed(what: str, options: dict, variant: dict, changes: dict) -> dict:
+    """A backbone's options with those of a variant, then with changes. ValueError: a change that is no option."""
+    unknown = sorted(set(changes) - set(options))
+    if unknown:
+        raise ValueError(f"{what}() has no option {', '.join(unknown)}; it has {', '.join(options)}")
+    return options | dict(variant) | changes
+
+
 def uvit(variant: str = "", **changes) -> dict:
     """U-ViT's options: those of a named variant (nested/models/uvit.py VARIANTS), with changes."""
     from nested.models.uvit import VARIANTS
@@ -157,11 +165,7 @@ def uvit(variant: str = "", **changes) -> dict:
         final_conv=True,
         attention="xla",
     )
-    options.update(VARIANTS[variant] if variant else {})
-    unknown = sorted(set(changes) - set(options))
-    if unknown:
-        raise ValueError(f"uvit() has no option {', '.join(unknown)}; it has {', '.join(options)}")
-    return options | changes
+    return changed("uvit", options, VARIANTS[variant] if variant else {}, changes)
 
 
 def sd_process(parameterization: str = "eps") -> dict:
@@ -224,10 +228,7 @@ def hdit(variant: str = "", **changes) -> dict:
         attention="xla",
         neighborhood="auto",  # auto | reference | blocked
     )
-    unknown = sorted(set(changes) - set(options))
-    if unknown:
-        raise ValueError(f"hdit() has no option {', '.join(unknown)}; it has {', '.join(options)}")
-    options |= dict(VARIANTS[variant] if variant else {}) | changes
+    options = changed("hdit", options, VARIANTS[variant] if variant else {}, changes)
     sizes = {"neighborhood": 7, "shifted_window": 8}
     options["windows"] = options["windows"] or tuple(sizes.get(kind, 0) for kind in options["attentions"])
     return options
@@ -294,11 +295,7 @@ def dit(variant: str = "", **changes) -> dict:
     options = dict(
         name="dit", width=768, depth=12, num_heads=12, mlp_ratio=4, learn_variance=False, attention="xla"
     )
-    options.update(VARIANTS[variant] if variant else {})
-    unknown = sorted(set(changes) - set(options))
-    if unknown:
-        raise ValueError(f"dit() has no option {', '.join(unknown)}; it has {', '.join(options)}")
-    return options | changes
+    return changed("dit", options, VARIANTS[variant] if variant else {}, changes)
 
 
 def ddpm_process(learned_variance: bool = False) -> dict:

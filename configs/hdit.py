@@ -50,15 +50,15 @@ def get_config(arg: str = "E"):
     else:
         config.data.update(source="synthetic", num_classes=1000, num_examples=4096)
     if row in ("R1", "R2"):
-        backbone, patch = common.dit("B", learn_variance=row == "R1"), 4
+        backbone = common.dit("B", learn_variance=row == "R1")
     else:
-        backbone, patch = network(row, extra, skip), 4
+        backbone = network(row, extra, skip)
     how = process(row, size, loss)
     sampler = common.sigma_sampler("dpmpp_3m_sde", 50)
     if row == "R1":
         sampler = dict(name="ddpm", steps=250, t_end=1e-3)
     config.levels = (
-        common.level("x", "pixels", (size, size, 3), patch, backbone=backbone, process=how, sampler=sampler),
+        common.level("x", "pixels", (size, size, 3), 4, backbone=backbone, process=how, sampler=sampler),
     )
     config.hierarchy.label_levels = ("x",)
     config.train.update(

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from nested import hierarchy
 from nested.files import atomic_write
-from nested.models.hdit_blocks import SelfAttention
 from nested.optimizer import path_name
 
 LAYER_NORM_MACS = 5
@@ -36,9 +35,9 @@ class LevelSummary:
 
 
 def count_macs(function: Callable, *args) -> int:
-    """Multiply-accumulates of function(*args): matrix products and convolutions of its jaxpr, LayerNorms and
-    neighborhood attention by their rules. `args` may be jax.ShapeDtypeStruct; nothing is computed. A scan counts its
-    body times its length."""
+    """Multiply-accumulates of function(*args): matrix products and convolutions of its jaxpr, LayerNorms by fvcore's
+    rule; where a module has METHOD_macs beside a METHOD, whose result is like its first argument, by METHOD_macs.
+    `args` may be jax.ShapeDtypeStruct; nothing is computed. A scan counts its body times its length."""
     by_rule = 0
 
     def count(next_function, module_args, module_kwargs, context):
@@ -46,10 +45,9 @@ def count_macs(function: Callable, *args) -> int:
         module, method = context.module, context.method_name
         if isinstance(module, nn.LayerNorm) and method == "__call__":
             by_rule += LAYER_NORM_MACS * module_args[0].size
-        if isinstance(module, SelfAttention) and method == "attend" and module.options.attention == "neighborhood":
-            window = module.options.window
-            keys = window**2 if isinstance(window, int) else math.prod(window)
-            by_rule += 2 * module_args[0].size * keys
+        rule = getattr(module, f"{method}_macs", None)
+        if rule is not None:
+            by_rule += rule(*module_args)
             return jnp.zeros_like(module_args[0])
         return next_function(*module_args, **module_kwargs)
 

@@ -169,10 +169,9 @@ def make_run(config, latents) -> Run:
     )
     build.check_batch(config, mesh.size)
     build.check_init_from(config)
-    abstract_params = jax.eval_shape(lambda: hierarchy.init(levels, jax.random.key(0)))
-    opt.check_groups(step.optimizer, {name: abstract_params[name] for name in step.trained})
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda k: init_state(step, k), key)
+    opt.check_groups(step.optimizer, {name: shapes.params[name] for name in step.trained})
     shardings = partition.shardings(shapes, mesh, config.train.fsdp_min_bytes)
     return Run(config, step, mesh, partition.abstract(shapes, shardings), shardings, key)
 

@@ -1,0 +1,176 @@
+"""nested/build_data.py: images, encoder and latents of a config, and one line for each thing that it refuses."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import tiny
+from test_build import ALL, changed, refused
+from toy_encoding import Source, Toy
+
+from configs import imagenet
+from nested import build, build_data
+
+
+def test_published_encoders_say_so_before_the_data_are_asked_for(tmp_path):
+    for words, name in (("class", "mocov3_vitb16"), ("uncond", "mocov3_vitb16")):
+        config = imagenet.get_config(f"L3,{words}")
+        refused(build_data.latents, config, str(tmp_path), match=f"{name!r} comes with the published weights")
+    config.encoder.name = "efficientnet_lite0"
+    refused(build_data.latents, config, str(tmp_path), match="'sd_vae' comes with the published weights")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([("data.source", "mnist")], "config.data.source: 'mnist' given; choose from 'digits', 'idx', 'image_folder'"),
+        (
+            [("data.num_classes", 5)],
+            "config.data.num_classes is 5 but digits of scikit-learn: 1797 images 8x8x1, 10 classes; set it to 10",
+        ),
+        ([("data.channels", 3)], "config.data.channels is 3 but digits of scikit-learn: 1797 images 8x8x1"),
+    ],
+)
+def test_images_refuse(changes, message):
+    refused(build_data.images, changed(*changes), match=message)
+
+
+def test_images_are_cropped_and_converted_as_the_config_says():
+    source = build_data.images(changed(("data.image_size", 6), ("data.channels", 3)))
+    assert source.image_shape == source[0]["image"].shape == (6, 6, 3)
+    assert build_data.images(changed(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
+    assert build_data.images(changed(("data.channels", 1))).image_shape == (8, 8, 1)
+
+
+def write_idx(path, array):
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(bytes((0, 0, 8, array.ndim)) + sizes + array.tobytes()))
+
+
+def test_idx_files(tmp_path):
+    config = changed(("data.source", "idx"), ("data.path", str(tmp_path)), ("data.num_classes", 4))
+    refused(build_data.images, config, match="`apt-get install dataset-fashion-mnist` puts Fashion-MNIST in")
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((3, 5, 5), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([0, 3, 1], np.uint8))
+    source = build_data.images(config)
+    assert source.image_shape == (5, 5, 1) and source[1]["label"] == 3
+    config.data.num_classes = 3
+    message = "label 3 of example 1 is out of range 0..2 (1 such labels): set num_classes"
+    refused(build_data.images, config, match=message)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ([("encoder.name", "vgg")], "config.encoder.name: 'vgg' given; choose from 'efficientnet_lite0'"),
+        ([("encoder.map", "stage9")], "encoder.map: 'stage9' given; choose from 'stage4'"),
+        ([("encoder.features", ("crops3",))], "encoder.features: 'crops3' given; choose from 'crops1'"),
+        ([("encoder.input_size", 40)], "encoder.input_size: 40 given; efficientnet_lite0 takes positive multiples"),
+        ([("encoder.weights", "absent.pth")], "absent.pth"),
+    ],
+)
+def test_encoder_refuses(changes, message):
+    refused(build_data.encoder, changed(*changes), match=message)
+
+
+class Colours(Source):
+    image_shape = (8, 8, 3)
+
+    def describe(self):
+        return "random colours"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """config.encoder 'toy' on 44 colour images of 8 x 8 in 4 classes: a config that encodes in a moment."""
+    made = dict(source=Colours(), encoder=Toy())
+    monkeypatch.setitem(build_data.SOURCES, "toy", lambda data: made["source"])
+    monkeypatch.setitem(build_data.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
+    config = changed(
+        ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", 4),
+        ("encoder.batch_size", 44), ("levels[2].shape", (8, 8, 3)),
+    )  # fmt: skip
+    return config, made
+
+
+def test_latents_are_encoded_once_and_split(toy, tmp_path):
+    config, made = toy
+    records, latents = build_data.latents(config, str(tmp_path))
+    assert len(records) == 44 and [level.name for level in latents.levels] == list(ALL)
+    report = json.loads((tmp_path / "levels.json").read_text())
+    assert [row["name"] for row in report] == list(ALL) and "bits_per_image" in report[0]
+    made["source"].reads.clear()
+    build_data.latents(config, str(tmp_path))
+    assert set(made["source"].reads) == {0}  # its shape is looked at, nothing is encoded again
+    training, held_out = build_data.split(config, records)
+    assert len(training) == 36 and held_out["label"].shape == (8,)
+    np.testing.assert_array_equal(held_out["image"], made["source"].images[36:])
+    config.data.holdout = 0
+    assert build_data.split(config, records) == (records, None)
+    config.data.holdout = 44
+    refused(build_data.split, config, records, match="config.data.holdout 44 of 44 records: keep it below that")
+
+
+def test_latents_of_another_encoder_or_another_config_are_refused(toy, tmp_path):
+    config, made = toy
+    build_data.latents(config, str(tmp_path))
+    made["encoder"] = Toy(fingerprint="beef")
+    message = "were made with encoder.weights_sha256 cafe, config says beef: use another latents_dir or delete it"
+    refused(build_data.latents, config, str(tmp_path), match=message)
+    made["encoder"] = Toy()
+    config.encoder.components = 3
+    refused(build_data.latents, config, str(tmp_path), match="were made with encoder.components 4, config says 3")
+    config.latents_dir = str(tmp_path / "another")
+    message = "level z1x1: shape 1x1x4 cannot come from 'map', which stores"
+    refused(build_data.latents, config, str(tmp_path), match=message)
+
+
+@pytest.mark.parametrize(
+    "damage, encoder, message",
+    [
+        (dict(count=0), Toy(), "the data set is empty: nothing to encode; check config.data"),
+        (dict(damage={7: {"label": 4}}), Toy(), "image 7: label 4 is outside 0 to 3"),
+        (dict(damage={9: {"image": np.zeros((8, 8, 3), np.uint8)}}), Toy(nan_at=0), "image 9: NaN or infinity"),
+    ],
+)
+def test_bad_data_are_refused_while_encoding(toy, tmp_path, damage, encoder, message):
+    config, made = toy
+    made.update(source=Colours(**damage), encoder=encoder)
+    made["source"].images[made["source"].images[:, 0, 0, 0] == 0] = 1  # only the damaged image begins with 0
+    refused(build_data.latents, config, str(tmp_path), match=message)
+
+
+def test_options_that_encoding_does_not_take(toy, tmp_path):
+    config, _ = toy
+    with config.unlocked():
+        config.encoder.vector = "cls"
+    refused(build_data.latents, config, str(tmp_path), match="config.encoder: vector is decided by other parts")
+    with config.unlocked():
+        del config.encoder.vector
+        config.codec.rate = 3
+    refused(build_data.latents, config, str(tmp_path), match="config.codec: CodecConfig.__init__() got an unexpected")
+
+
+def test_where_latents_are():
+    for given, expected in (("", "run/latents"), ("/data/latents", "/data/latents")):
+        assert build_data.latents_dir(changed(("latents_dir", given)), "run") == expected
+
+
+def test_synthetic_latents_are_the_variables(tmp_path):
+    config = tiny.get_config("synthetic")
+    records, latents = build_data.latents(config, str(tmp_path))
+    assert len(records) == config.data.num_examples and list(tmp_path.iterdir()) == []
+    variables = latents.variables(records[3], None)
+    assert {name: z.shape for name, z in variables.items()} == {level.name: level.shape for level in config.levels}
+    np.testing.assert_array_equal(variables["x"], records[3]["x"])
+    refused(latents.decode, variables["x"], match="synthetic latents have no images")
+    config.data.num_examples = 0
+    refused(build_data.latents, config, "", match="synthetic latents: num_examples must be at least 1, found 0")
+
+
+def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
+    config = changed(("data.source", "synthetic"))
+    refused(build.check_pictures, config, match="'synthetic', whose latents have no images")
+    config.sample.num_samples = config.evaluate.num_samples = 0
+    build.check_pictures(config)
