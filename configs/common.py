@@ -6,6 +6,8 @@ Any value can be overridden on the command line: --config.train.steps=100, --con
 
 from ml_collections import ConfigDict
 
+from configs.backbones import dit, hdit, nested_unet, net, uvit  # noqa: F401  configs use them as common.uvit(...)
+
 # U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
 
 
@@ -15,16 +17,22 @@ def default() -> ConfigDict:
         dict(
             seed=0,
             data=dict(
-                source="digits",  # digits | idx | image_folder | tfds | synthetic (random latents)
+                source="digits",  # digits | idx | image_folder | clip_folder | tfds | synthetic (random latents)
                 path="",
                 split="train",
                 num_classes=0,  # checked against the data; 0: unlabelled
                 image_size=0,  # centre crop and resize to this square; 0: as it is
+                small_images="resize",  # resize | refuse: images with a shorter side below image_size
                 channels=0,  # 1 grey, 3 RGB, 0: as it is
-                max_bad_images=0,  # image_folder: unreadable files beyond this number are an error
+                cache=False,  # keep images in memory as they are read (each process its own): for small folders
+                frames=16,  # clip_folder: frames of a clip, every frame_stride-th of the file
+                frame_stride=4,
+                max_bad_images=0,  # image_folder, clip_folder: files that cannot serve beyond this number are an error
+                check=True,  # folders of pixels: every file is read once before training; False for millions
                 num_examples=0,  # synthetic: how many
                 flip=False,  # mirror training images with probability 1/2 (augment_prob does that too, and says so)
                 augment_prob=0.0,  # non-leaking augmentation of training images; the backbone is told of it
+                downsampling="average",  # average | bilinear: how coarser resolutions of pixels are made
                 holdout=0,  # the last records are kept out of training, for the validation loss
             ),
             latents_dir="",  # "": WORKDIR/latents
@@ -39,6 +47,14 @@ def default() -> ConfigDict:
                 batch_size=64,
                 shard_images=4096,
             ),
+            text=dict(
+                encoder="",  # minilm | t5, "": none. What the captions of the data go through
+                weights="",  # folder of the weights and tokenizer.json; "": the file that minilm's package ships
+                max_tokens=128,
+                width=2048,  # of the encoder's features, 2048 for FLAN-T5 XL, 384 for minilm
+                stored=True,  # features made once, below the latents' directory; False: in every step
+                batch_size=64,  # captions encoded at a time, where stored
+            ),
             codec=dict(name="pixels", patch=2, channels=4),  # pixels | patch_pca: the finest level's space
             hierarchy=dict(
                 conditioning="all_higher",  # all_higher (CVPR) | next_higher (Markovian)
@@ -46,11 +62,19 @@ def default() -> ConfigDict:
                 drop_mode="joint",  # joint | independent
                 # Sampling shows finer levels z + (t/T)^(gamma/2) sigma n: infinity is no noise (CVPR Sec. 4.2).
                 noise_gamma=float("inf"),
-                label_levels=(),  # names of the levels that see the label as a token; () is unconditional
+                # sigma: finer levels see z + sigma n. diffused: a cascade's noise augmentation, at a level uniform in
+                # 0 ... 1000 of the level's own schedule; in sampling at cond_level (Saharia et al., Imagen).
+                cond_noise="sigma",
+                cond_level=0,
+                label_levels=(),  # names of the levels that see the label; () is unconditional
+                text_levels=(),  # names of the levels that see the text
             ),
             levels=(),  # coarse to fine: level(...)
             train_levels=(),  # names; () trains all of them
-            init_from=dict(path="", levels=(), weights="ema"),  # another run's levels; () takes every level that fits
+            # Another run's levels, or (phase) those of a phase of this run; () takes every level that fits, whole or as
+            # a part of a larger network.
+            init_from=dict(path="", phase="", levels=(), weights="ema"),
+            phases=(),  # dict(name=, levels=, train=dict(steps=), ...): what trains before, each from the one before it
             train=dict(
                 batch_size=128,
                 accumulate=1,
@@ -75,6 +99,7 @@ def default() -> ConfigDict:
                 groups=(),  # factors by rule on parameter paths: dict(pattern=, learning_rate=1.0, weight_decay=1.0)
                 learning_rate=2e-4,
                 warmup_steps=0,
+                warmup_start=0,  # 1: the first update is that of step 1, not of learning rate 0 (ml-mdm)
                 decay="constant",
                 b1=0.9,
                 b2=0.999,
@@ -84,8 +109,24 @@ def default() -> ConfigDict:
                 ema_decay=0.9999,
                 ema_power=0.0,  # k > 0: the decay of update s is at most 1 - (1 + s)^-k
             ),
-            sample=dict(num_samples=64, batch_size=64, columns=8, scale=1),
-            evaluate=dict(num_samples=0, num_reference=10000, input_size=64, unguided=True),
+            sample=dict(
+                num_samples=64,
+                batch_size=64,
+                columns=8,
+                scale=1,
+                prompts=(),  # captions of the samples, in turn; (): the data's
+                negative_prompt="",  # what guidance leads away from
+                steps_shown=0,  # so many steps of sampling in steps.png, every resolution of the finest level
+                fps=8,  # of the animations, where the samples are clips
+            ),
+            evaluate=dict(
+                num_samples=0,
+                num_reference=10000,
+                input_size=64,
+                unguided=True,
+                sweep="",  # an option, such as guidance or hierarchy.cond_level: scored at each of sweep_values
+                sweep_values=(),
+            ),
         )
     )
 
@@ -111,8 +152,8 @@ def parse(arg: str, *choices: tuple[str, ...]) -> list[str]:
 def level(
     name: str,
     source: str,
-    shape: tuple[int, int, int],
-    patch_size: int | tuple[int, int],
+    shape: tuple,
+    patch_size: int | tuple[int, int] | None,
     *,
     sigma: float = 0.0,
     guidance: float = 0.0,
@@ -123,6 +164,8 @@ def level(
 ) -> ConfigDict:
     """One level. source: pixels | patch_pca | map | crops1 | crops2 | crops4 (where its variable comes from).
 
+    shape: (h, w, c), of clips (frames, h, w, c), or a tuple of them, coarse to fine: resolutions diffused together.
+    patch_size: of the backbone's tokens; None for nested_unet, which has none.
     sigma: the noise on this level's variable where it conditions a finer level (the paper's sigma_l).
     """
     return ConfigDict(
@@ -132,47 +175,22 @@ def level(
             shape=shape,
             sigma=sigma,
             guidance=guidance,
-            threshold=threshold,  # none | static | dynamic: limit on x0 while sampling
+            threshold=threshold,  # none | static | dynamic | dynamic_100 | deepfloyd: limit on x0 while sampling
             loss_weight=1.0,
-            backbone=dict(backbone, patch_size=patch_size),
+            leaf_weights=(),  # of the resolutions' losses; () is 1 each
+            mixed=(),  # (4, 2, 1): of every 4 training rows 2 have the second resolution and 1 the third; () is all
+            backbone=dict(backbone) if patch_size is None else dict(backbone, patch_size=patch_size),
             process=process or sd_process(),
             sampler=sampler or dpm_solver(),
         )
     )
 
 
-def changed(what: str, options: dict, variant: dict, changes: dict) -> dict:
-    """A backbone's options with those of a variant, then with changes. ValueError: a change that is no option."""
-    unknown = sorted(set(changes) - set(options))
-    if unknown:
-        raise ValueError(f"{what}() has no option {', '.join(unknown)}; it has {', '.join(options)}")
-    return options | dict(variant) | changes
-
-
-def uvit(variant: str = "", **changes) -> dict:
-    """U-ViT's options: those of a named variant (nested/models/uvit.py VARIANTS), with changes."""
-    from nested.models.uvit import VARIANTS
-
-    options = dict(
-        name="uvit",
-        width=512,
-        depth=12,
-        num_heads=8,
-        mlp_ratio=4,
-        qkv_bias=False,
-        time_mlp=False,
-        skip=True,
-        final_conv=True,
-        attention="xla",
-    )
-    return changed("uvit", options, VARIANTS[variant] if variant else {}, changes)
-
-
 def sd_process(parameterization: str = "eps") -> dict:
     """Stable Diffusion's scaled-linear betas, 1,000 discrete steps; eps as in U-ViT's H and COCO configs, or v, which
     learns the high noise levels sooner and suits short runs."""
     return dict(
-        schedule="sd_scaled_linear",  # sd_scaled_linear | linear_vp | cosine | ddpm_linear
+        schedule="sd_scaled_linear",  # sd_scaled_linear | linear_vp | cosine | cosine_log_snr | ddpm_linear
         parameterization=parameterization,  # eps | v | x0 | edm: what the network predicts
         loss_space=parameterization,  # where its squared error is taken
         weighting="uniform",
@@ -201,37 +219,6 @@ def dpm_solver(steps: int = 50) -> dict:
 def decaying_guidance(num_levels: int, start: float = 0.5, step: float = 0.1) -> tuple[float, ...]:
     """Coarse to fine w_L, ..., w_1 = start, start - step, ... (CVPR Sec. 4.2: .5 .4 .3 .2 .1, the first L used)."""
     return tuple(round(max(start - step * i, 0.0), 6) for i in range(num_levels))
-
-
-def hdit(variant: str = "", **changes) -> dict:
-    """HDiT's options: those of a named variant (nested/models/hdit.py VARIANTS), with changes.
-
-    `windows` follows from `attentions` where neither names it: kernels of 7, windows of 8."""
-    from nested.models.hdit import VARIANTS
-
-    options = dict(
-        name="hdit",
-        depths=(2, 4),
-        widths=(256, 512),
-        attentions=("neighborhood", "global"),
-        windows=(),
-        head_widths=64,
-        ff_widths=None,
-        dropouts=0.0,
-        mapping_depth=2,
-        mapping_width=256,
-        mapping_ff_width=None,
-        mapping_dropout=0.0,
-        position="rope",  # rope | additive
-        feed_forward="geglu",  # geglu | gelu
-        skip="lerp",  # lerp | add | concat
-        attention="xla",
-        neighborhood="auto",  # auto | reference | blocked
-    )
-    options = changed("hdit", options, VARIANTS[variant] if variant else {}, changes)
-    sizes = {"neighborhood": 7, "shifted_window": 8}
-    options["windows"] = options["windows"] or tuple(sizes.get(kind, 0) for kind in options["attentions"])
-    return options
 
 
 def edm_process(image_size: int, *, sigma_data: float = 0.5, weighting: str = "soft_min_snr", **changes) -> dict:
@@ -288,14 +275,26 @@ def sigma_sampler(name: str, steps: int, sigma_min: float = 1e-2, sigma_max: flo
     return dict(name=name, steps=steps, grid="karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=7.0, **options)
 
 
-def dit(variant: str = "", **changes) -> dict:
-    """DiT's options: those of a named variant (nested/models/dit.py VARIANTS), with changes."""
-    from nested.models.dit import VARIANTS
+def mdm_process(shift_power: float = 1.0, loss_space: str = "eps") -> dict:
+    """Matryoshka's: the cosine schedule of every resolution shifted by (its side ratio to the coarsest)^shift_power, v
+    predicted, the squared error of eps (or v), 1,000 discrete steps that the network counts from 0."""
+    return sd_process("v") | dict(
+        schedule="cosine", loss_space=loss_space, time_offset=-1.0, shift_scale=1.0, shift_power=shift_power,
+        rescale_signal=False,
+    )  # fmt: skip
 
-    options = dict(
-        name="dit", width=768, depth=12, num_heads=12, mlp_ratio=4, learn_variance=False, attention="xla"
-    )
-    return changed("dit", options, VARIANTS[variant] if variant else {}, changes)
+
+def mdm_optimizer(preset: str = "paper") -> dict:
+    """Adam, clip 2, constant after the warm-up, EMA .9999: the paper's rates, or those of the released configs."""
+    rates = dict(learning_rate=1e-4, warmup_steps=30_000, b1=0.9, b2=0.99)
+    if preset == "released":
+        rates = dict(learning_rate=5e-5, warmup_steps=10_000, b1=0.9, b2=0.999)
+    return dict(rates, warmup_start=1, eps=1e-8, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999)
+
+
+def mdm_sampler(name: str = "ddpm", steps: int = 250, **options) -> dict:
+    """DDPM (the paper: 250 steps) or DDIM (eta=) on the time grid of the public code ('released'), or 'trailing'."""
+    return dict(name=name, steps=steps) | dict(grid="released") | options
 
 
 def ddpm_process(learned_variance: bool = False) -> dict:

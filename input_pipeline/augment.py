@@ -154,10 +154,12 @@ class Augmentation:
     """For loader.batches: what is done to each record of the training data, drawn anew each time it is read.
 
     prob > 0: "image" is warped as by augment() and float32, and "augment" (float32 [9]) is added.
-    flip: "image" is mirrored left to right with probability 1/2, stays uint8, and the network is not told.
+    flip: "image" is mirrored left to right with probability 1/2, stays uint8, and the network is not told; of a clip
+      [T, H, W, C] all frames are, or none.
     With neither a record is left as it is: prob 0 also turns off the mirroring of augment(), as in the authors' code.
 
-    Raises: ValueError for prob outside 0..1, for both (the warps hold a mirroring), and for records without an image.
+    Raises: ValueError for prob outside 0..1, for both (the warps hold a mirroring), for records without an image, and
+      for clips where prob > 0: the warps are of single images.
     """
 
     prob: float = 0.0
@@ -181,5 +183,10 @@ class Augmentation:
             )
         if self.flip:
             return {**record, "image": random_flip(record["image"], generator)}
+        if record["image"].ndim == 4:
+            raise ValueError(
+                f"augmentation prob = {self.prob} warps single images, found clips {record['image'].shape}: expected "
+                "prob = 0 (flip = True mirrors whole clips)"
+            )
         image, told = augment(record["image"], generator, self.prob)
         return {**record, "image": image, "augment": told}

@@ -1,6 +1,7 @@
 """Sources whose images are decoded when read: a folder of image files, and a directory prepared by TFDS.
 
-Their images may differ in size: wrap them in input_pipeline.transforms.Transformed before batching.
+Their images may differ in size: wrap them in input_pipeline.transforms.Transformed before batching. Folder is what
+folders of images have in common with folders of clips (clips.py).
 """
 
 import json
@@ -22,7 +23,8 @@ CHECK_THREADS = 8
 def _read_captions(root: pathlib.Path) -> tuple[list[str], list[str]]:
     """(files, captions) of the lines of captions.jsonl, in their order."""
     files, captions = [], []
-    for number, line in enumerate((root / CAPTIONS_FILE).read_text(encoding="utf-8").splitlines(), 1):
+    lines = (root / CAPTIONS_FILE).read_text(encoding="utf-8").split("\n")  # other line ends may stand in a caption
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         where = f"{root / CAPTIONS_FILE} line {number}"
         try:
             entry = json.loads(line)
@@ -56,8 +58,8 @@ def _size(path: pathlib.Path) -> int:
         return -1
 
 
-class ImageFolder:
-    """The image files below a directory, which has the first of these layouts that fits:
+class Folder:
+    """The files below a directory, which has the first of these layouts that fits:
 
       captions  a file captions.jsonl with lines {"file": path below the directory, "caption": text}: the lines are the
                 examples, in their order, and records get a "caption"; no classes.
@@ -66,24 +68,30 @@ class ImageFolder:
 
     Every file is an example, except names with a leading dot. One that does not decode to a whole image is bad: record
     i is then the record of the next good file (i + 1, ..., around the end), so that the length and all other records
-    stay what they are, for every reader. Each bad file is logged by name; once more than `max_bad_images` are known
-    the source refuses and lists them. check() decodes everything to know them all at once; without it they are found
-    as they are read, by each process for itself.
+    stay what they are, for every reader. Each bad file is logged by name; once more than `max_bad` are known the
+    source refuses and lists them. check() decodes everything to know them all at once; without it they are found as
+    they are read, by each process for itself.
+
+    A subclass says what an example is: NOUN and A_NOUN for messages, decode(path) -> uint8 array, raising one of ERRORS
+    for a bad file, and image_shape.
 
     Args:
-      path: the directory. channels: 3 (RGB) or 1 (grey), whatever the files hold. max_bad_images: as above.
+      path: the directory. max_bad: as above. reading: what decode() depends on, for the fingerprint.
 
     Raises: FileNotFoundError where there is no such directory, ValueError where there are no files, or files beside
-      class folders, or a line of captions.jsonl that is not as above; when reading, ValueError for bad images.
+      class folders, or a line of captions.jsonl that is not as above; when reading, ValueError for bad files.
     """
 
-    def __init__(self, path: str | pathlib.Path, *, channels: int = 3, max_bad_images: int = 0):
-        check_channels(channels)
+    NOUN: str
+    A_NOUN: str
+    ERRORS: tuple[type[Exception], ...]
+
+    def __init__(self, path: str | pathlib.Path, *, max_bad: int, reading: tuple[str, ...]):
+        where = f"set config.data.path to the directory of the {self.NOUN}s"
         self.root = pathlib.Path(path).expanduser().absolute()
         if not self.root.is_dir():
-            raise FileNotFoundError(f"no directory {self.root}: set config.data.path to the directory of the images")
-        self.channels = channels
-        self.max_bad_images = max_bad_images
+            raise FileNotFoundError(f"no directory {self.root}: {where}")
+        self.max_bad = max_bad
         self.class_names: tuple[str, ...] = ()
         self._captions = None
         self._labels = None
@@ -94,9 +102,9 @@ class ImageFolder:
             self._files = _list_files(self.root)
             self._read_classes()
         if not self._files:
-            raise ValueError(f"no images in {self.root}: set config.data.path to the directory of the images")
+            raise ValueError(f"no {self.NOUN}s in {self.root}: {where}")
         sizes = (f"{file}:{_size(self.root / file)}" for file in self._files)
-        self.fingerprint = fingerprint_of((str(channels), *sizes, *(self._captions or ())))
+        self.fingerprint = fingerprint_of((*reading, *sizes, *(self._captions or ())))
 
     def _read_classes(self) -> None:
         loose = [file for file in self._files if "/" not in file]
@@ -117,8 +125,9 @@ class ImageFolder:
         return len(self.class_names)
 
     @property
-    def image_shape(self) -> tuple[None, None, int]:
-        return (None, None, self.channels)
+    def captions(self) -> tuple[str, ...] | None:
+        """The caption of every example, in order, without decoding; None in a folder without captions.jsonl."""
+        return None if self._captions is None else tuple(self._captions)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -130,36 +139,37 @@ class ImageFolder:
             i = (index + offset) % len(self)
             if i not in self._bad:
                 try:
-                    image = decode_image(self.root / self._files[i], self.channels)
-                except DECODE_ERRORS as error:
+                    image = self.decode(self.root / self._files[i])
+                except self.ERRORS as error:
                     self._add_bad(i, str(error))
                 else:
                     record = {"image": image, "label": np.int32(self._labels[i] if self._labels else 0)}
                     return {**record, "caption": self._captions[i]} if self._captions else record
             self._refuse_too_many()
-        raise ValueError(f"none of the {len(self)} files in {self.root} is an image")
+        raise ValueError(f"none of the {len(self)} files in {self.root} is {self.A_NOUN}")
 
     def _add_bad(self, index: int, reason: str) -> None:
-        logging.warning("%s is not a whole image (%s): the next one takes its place", self._files[index], reason)
+        form = "%s is not a whole %s (%s): the next one takes its place"
+        logging.warning(form, self._files[index], self.NOUN, reason)
         self._bad[index] = reason
 
     def _refuse_too_many(self) -> None:
-        if len(self._bad) <= self.max_bad_images:
+        if len(self._bad) <= self.max_bad:
             return
         names = [f"{self._files[i]} ({self._bad[i]})" for i in sorted(self._bad)]
         more = f" and {len(names) - NAMES_PER_MESSAGE} more" if len(names) > NAMES_PER_MESSAGE else ""
         raise ValueError(
-            f"{len(names)} of {len(self)} files in {self.root} are not whole images, max_bad_images is "
-            f"{self.max_bad_images}: {', '.join(names[:NAMES_PER_MESSAGE])}{more}; repair or remove them"
+            f"{len(names)} of {len(self)} files in {self.root} are not whole {self.NOUN}s, data.max_bad_images is "
+            f"{self.max_bad}: {', '.join(names[:NAMES_PER_MESSAGE])}{more}; repair or remove them"
         )
 
     def check(self) -> None:
-        """Decodes every file (some 500 to 1,000 JPEGs of 500x375 a second and core); ValueError lists the bad ones."""
+        """Decodes every file; ValueError lists the bad ones."""
 
         def reason(index: int) -> str | None:
             try:
-                decode_image(self.root / self._files[index], self.channels)
-            except DECODE_ERRORS as error:
+                self.decode(self.root / self._files[index])
+            except self.ERRORS as error:
                 return str(error)
 
         with ThreadPoolExecutor(CHECK_THREADS) as pool:
@@ -170,7 +180,34 @@ class ImageFolder:
 
     def describe(self) -> str:
         kind = "captions" if self._captions else f"{self.num_classes} classes"
-        return f"image folder {self.root}: {len(self)} files, {kind}"
+        return f"{self.NOUN} folder {self.root}: {len(self)} files, {kind}"
+
+
+class ImageFolder(Folder):
+    """The image files below a directory, in one of the layouts of Folder, decoded as decode_image does.
+
+    check() reads some 500 to 1,000 JPEGs of 500x375 a second and core.
+
+    Args:
+      path: the directory. channels: 3 (RGB) or 1 (grey), whatever the files hold. max_bad_images: see Folder.
+
+    Raises: as Folder; ValueError for other channels.
+    """
+
+    NOUN, A_NOUN = "image", "an image"
+    ERRORS = DECODE_ERRORS
+
+    def __init__(self, path: str | pathlib.Path, *, channels: int = 3, max_bad_images: int = 0):
+        check_channels(channels)
+        self.channels = channels
+        super().__init__(path, max_bad=max_bad_images, reading=(str(channels),))
+
+    @property
+    def image_shape(self) -> tuple[None, None, int]:
+        return (None, None, self.channels)
+
+    def decode(self, path: pathlib.Path) -> np.ndarray:
+        return decode_image(path, self.channels)
 
 
 class Tfds:

@@ -47,11 +47,12 @@ class Source(Protocol):
 class ImageSource(Source, Protocol):
     """What the encoder asks of a data set of images.
 
-    class_names: one per label, or (). image_shape: (H, W, C), with None for H and W where images differ in size.
+    class_names: one per label, or (). image_shape: (H, W, C), of clips (T, H, W, C), with None for H and W where images
+    differ in size.
     """
 
     class_names: tuple[str, ...]
-    image_shape: tuple[int | None, int | None, int]
+    image_shape: tuple[int | None, ...]
 
     def check(self) -> None:
         """Finds damaged records before a long job starts: ValueError names them. At once where all is in memory."""
@@ -202,12 +203,14 @@ class SyntheticLatents:
 
     levels: (name, shape) of each variable; record i holds name -> float32 array of that shape, and "label".
     num_examples: of one epoch. num_classes: labels are uniform in 0..num_classes - 1; 0 for none.
+    text: (tokens, width) of features "text" with a "text_mask" that is all true; () for none.
     """
 
     levels: tuple[tuple[str, tuple[int, ...]], ...]
     num_examples: int
     num_classes: int
     seed: int
+    text: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.num_examples < 1:
@@ -223,11 +226,14 @@ class SyntheticLatents:
         record = {"label": np.int32(generator.integers(max(self.num_classes, 1)))}
         for name, shape in self.levels:
             record[name] = generator.standard_normal(shape, dtype=np.float32)
+        if self.text:
+            record["text"] = generator.standard_normal(self.text, dtype=np.float32)
+            record["text_mask"] = np.ones(self.text[0], bool)
         return record
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of((repr((self.levels, self.num_examples, self.num_classes, self.seed)),))
+        return fingerprint_of((repr((self.levels, self.num_examples, self.num_classes, self.seed, self.text)),))
 
     def describe(self) -> str:
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.levels)
@@ -260,6 +266,31 @@ class Fields:
         return self.source.describe()
 
 
+class Cached:
+    """A source of images that keeps every record in memory once it was read: for folders whose files take longer to
+    decode than to train on. What else it has (class_names, captions, ...) is the source's."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+        self._records: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        if index not in self._records:
+            self._records[index] = self.source[index]
+        return dict(self._records[index])
+
+    def __getattr__(self, name: str):
+        if name.startswith("_") or name == "source":  # asked for while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __getstate__(self) -> dict:  # a worker starts with an empty memory of its own
+        return {"source": self.source, "_records": {}}
+
+
 @dataclass(frozen=True)
 class Part:
     """The examples start, ..., stop - 1 of a source, as a source: training without the held-out records.
@@ -282,6 +313,12 @@ class Part:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         return self.source[self.start + index]
+
+    @property
+    def captions(self) -> tuple[str, ...] | None:
+        """The source's, without decoding, where it has them at hand."""
+        found = getattr(self.source, "captions", None)
+        return None if found is None else found[self.start : self.stop]
 
     def describe(self) -> str:
         return f"examples {self.start} to {self.stop} of {self.source.describe()}"

@@ -1,7 +1,8 @@
 """Images from files to arrays of one size: decoding, crops, resizing, channels, flips. numpy and Pillow only.
 
-An image is uint8 [H, W, C] with C = 1 (grey) or 3 (RGB). Resampling is Pillow's, which filters before it reduces
-(antialiasing), on 8-bit values: the pictures that the papers' encoders and FID references were computed from.
+An image is uint8 [H, W, C] with C = 1 (grey) or 3 (RGB), a clip (clips.py) uint8 [T, H, W, C]. Resampling is Pillow's,
+which filters before it reduces (antialiasing), on 8-bit values: the pictures that the papers' encoders and FID
+references were computed from.
 """
 
 import io
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image, ImageOps
 
 from input_pipeline.sources import ImageSource, fingerprint_of
@@ -37,7 +39,12 @@ def decode_image(file: str | pathlib.Path | bytes, channels: int = 3) -> np.ndar
     """
     check_channels(channels)
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened)
+        return to_array(opened, channels)
+
+
+def to_array(opened: Image.Image, channels: int) -> np.ndarray:
+    """The frame that an open file is at, in any mode -> uint8 [H, W, channels], as decode_image says."""
+    image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -84,19 +91,24 @@ def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
     return _to_array(image.crop((left, top, left + size, top + size)))
 
 
-def random_flip(image_HWC: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The image mirrored left to right with probability 1/2, by one draw of the generator."""
-    return image_HWC[:, ::-1] if generator.random() < 0.5 else image_HWC
+def random_flip(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """An image, or all frames of a clip, mirrored left to right with probability 1/2, by one draw of the generator."""
+    return image[..., ::-1, :] if generator.random() < 0.5 else image
 
 
 CROPS = {"center": center_crop, "stretch": resize}
+SMALL = ("resize", "refuse")
 
 
 @dataclass(frozen=True, eq=False)
 class Transformed:
     """A source whose images are brought to [image_size, image_size, channels]; labels and captions pass through.
 
+    Of a source of clips [T, H, W, C] every frame is, so that they become [T, image_size, image_size, channels].
+
     crop: "center" keeps the aspect ratio and loses the margins (ADM), "stretch" keeps the whole image.
+    small: what becomes of an image with a side below image_size: "resize" enlarges it, and the first one of a process
+    is logged; "refuse" is an error that names it.
     The fingerprint covers the transformation, as latents of other crops are other latents.
     """
 
@@ -104,11 +116,13 @@ class Transformed:
     image_size: int
     crop: str
     channels: int
+    small: str = "resize"
 
     def __post_init__(self):
         check_channels(self.channels)
-        if self.crop not in CROPS:
-            raise ValueError(f"crop must be one of {sorted(CROPS)}, found {self.crop!r}")
+        for name, value, allowed in (("crop", self.crop, CROPS), ("small", self.small, SMALL)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {sorted(allowed)}, found {value!r}")
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, found {self.image_size}")
 
@@ -117,8 +131,21 @@ class Transformed:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.source[index]
-        image = CROPS[self.crop](record["image"], self.image_size)
-        return {**record, "image": to_channels(image, self.channels)}
+        image = record["image"]
+        self._check_size(index, image)
+        changed = np.stack([self._frame(frame) for frame in image]) if image.ndim == 4 else self._frame(image)
+        return {**record, "image": changed}
+
+    def _check_size(self, index: int, image: np.ndarray) -> None:
+        if min(image.shape[-3:-1]) >= self.image_size:
+            return
+        found = f"image {index} is {'x'.join(map(str, image.shape))}, smaller than {self.image_size}"
+        if self.small == "refuse":
+            raise ValueError(f"{found} ({self.source.describe()}): remove it, or set data.small_images to 'resize'")
+        logging.log_first_n(logging.WARNING, "%s: it is enlarged, others are too (said once)", 1, found)
+
+    def _frame(self, image_HWC: np.ndarray) -> np.ndarray:
+        return to_channels(CROPS[self.crop](image_HWC, self.image_size), self.channels)
 
     @property
     def num_classes(self) -> int:
@@ -129,8 +156,13 @@ class Transformed:
         return self.source.class_names
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return (self.image_size, self.image_size, self.channels)
+    def captions(self) -> tuple[str, ...] | None:
+        """The source's, without decoding, where it has them at hand."""
+        return getattr(self.source, "captions", None)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        return (*self.source.image_shape[:-3], self.image_size, self.image_size, self.channels)
 
     @property
     def fingerprint(self) -> str:
@@ -141,3 +173,6 @@ class Transformed:
 
     def check(self) -> None:
         self.source.check()
+        if self.small == "refuse":
+            for index in range(len(self)):
+                self._check_size(index, self.source[index]["image"])

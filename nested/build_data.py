@@ -4,18 +4,25 @@ Images that no encoder needs to see, where every level's variable is the image i
 are encoded once, into the latents' directory.
 """
 
+import dataclasses
 import json
 import os
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
-from input_pipeline import augment, image_files, loader, sources, transforms
+from input_pipeline import augment, clips, image_files, loader, sources, transforms
 from input_pipeline import latents as records
+from input_pipeline import text as captions
 from nested import encode, encoding
 from nested import latents as latents_
-from nested.build import choose, construct
+from nested import text as text_store
+from nested.build import as_shape
+from nested.build_process import choose, construct, is_joint
 from nested.encoders import efficientnet
+from nested.encoders import text as text_encoders
 from nested.files import atomic_write
 
 ENCODERS = {"efficientnet_lite0": efficientnet.load}
@@ -34,11 +41,21 @@ def image_folder(data):
     return image_files.ImageFolder(data.path, max_bad_images=data.max_bad_images, channels=data.channels or 3)
 
 
+def clip_folder(data):
+    return clips.ClipFolder(
+        data.path,
+        frames=data.frames,
+        stride=data.frame_stride,
+        channels=data.channels or 3,
+        max_bad_clips=data.max_bad_images,
+    )
+
+
 def tfds(data):
     return image_files.Tfds(data.path, data.split, channels=data.channels or 3)
 
 
-SOURCES = {"digits": digits, "idx": idx, "image_folder": image_folder, "tfds": tfds}
+SOURCES = {"digits": digits, "idx": idx, "image_folder": image_folder, "clip_folder": clip_folder, "tfds": tfds}
 
 
 def images(config):
@@ -50,29 +67,35 @@ def images(config):
             f"config.data.num_classes is {data.num_classes} but {source.describe()}; set it to {source.num_classes}"
         )
     if data.image_size:
-        channels = data.channels or source.image_shape[2]
-        source = transforms.Transformed(source, data.image_size, crop="center", channels=channels)
-    elif data.channels not in (0, source.image_shape[2]):
+        channels = data.channels or source.image_shape[-1]
+        small = data.small_images
+        source = transforms.Transformed(source, data.image_size, crop="center", channels=channels, small=small)
+    elif data.channels not in (0, source.image_shape[-1]):
         raise ValueError(
             f"config.data.channels is {data.channels} but {source.describe()}; set data.image_size as well to convert "
             "the images, or data.channels to 0"
         )
-    return source
+    return sources.Cached(source) if data.cache else source
 
 
 def encoder(config):
     """The frozen encoder of config.encoder."""
     options = config.encoder
-    for part in (options.name, config.codec.name):
+    check_published(config)
+    load = choose("encoder.name", options.name, ENCODERS)
+    return load(
+        options.weights, input_size=options.input_size, map=options.map, vector="pool", features=tuple(options.features)
+    )
+
+
+def check_published(config) -> None:
+    """ValueError where the config asks for a network that comes with the published weights."""
+    for part in (config.encoder.name, config.codec.name):
         if part in PUBLISHED:
             raise ValueError(
                 f"config: {part!r} comes with the published weights, not part of this version; --mode=summary and "
                 "training on synthetic latents (configs/imagenet_L3.py:synthetic) work, efficientnet_lite0 encodes"
             )
-    load = choose("encoder.name", options.name, ENCODERS)
-    return load(
-        options.weights, input_size=options.input_size, map=options.map, vector="pool", features=tuple(options.features)
-    )
 
 
 def score_encoder(config):
@@ -86,34 +109,60 @@ def latents_dir(config, workdir: str) -> str:
 
 def wanted(config) -> tuple[latents_.LevelSource, ...]:
     """Where every level's variable comes from."""
-    return tuple(latents_.LevelSource(level.name, level.source, tuple(level.shape)) for level in config.levels)
+    downsampling = config.data.downsampling
+    return tuple(
+        latents_.LevelSource(level.name, level.source, as_shape(level.shape), downsampling) for level in config.levels
+    )
 
 
 class SyntheticVariables:
-    """The place of Latents where the data are random latents: the records are the variables."""
+    """The place of Latents where the data are random latents: the records are the variables, leaf by leaf.
 
-    def __init__(self, names):
-        self.names = names
+    shapes: {level: shape}; a leaf of a level of several resolutions is the field 'level.0', 'level.1', ..."""
+
+    def __init__(self, shapes):
+        self.names = {
+            name: tuple(f"{name}.{i}" for i in range(len(shape))) if is_joint(shape) else name
+            for name, shape in shapes.items()
+        }
+        self.fields = tuple(
+            field
+            for name, shape in shapes.items()
+            for field in (zip(self.names[name], shape, strict=True) if is_joint(shape) else [(name, shape)])
+        )
 
     def variables(self, raw, key):
         del key
-        return {name: raw[name] for name in self.names}
+        return jax.tree.map(lambda name: raw[name], self.names)
 
     def decode(self, z):
         raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
 
 
-def latents(config, workdir: str):
-    """(records, Latents): encodes the data first where that has not been done."""
+def latents(config, workdir: str, text: "Text | None" = None):
+    """(records, Latents): encodes the data first where that has not been done. text: the run's encoder of captions,
+    where the config has one."""
     check_augmentation(config)
     if config.data.source == "synthetic":
-        shapes = tuple((level.name, tuple(level.shape)) for level in config.levels)
-        source = sources.SyntheticLatents(shapes, config.data.num_examples, config.data.num_classes, config.seed)
-        return source, SyntheticVariables([name for name, _ in shapes])
+        made = SyntheticVariables({level.name: as_shape(level.shape) for level in config.levels})
+        tokens = (config.text.max_tokens, config.text.width) if config.text.encoder else ()
+        data = config.data
+        source = sources.SyntheticLatents(made.fields, data.num_examples, data.num_classes, config.seed, tokens)
+        return source, made
     if images_only(config):
         logging.info("the variables are the images themselves: nothing is encoded")
         source = images(config)
-        return sources.Fields(source, ("label", "image")), latents_.of_images(wanted(config), source.image_shape)
+        made = latents_.of_images(wanted(config), source.image_shape)
+        check_once(config, source, workdir)
+        if not config.text.encoder:
+            return sources.Fields(source, ("label", "image")), made
+        return with_text(config, source, (text or load_text(config)).encoder, workdir), made
+    if config.text.encoder:
+        check_published(config)
+        raise ValueError(
+            f"config.text.encoder {config.text.encoder!r}: text goes with levels of pixels only, not with encoded ones "
+            f"({', '.join(level.name for level in config.levels if level.source != 'pixels')}); set it to ''"
+        )
     directory = encode_images(config, workdir)
     result = latents_.read(directory, wanted(config))
     report = result.report({level.name: float(level.sigma) for level in config.levels[:-1]})
@@ -123,11 +172,88 @@ def latents(config, workdir: str):
     return records.LatentRecords(directory, ("label", *result.fields)), result
 
 
+def check_once(config, source, workdir: str) -> None:
+    """Reads every record of a run's images before its first step, where config.data.check says so: a folder's files
+    that cannot serve are then all named at once, not one by one while it trains."""
+    done = os.path.join(workdir, f"checked-{source.fingerprint}.txt")
+    if config.data.check and jax.process_index() == 0 and not os.path.exists(done):
+        source.check()
+        atomic_write(done, source.describe() + "\n")
+
+
 def decoder(config, workdir: str):
     """The Latents for sampling, which needs no data where the variables are the images themselves."""
     if config.data.source != "synthetic" and images_only(config):
-        return latents_.of_images(wanted(config), tuple(config.levels[-1].shape))
+        return latents_.of_images(wanted(config), finest_shape(config))
     return latents(config, workdir)[1]
+
+
+def finest_shape(config) -> tuple[int, ...]:
+    """The shape of what is decoded: of the finest level's finest resolution."""
+    shape = as_shape(config.levels[-1].shape)
+    return shape[-1] if is_joint(shape) else shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """The frozen text encoder of a run, its parameters on the devices."""
+
+    encoder: text_encoders.TextEncoder
+
+    def of(self, texts) -> dict[str, np.ndarray]:
+        """{'text': float32 [N, tokens, width], 'text_mask': bool [N, tokens]} of captions."""
+        ids, mask = self.encoder.tokenize(list(texts))
+        return {"text": np.asarray(self.encoder.features(ids, mask)), "text_mask": mask}
+
+    def null(self, empty: str = "") -> dict[str, np.ndarray]:
+        """The fields of the text that stands for none, without a batch axis: the empty caption, where a caption is
+        dropped; guidance may lead away from another (config.sample.negative_prompt)."""
+        return {name: value[0] for name, value in self.of([empty]).items()}
+
+    def features_of(self, raw):
+        """A batch of records with 'text' in place of 'text_ids', where it has those."""
+        if "text_ids" not in raw:
+            return raw
+        rest = {name: value for name, value in raw.items() if name != "text_ids"}
+        return {**rest, "text": self.encoder.features(raw["text_ids"], raw["text_mask"])}
+
+
+def load_text(config) -> Text | None:
+    """The run's text encoder; None where config.text.encoder is '' or the data are random."""
+    options = config.text
+    if not options.encoder or config.data.source == "synthetic":
+        return None
+    encoder = text_encoders.load(options.encoder, options.weights, options.max_tokens)
+    if encoder.width != options.width:
+        raise ValueError(
+            f"config.text.width is {options.width} but {options.encoder} gives features of width {encoder.width}; "
+            f"set it to {encoder.width}"
+        )
+    return Text(dataclasses.replace(encoder, params=jax.device_put(encoder.params)))
+
+
+def with_text(config, source, encoder: text_encoders.TextEncoder, workdir: str):
+    """The source with text: features made once and stored below the latents' directory, or tokens to encode later."""
+    texts = captions.captions(source)  # before the first step: those that are missing are counted and named
+    if config.text.stored:
+        directory = os.path.join(latents_dir(config, workdir), "text")
+        if jax.process_index() == 0:
+            text_store.store(encoder, texts, directory, config.text.batch_size)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("text features stored")
+        return sources.Fields(
+            captions.StoredText(source, directory, encoder.fingerprint), ("label", "image", "text", "text_mask")
+        )
+    return sources.Fields(
+        captions.Tokenized(source, encoder.tokenize), ("label", "image", "text_ids", "text_mask")
+    )
+
+
+def some_captions(config, number: int) -> tuple[str, ...]:
+    """`number` captions evenly spaced through the data, or all of them."""
+    found = captions.captions(images(config))
+    chosen = np.linspace(0, len(found), min(len(found), max(number, 1)), endpoint=False)
+    return tuple(found[int(i)] for i in chosen)
 
 
 def images_only(config) -> bool:
@@ -138,7 +264,7 @@ def images_only(config) -> bool:
 def check_augmentation(config) -> None:
     """Encoded features describe the image as it was: only levels made from the image alone can see it changed; and
     warps are of square images."""
-    height, width, _ = config.levels[-1].shape
+    height, width = finest_shape(config)[-3:-1]
     if config.data.augment_prob and images_only(config) and height != width:
         raise ValueError(
             f"config.data.augment_prob {config.data.augment_prob}: the augmentation is of square images, "

@@ -16,8 +16,8 @@ bits, hence the fingerprint: over the 32-bit words u_i of an array, in row-major
 Odd weights make every single flipped bit show; integer sums are exact in any order, so the number does not depend on
 how the array is split over devices. A checkpoint of another config or model is not damage: it is refused.
 
-Reading uses orbax's array handler on a step's folder directly: no barrier is inside, so a file that only one process
-finds damaged cannot leave the others waiting; the processes agree afterwards.
+Reading uses orbax's array handler directly: no barrier is inside, so a file that only one process finds damaged cannot
+leave the others waiting; the processes agree afterwards.
 """
 
 import contextlib
@@ -172,10 +172,20 @@ def restore_subtree(workdir, abstract):
     Nothing is changed on disk. Returns a tree like `abstract`, complete.
     Raises FileNotFoundError where there is no checkpoint, ValueError where a leaf is absent or of another shape.
     """
-    steps = _agreed_steps(workdir)
-    if not steps:
+    if not (steps := _agreed_steps(workdir)):
         raise FileNotFoundError(f"{_folder(workdir)}: no checkpoint found; give the --workdir of a run that has saved")
     return _newest_whole(workdir, steps, abstract, check_config=None)[0]
+
+
+def saved_shapes(workdir):
+    """{leaf name: shape} of the newest checkpoint in `workdir` whose index can be read."""
+    for step in _agreed_steps(workdir):
+        try:
+            saved = _by_name(ocp.PyTreeCheckpointHandler().metadata(_folder(workdir) / str(step) / "state").tree)
+            return {name: tuple(leaf.shape) for name, leaf in saved.items()}
+        except Exception as error:  # orbax raises what it likes
+            logging.warning("checkpoint %d in %s cannot be read (%s)", step, workdir, _first_line(error))
+    raise FileNotFoundError(f"{_folder(workdir)}: no checkpoint found; give the --workdir of a run that has saved")
 
 
 def fingerprints(state):

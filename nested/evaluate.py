@@ -3,9 +3,11 @@
     FD-EffLite0 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))     on 1,280-d features of images and samples
 
 Numbers of this extractor compare runs of this code on one data set; they do not compare with published FIDs, which
-need Inception's weights. Both the guided and the unguided score are reported, as U-ViT's users ask for them.
+need Inception's weights. Both the guided and the unguided score are reported, as U-ViT's users ask for them. Clips are
+scored frame by frame. A sweep (config.evaluate.sweep) scores an option of sampling at several values: a table, a curve.
 """
 
+import copy
 import dataclasses
 import io
 import json
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from nested import build_data, sample
+from nested import build, build_data, pictures, sample
 from nested.evaluation import frechet, scores
 from nested.files import atomic_write
 
@@ -44,9 +46,10 @@ class Score:
 
 
 def features(encoder, batches, size: int) -> np.ndarray:
-    """Pooled features float32 [N, 1280] of batches of uint8 images; every batch is padded to `size` rows."""
+    """Pooled features float32 [N, 1280] of uint8 images, given in batches of any length; of clips, one per frame. Every
+    batch that is encoded is padded to `size` rows."""
     result = []
-    for images in batches:
+    for images in rechunk((batch.reshape(-1, *batch.shape[-3:]) for batch in batches), size):
         padded = np.concatenate([images, np.repeat(images[-1:], size - len(images), axis=0)])
         result.append(np.asarray(encoder.pooled(padded))[: len(images)])
     return np.concatenate(result)
@@ -83,28 +86,78 @@ def rechunk(batches, size: int):
 
 def score(gen: sample.Generator, ema, source, cache_dir: str, step: int) -> list[Score]:
     """The guided score and, with config.evaluate.unguided and guidance anywhere, the unguided one."""
-    config = gen.config
+    guidance = tuple(level.guidance for level in gen.levels)
+    drawers = [gen]
+    if gen.config.evaluate.unguided and any(guidance):
+        drawers.append(gen.with_guidance((0.0,) * len(guidance)))
+    measure = measurement(gen.config, source, cache_dir)
+    return [measure(drawer, ema, step) for drawer in drawers]
+
+
+def measurement(config, source, cache_dir: str):
+    """The function (generator, EMA, step) -> Score against the data that the config names."""
     if min(config.evaluate.num_samples, config.evaluate.num_reference) < 2:
         raise ValueError(
             f"config.evaluate: num_samples {config.evaluate.num_samples}, num_reference "
             f"{config.evaluate.num_reference}; a distance needs 2 or more of each"
         )
-    encoder = build_data.score_encoder(config)
+    encoder, size, number = build_data.score_encoder(config), config.encoder.batch_size, config.evaluate.num_samples
+    texts = build_data.some_captions(config, number) if config.text.encoder else ()  # not those of the pictures
     reference = reference_features(config, source, encoder, cache_dir)
-    guidance = tuple(level.guidance for level in gen.levels)
-    variants = [guidance] + ([(0.0,) * len(guidance)] if config.evaluate.unguided and any(guidance) else [])
-    result = []
-    for weights in variants:
-        drawer = gen if weights == guidance else gen.with_guidance(weights)
-        images = drawer.images(ema, config.evaluate.num_samples, f"samples, guidance {weights}")
-        size = config.encoder.batch_size
-        drawn = features(encoder, rechunk([images], size), size)
-        fd = frechet.distance(frechet.fit(drawn, EXTRACTOR), frechet.fit(reference, EXTRACTOR))
+    fitted = frechet.fit(reference, EXTRACTOR)
+
+    def measure(gen, ema, step):
+        weights = tuple(level.guidance for level in gen.levels)
+        if texts:
+            gen = dataclasses.replace(gen, prompts=texts)
+        drawn = features(encoder, gen.batches(ema, number, f"samples, guidance {weights}"), size)
+        fd = frechet.distance(frechet.fit(drawn, EXTRACTOR), fitted)
         kid = scores.kernel_distance(drawn, reference).mean
-        result.append(
-            Score(any(weights), weights, fd, kid, len(drawn), len(reference), encoder.input_size, step)
+        return Score(any(weights), weights, fd, kid, len(drawn), len(reference), encoder.input_size, step)
+
+    return measure
+
+
+def swept(gen: sample.Generator, option: str, value) -> sample.Generator:
+    """The generator with one option of sampling changed: 'guidance' (of all levels), 'sampler.OPTION' (of all levels'
+    samplers) or 'hierarchy.OPTION' (cond_level, noise_gamma). Raises ValueError for another."""
+    part, _, name = option.partition(".")
+    if option == "guidance":
+        return gen.with_guidance((float(value),) * len(gen.levels))
+    config = copy.deepcopy(gen.config)
+    places = {"sampler": [level.sampler for level in config.levels], "hierarchy": [config.hierarchy]}.get(part, [])
+    known = name in ("cond_level", "noise_gamma") if part == "hierarchy" else name != "name"
+    if not places or not known or any(name not in place for place in places):
+        raise ValueError(
+            f"config.evaluate.sweep: {option!r} given; choose guidance, hierarchy.cond_level, hierarchy.noise_gamma or "
+            "sampler.OPTION, an option that every level's sampler has"
         )
-    return result
+    for place in places:
+        with place.ignore_type():
+            place[name] = value
+    null_text = gen.text and gen.text.null()
+    return sample.generator(config, build.levels(config, null_text), gen.latents, gen.mesh, gen.text, gen.prompts)
+
+
+def sweep(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str) -> list[str]:
+    """Scores the sweep that config.evaluate asks for; writes sweep.json, sweep.md and sweep.png; their paths."""
+    option, values = gen.config.evaluate.sweep, tuple(gen.config.evaluate.sweep_values)
+    if len(values) < 2:
+        raise ValueError(f"config.evaluate.sweep_values {values}: give two or more values of {option}")
+    drawers = [swept(gen, option, value) for value in values]  # all are checked before the first is drawn
+    measure, results = measurement(gen.config, source, cache_dir), []
+    for value, drawer in zip(values, drawers, strict=True):
+        results.append(measure(drawer, ema, step))
+        logging.info("%s = %s: %s", option, value, results[-1])
+    paths = [os.path.join(workdir, f"sweep.{kind}") for kind in ("json", "md", "png")]
+    if jax.process_index() == 0:
+        rows = [{"value": v, **dataclasses.asdict(r)} for v, r in zip(values, results, strict=True)]
+        atomic_write(paths[0], json.dumps({"option": option, "scores": rows}, indent=2) + "\n")
+        lines = [f"| {option} | FD-EffLite0 | KID |", "|---|---|---|"]
+        lines += [f"| {v} | {r.fd:.2f} | {r.kid:.4f} |" for v, r in zip(values, results, strict=True)]
+        atomic_write(paths[1], "\n".join(lines) + "\n")
+        pictures.curve(values, [result.fd for result in results], option, "FD-EffLite0", paths[2])
+    return paths
 
 
 def write_scores(workdir: str, results: list[Score]) -> str:
@@ -116,12 +169,18 @@ def write_scores(workdir: str, results: list[Score]) -> str:
 
 
 def evaluate(config, workdir: str) -> None:
-    """The mode `evaluate`: scores the newest checkpoint, prints the scores and writes scores.json."""
+    """The mode `evaluate`: scores the newest checkpoint, prints the scores and writes scores.json; or makes a sweep."""
     if not config.evaluate.num_samples:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
-    source, _ = build_data.latents(config, workdir)
+    if config.evaluate.sweep_values and not config.evaluate.sweep:
+        raise ValueError("config.evaluate.sweep_values without config.evaluate.sweep: name the option to sweep")
     gen, ema, step = sample.restored(config, workdir)
-    results = score(gen, ema, source, build_data.latents_dir(config, workdir), step)
+    source, _ = build_data.latents(config, workdir, gen.text)
+    cache_dir = build_data.latents_dir(config, workdir)
+    if config.evaluate.sweep:
+        print("\n".join(f"sweep:   {path}" for path in sweep(gen, ema, source, cache_dir, step, workdir)))
+        return
+    results = score(gen, ema, source, cache_dir, step)
     path = write_scores(workdir, results)
     for result in results:
         print(result)

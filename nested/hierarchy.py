@@ -6,10 +6,14 @@
 
 A level's networks are its own: levels can be trained together or one at a time, and reused in a deeper hierarchy.
 With probability `cond_drop` a training row loses its conditions: coarser variables become the backbone's learnable
-empty token, the label becomes the null class. The same null conditions are what guidance subtracts.
+empty token, the label the null class, the text the empty one. The same null conditions are what guidance subtracts.
+
+A level's variable may be a tuple of resolutions of one image or clip, coarse to fine, diffused jointly (Matryoshka,
+arXiv 2310.15111): one time for all, a schedule and a noise for each, and the loss the weighted sum of theirs.
 
 All functions map over the leaves of a level's variable, one array [B, h, w, c] or a tuple of them. `given` is a dict of
-what comes with a sample and is no level's variable, [B, ...] each: 'label', and what Level.inputs names.
+what comes with a sample and is no level's variable, [B, ...] each: 'label', 'text' and 'text_mask', and what
+Level.inputs names.
 Row i of a batch draws its times, noises and drops from its own key, so nothing depends on how rows are split over
 devices, hosts or accumulation steps.
 """
@@ -25,7 +29,9 @@ import jax
 import jax.numpy as jnp
 
 from nested import denoiser as dn
+from nested.ops.row_groups import fill_rows, take_rows
 from nested.process import Process, check_name
+from nested.schedules import Schedule
 
 DROP_MODES = ("joint", "independent")
 
@@ -34,10 +40,27 @@ Cond = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class NoiseAugmentation:
+    """How a cascade shows coarser variables: alpha(s) z + sigma(s) n, and s to the network as cond['level_NAME'].
+
+    s is uniform in 0, 1, ..., steps while training and `level` in sampling, one noise n per sample (Saharia et al.
+    2205.11487, Sec. 2.4; the levels that Matryoshka's App. E compares its cascade at).
+    """
+
+    schedule: Schedule
+    level: int
+    steps: int = 1000
+
+    def __post_init__(self):
+        if self.steps < 1 or not 0 <= self.level <= self.steps:
+            raise ValueError(f"noise augmentation: level {self.level} is outside 0 to {self.steps}, at least 1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Level:
     """One level.
 
-    shape: the variable's shape without the batch axis, (h, w, c), or a tuple of such shapes.
+    shape: the variable's shape without the batch axis, (h, w, c) or (frames, h, w, c), or a tuple of such shapes.
     conditions: names of the coarser levels this one sees; cond_sigmas: their sigma_m, in the same order.
     num_classes: 0 when the level does not see the label; otherwise labels are 0..num_classes-1, null = num_classes.
     cond_drop, drop_mode: see the module docstring; 'joint' drops everything with one coin, 'independent' tosses one
@@ -47,6 +70,12 @@ class Level:
         (t/T)^gamma sigma^2 (CVPR Sec. 4.2); infinity shows it clean. t/T: see `elapsed`.
     threshold: None, or a transform DenoiseFn -> DenoiseFn that limits x0 in sampling.
     inputs: names of what else of `given` (see below) this level sees where it is there, such as 'augment'.
+    null_text: None, or what a level with text sees without it: {'text': [tokens, width], 'text_mask': [tokens]}.
+    augmentation: None for cond_sigmas, or how conditions are noised instead.
+    leaf_weights: of the loss of each leaf. signal_scales: numbers that the leaves are divided by where they are
+        diffused (Chen, 2301.10972), () for none.
+    mixed: (q, ..., p): of every q training rows that many have the leaf, coarse to fine; () for all leaves in all rows
+        (nested/ops/row_groups.py). A leaf's loss is averaged over the rows that have it.
     """
 
     name: str
@@ -63,6 +92,10 @@ class Level:
     noise_gamma: float = math.inf
     threshold: Callable | None = None
     inputs: tuple[str, ...] = ()
+    null_text: Mapping[str, Any] | None = None
+    augmentation: NoiseAugmentation | None = None
+    signal_scales: tuple[float, ...] = ()
+    mixed: tuple[int, ...] = ()
     leaf_weights: tuple[float, ...] = (1.0,)
     loss_weight: float = 1.0
 
@@ -99,8 +132,8 @@ def normal(keys: jax.Array, shape: Tree, dtype=jnp.float32) -> Tree:
 
 
 def given(levels: Sequence[Level], raw: Mapping[str, jax.Array]) -> Cond:
-    """What is given with the records of a batch: their labels, and what the levels' `inputs` name of their fields."""
-    names = {"label"}.union(*(level.inputs for level in levels))
+    """What is given with the records of a batch: labels, text, and what the levels' `inputs` name of their fields."""
+    names = {"label", "text", "text_mask"}.union(*(level.inputs for level in levels))
     return {name: raw[name] for name in sorted(names) if name in raw}
 
 
@@ -116,12 +149,15 @@ def is_buffer(levels: Sequence[Level]) -> Callable[[str], bool]:
 
 
 def null_cond(level: Level, cond: Cond) -> Cond:
-    """The conditions of `level` with all of them absent (what 10 % of training rows and guidance see)."""
+    """The conditions of `level` with all of them absent (what 10 % of training rows and guidance see). A cascade always
+    sees its coarser image: its noise augmentation is what weakens it."""
     null = dict(cond)
-    for name in level.conditions:
+    for name in level.conditions if level.augmentation is None else ():
         null[f"keep_{name}"] = jnp.zeros_like(cond[f"keep_{name}"])
     if level.num_classes:
         null["label"] = jnp.full_like(cond["label"], level.num_classes)
+    for name, value in (level.null_text or {}).items():
+        null[name] = jnp.broadcast_to(jnp.asarray(value, cond[name].dtype), cond[name].shape)
     return null
 
 
@@ -135,24 +171,58 @@ def conditions(level: Level, variables: Mapping[str, Tree], given: Cond) -> Cond
         if "label" not in given:
             raise ValueError(f"level {level.name} has num_classes {level.num_classes} but no 'label' [B] is given")
         cond["label"] = given["label"]
+    for name in level.null_text or ():
+        if name not in given:
+            raise ValueError(f"level {level.name} sees text but no {name!r} [B, tokens, ...] is given")
+        cond[name] = given[name]
+    return cond
+
+
+def blank_conditions(level: Level, variables: Mapping[str, Tree]) -> Cond:
+    """The conditions of one row, where only their shapes count."""
+    text = {name: jnp.ones((1, *value.shape)) for name, value in (level.null_text or {}).items()}
+    cond = conditions(level, variables, {"label": jnp.zeros(1, jnp.int32), **text})
+    if level.augmentation is not None:
+        cond |= {f"level_{name}": jnp.zeros(1) for name in level.conditions}
+    return cond
+
+
+def augmented(level: Level, cond: Cond, keys: jax.Array, *, train: bool) -> Cond:
+    """`cond` with its coarser variables noised by level.augmentation, which must not be None."""
+    cond, augmentation = dict(cond), level.augmentation
+    for i, name in enumerate(level.conditions):
+        z, own = cond[name], fold(keys, i)
+        steps = jnp.full(z.shape[:1], augmentation.level)
+        if train:
+            steps = jax.vmap(lambda key: jax.random.randint(key, (), 0, augmentation.steps + 1))(fold(own, 1))
+        alpha, sigma = (
+            value.reshape(-1, *[1] * (z.ndim - 1)) for value in augmentation.schedule(steps / augmentation.steps)
+        )
+        cond[name] = alpha * z + sigma * normal(own, z.shape[1:])
+        cond[f"level_{name}"] = steps.astype(jnp.float32)
     return cond
 
 
 def train_conditions(level: Level, variables: Mapping[str, Tree], given: Cond, keys: jax.Array) -> Cond:
-    """As `conditions`, noised by each coarser level's sigma and dropped with probability cond_drop."""
+    """As `conditions`, noised as the level says and dropped with probability cond_drop."""
     cond = conditions(level, variables, given)
-    for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
-        shape = jax.tree.map(lambda z: z.shape[1:], variables[name])
-        noise = normal(fold(keys, i), shape)
-        cond[name] = jax.tree.map(lambda z, n, s=sigma: z + s * n, variables[name], noise)
+    if level.augmentation is not None:
+        cond = augmented(level, cond, keys, train=True)
+    else:
+        for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
+            shape = jax.tree.map(lambda z: z.shape[1:], variables[name])
+            noise = normal(fold(keys, i), shape)
+            cond[name] = jax.tree.map(lambda z, n, s=sigma: z + s * n, variables[name], noise)
     if not level.cond_drop:
         return cond
     null = null_cond(level, cond)
-    optional = [key for key in cond if key.startswith("keep_") or key == "label"]
+    optional = [key for key in cond if key.startswith("keep_") or key in ("label", "text")]
     for i, name in enumerate(sorted(optional)):
         coin = fold(keys, 1000 + (i if level.drop_mode == "independent" else 0))
         dropped = jax.vmap(jax.random.bernoulli, (0, None))(coin, level.cond_drop)
-        cond[name] = jnp.where(dropped, null[name], cond[name])
+        for part in ("text", "text_mask") if name == "text" else (name,):
+            rows_dropped = dropped.reshape(-1, *[1] * (cond[part].ndim - 1))
+            cond[part] = jnp.where(rows_dropped, null[part], cond[part])
     return cond
 
 
@@ -168,10 +238,37 @@ def init(levels: Sequence[Level], key: jax.Array) -> dict[str, Tree]:
     params = {}
     for i, level in enumerate(levels):
         zeros = {n: map_shape(lambda s: jnp.zeros((1, *s)), shape) for n, shape in shapes.items()}
-        cond = conditions(level, zeros, {"label": jnp.zeros(1, jnp.int32)})
+        cond = blank_conditions(level, zeros)
         variables = level.backbone.init(jax.random.fold_in(key, i), zeros[level.name], jnp.zeros(1), cond, train=False)
         params[level.name] = variables["params"]
     return params
+
+
+def scaled(level: Level, variable: Tree, power: int) -> Tree:
+    """The variable times signal_scales^power: -1 into what is diffused, 1 back."""
+    if not level.signal_scales:
+        return variable
+    leaves, structure = jax.tree.flatten(variable)
+    return structure.unflatten(leaf * s**power for leaf, s in zip(leaves, level.signal_scales, strict=True))
+
+
+def leaf_rows(level: Level, batch: int) -> tuple[int, ...]:
+    """How many of `batch` training rows have each leaf. Raises ValueError where level.mixed does not divide them."""
+    if batch % level.mixed[0]:
+        raise ValueError(f"level {level.name}: {batch} rows do not divide into mixed groups of {level.mixed[0]}")
+    return tuple(batch // level.mixed[0] * count for count in level.mixed)
+
+
+def mixed_resolutions(network: Callable, counts: Sequence[int]) -> Callable:
+    """`network` fed the rows of each leaf that have it; its output is filled up with zeros to all rows."""
+
+    def mixed(x, c_noise, cond):
+        leaves, structure = jax.tree.flatten(x)
+        few = structure.unflatten(take_rows(leaf, *counts[: i + 1]) for i, leaf in enumerate(leaves))
+        out = jax.tree.leaves(network(few, c_noise, cond))
+        return structure.unflatten(fill_rows(leaf, *counts[i::-1]) for i, leaf in enumerate(out))
+
+    return mixed
 
 
 def sample_times(levels: Sequence[Level], keys: jax.Array) -> dict[str, jax.Array]:
@@ -202,7 +299,7 @@ def losses(
         level_keys = fold(keys, i)
         if not train:
             level = dataclasses.replace(level, cond_drop=0.0)
-        x0, t = variables[level.name], times[level.name]
+        x0, t = scaled(level, variables[level.name], -1), times[level.name]
         noise = normal(fold(level_keys, 1), level.shape)
         cond = train_conditions(level, variables, given, fold(level_keys, 2))
         if train and level.backbone.has_dropout:
@@ -210,8 +307,15 @@ def losses(
         process = level.process
         x_t = process.corrupt(x0, noise, t)
         network = apply(level, params[level.name], train=train)
-        raw = network(process.network_input(x_t, t), process.c_noise(t), cond)
         weights = level.leaf_weights
+        if train and level.mixed:
+            counts = leaf_rows(level, t.shape[0])
+            network = mixed_resolutions(network, counts)
+            weights = tuple(
+                weight * t.shape[0] / count * fill_rows(jnp.ones(count), *counts[i::-1])
+                for i, (weight, count) in enumerate(zip(weights, counts, strict=True))
+            )
+        raw = network(process.network_input(x_t, t), process.c_noise(t), cond)
         result[level.name] = level.loss_weight * process.loss(raw, x0, noise, x_t, t, leaf_weights=weights)
     return result
 
@@ -243,15 +347,23 @@ def noised_conditions(level: Level, denoise: Callable, keys: jax.Array) -> Calla
     return noised
 
 
-def sample_level(level: Level, params: Tree, cond: Cond, keys: jax.Array) -> Tree:
-    """One level's variable [B, ...] given its conditions."""
+def sample_level(level: Level, params: Tree, cond: Cond, keys: jax.Array, shown: Sequence[int] = ()) -> Tree:
+    """One level's variable [B, ...] given its conditions.
+
+    shown: numbers k of network evaluations; with any, (variable, the estimates of it that these evaluations gave,
+    [len(shown), B, ...]) is returned."""
     denoise = dn.denoiser(apply(level, params, train=False), level.process)
     denoise = dn.guided(denoise, lambda c: null_cond(level, c), level.guidance)
     if level.threshold is not None:
         denoise = level.threshold(denoise)
+    if level.augmentation is not None:
+        cond = augmented(level, cond, fold(keys, 2), train=False)
     denoise = noised_conditions(level, denoise, fold(keys, 2))
     x_T = level.process.prior(normal(fold(keys, 0), level.shape), level.sampler.start(level.process))
-    return level.sampler(fold(keys, 1), denoise, level.process, x_T, cond)
+    result = level.sampler(fold(keys, 1), denoise, level.process, x_T, cond, shown)
+    if not shown:
+        return scaled(level, result, 1)
+    return scaled(level, result[0], 1), scaled(level, result[1], 1)
 
 
 def sample(

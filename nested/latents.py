@@ -20,11 +20,13 @@ CODECS = ("pixels", "patch_pca")
 @dataclasses.dataclass(frozen=True)
 class LevelSource:
     """Where a level's variable comes from. name: 'z3'; source: 'pixels' | 'patch_pca' | a stored feature ('crops1',
-    'crops2', 'crops4', 'map'); shape: (h, w, c) of the variable."""
+    'crops2', 'crops4', 'map'); shape: (h, w, c) of the variable, for pixels also with frames before it or a tuple of
+    resolutions, made by `downsampling` (compress.Pyramid)."""
 
     name: str
     source: str
     shape: tuple
+    downsampling: str = "average"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +57,12 @@ class Latents:
         return {level.name: transform.encode(raw[_field(level.source)]) for level, transform in pairs}
 
     def decode(self, z_BhwC):
-        """The finest level's variable -> uint8 images [B, H, W, C]. Traceable by jit."""
+        """The finest level's variable -> uint8 images [B, H, W, C] or clips [B, T, H, W, C]. Traceable by jit."""
         return self.transforms[-1].decode(z_BhwC)
+
+    def resolutions(self, z):
+        """Every resolution of the finest level's variable as uint8 images or clips, coarse to fine; for jit too."""
+        return tuple(map(compress.to_images, z)) if isinstance(z, tuple) else (self.decode(z),)
 
     def report(self, sigmas):
         """One dict per level, coarse to fine: name, source, shape, explained_variance, and for sigmas[name] (a level
@@ -67,7 +73,8 @@ class Latents:
             row["explained_variance"] = explained
             if level.name in sigmas:
                 row["sigma"] = sigmas[level.name]
-                row["bits_per_image"] = compress.information_bits(math.prod(level.shape), sigmas[level.name])
+                size = sum(map(math.prod, level.shape)) if _joint(level.shape) else math.prod(level.shape)
+                row["bits_per_image"] = compress.information_bits(size, sigmas[level.name])
             rows.append(row)
         return rows
 
@@ -76,8 +83,8 @@ def format_report(rows):
     """Latents.report as lines of text."""
     lines = []
     for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        line = f"{row['name']}: {shape} from {row['source']}, {100 * row['explained_variance']:.1f} % of the variance"
+        share = 100 * row["explained_variance"]
+        line = f"{row['name']}: {_x(row['shape'])} from {row['source']}, {share:.1f} % of the variance"
         if "sigma" in row:
             bits = row["bits_per_image"]
             through = "unlimited information" if math.isinf(bits) else f"{bits:,.1f} bits per image"
@@ -87,11 +94,10 @@ def format_report(rows):
 
 
 def of_images(levels, image_shape):
-    """Latents of levels whose variables are the images themselves, [H, W, C] as image_shape: nothing is encoded."""
-    for level in levels:
-        _must_equal(level, image_shape, "the images")
-    pixels = compress.Pixels()
-    return Latents(tuple(levels), (pixels,) * len(levels), (1.0,) * len(levels), "images")
+    """Latents of levels whose variables are the images themselves, of this shape, or smaller ones: nothing is encoded.
+    """
+    transforms = tuple(_pixels(level, image_shape) for level in levels)
+    return Latents(tuple(levels), transforms, (1.0,) * len(levels), "images")
 
 
 def read(directory, levels):
@@ -127,8 +133,7 @@ def _field(source):
 def _transform(level, index, bases, moments):
     """(transform, explained variance) of one level."""
     if level.source == "pixels":
-        _must_equal(level, index["image_shape"], "the images")
-        return compress.Pixels(), 1.0
+        return _pixels(level, index["image_shape"]), 1.0
     feature = "patches" if level.source == "patch_pca" else level.source
     if feature not in bases:
         known = ["pixels"] + ["patch_pca" if name == "patches" else name for name in bases]
@@ -153,6 +158,29 @@ def _transform(level, index, bases, moments):
         raise ValueError(f"level {level.name} ({level.source}): {error}") from error
 
 
+def _pixels(level, image_shape):
+    """The transform of a level of pixels; ValueError where the images cannot be brought to its shapes."""
+    if None in image_shape:
+        raise ValueError("the images differ in size: set config.data.image_size to the finest level's side")
+    *frames, height, width, channels = image_shape
+    for shape in level.shape if _joint(level.shape) else [level.shape]:
+        *some, h, w, c = shape
+        if some not in ([], frames) or c != channels or height % h or width % w or height // h != width // w:
+            raise ValueError(
+                f"level {level.name}: shape {_x(shape)} given, but images of {_x(image_shape)} are only averaged over "
+                "square blocks, and clips have all their frames or the first one; change the level's shape or "
+                "config.data.image_size"
+            )
+    finest = level.shape[-1] if _joint(level.shape) else level.shape
+    if _joint(level.shape) or tuple(finest) != tuple(image_shape):
+        return compress.Pyramid(tuple(level.shape), level.downsampling)
+    return compress.Pixels()
+
+
+def _joint(shape):
+    return not isinstance(shape[0], int)
+
+
 def _share(basis, channels):
     return float(basis.explained_variance()[channels - 1])
 
@@ -165,4 +193,4 @@ def _must_equal(level, shape, what):
 
 
 def _x(shape):
-    return "x".join(map(str, shape))
+    return " + ".join(map(_x, shape)) if _joint(shape) else "x".join(map(str, shape))

@@ -9,7 +9,8 @@ learning rate:
 
 Learning rate of the update that takes the state from step s to s + 1 (s = 0, 1, ...):
 
-    lr(s) = learning_rate * min(s / warmup_steps, 1) * f(s)      so the first update has lr = 0, as in U-ViT
+    lr(s) = learning_rate * min(max(s, warmup_start) / warmup_steps, 1) * f(s)
+    with warmup_start 0 the first update has lr = 0, as in U-ViT; with 1 it has the second's, as in ml-mdm
     f = 1 ('constant'), or (1 + cos(pi u)) / 2 with u = (s - warmup_steps) / (total_steps - warmup_steps) in [0, 1]
 
 Groups multiply lr and weight_decay by rule on the parameters' paths, 'level/module/.../leaf'. Buffers (constants that a
@@ -73,6 +74,7 @@ class OptimizerConfig:
     clip_norm: float
     ema_decay: float
     ema_power: float = 0.0
+    warmup_start: int = 0
     groups: tuple[Group, ...] = ()
 
     def __post_init__(self):
@@ -87,6 +89,8 @@ class OptimizerConfig:
                 f"optimizer.total_steps: found {self.total_steps}, "
                 f"decay='cosine' needs more than warmup_steps={self.warmup_steps}"
             )
+        if self.warmup_start not in (0, 1):
+            raise ValueError(f"optimizer.warmup_start: found {self.warmup_start}, expected 0 or 1")
         for name in ("learning_rate", "warmup_steps", "eps", "weight_decay", "clip_norm", "ema_power"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name}: found {getattr(self, name)}, expected at least 0")
@@ -100,7 +104,7 @@ def learning_rate(config, step):
     step = jnp.asarray(step, jnp.result_type(float))
     rate = jnp.full_like(step, config.learning_rate)
     if config.warmup_steps:
-        rate = rate * jnp.minimum(step / config.warmup_steps, 1.0)
+        rate = rate * jnp.minimum(jnp.maximum(step, config.warmup_start) / config.warmup_steps, 1.0)
     if config.decay == "cosine":
         progress = (step - config.warmup_steps) / (config.total_steps - config.warmup_steps)
         rate = rate * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0.0, 1.0)))

@@ -1,8 +1,8 @@
-"""Pictures of samples and of training, as PNG, and samples as the .npz that the ADM evaluator reads.
+"""Pictures of samples and of training, as PNG or WebP, and samples as the .npz that the ADM evaluator reads.
 
-Images are uint8 [N, height, width, 1 or 3]; a picture is uint8 [height, width, 3] on white. Small images are enlarged
-by an integer factor with nearest-neighbour pixels, so that what is seen is what was sampled. Captions use Pillow's own
-font.
+Images are uint8 [N, height, width, 1 or 3], clips [N, frames, height, width, 1 or 3]; a picture is uint8 [height,
+width, 3] on white. Small images are enlarged by an integer factor with nearest-neighbour pixels, so that what is seen
+is what was sampled. Captions use Pillow's own font.
 """
 
 import io
@@ -54,6 +54,44 @@ def hierarchy_picture(rows, scale=None, padding=2):
     return _compose(strips, scale, padding, captions, ())
 
 
+def steps_picture(steps, scale=None, padding=2, step_captions=()):
+    """A sample on its way, after Matryoshka Diffusion, figure 11: a column per step, a row per resolution.
+
+    steps: of each step the images of one sample at every resolution, uint8 [H, W, 1 or 3] each, in one order; the rows
+    keep it. Each image is enlarged by nearest-neighbour pixels to the size of the largest one.
+    step_captions: one text each, above. Other arguments as image_grid's.
+    Raises ValueError where there are no steps, steps differ in their sizes, or a size does not divide the largest.
+    """
+    shapes = sorted({tuple(np.shape(image) for image in step) for step in steps})
+    if len(shapes) != 1 or not shapes[0]:
+        raise ValueError(f"steps_picture: found steps of images {shapes}; give every step images of the same sizes")
+    strips = [_rgb(np.stack(images)) for images in zip(*steps, strict=True)]
+    sizes = [strip.shape[1:3] for strip in strips]
+    largest = max(sizes)
+    for height, width in sizes:
+        factor = largest[0] // height
+        if (factor * height, factor * width) != largest:
+            raise ValueError(f"steps_picture: {height} x {width} images do not enlarge to {largest[0]} x {largest[1]}")
+    strips = [_enlarge(strip, largest[0] // strip.shape[1]) for strip in strips]
+    captions = [f"{height} x {width}" for height, width in sizes]
+    return _compose(strips, scale, padding, captions, step_captions)
+
+
+def clip_grid(clips, columns=None, scale=None, padding=2, row_captions=()):
+    """A picture of `clips` uint8 [N, T, H, W, 1 or 3]: a row per clip, its frames from left to right.
+
+    columns: how many frames are shown, evenly spread from the first to the last; default all T.
+    Other arguments as image_grid's. Raises ValueError for what is not clips and for columns not in 1..T.
+    """
+    clips = _check_clips(clips)
+    frames = clips.shape[1]
+    columns = frames if columns is None else columns
+    if not 1 <= columns <= frames:
+        raise ValueError(f"clip_grid: columns is {columns}; give 1 to {frames}, the number of frames")
+    shown = clips[:, np.linspace(0, frames - 1, columns).round().astype(int)]
+    return _compose([_rgb(row) for row in shown], scale, padding, row_captions, ())
+
+
 def side_by_side(panels):
     """Pictures beside each other, tops aligned, each under its caption: `panels` of (caption, picture [H, W, 3])."""
     if not panels:
@@ -76,6 +114,25 @@ def save_png(picture, path):
     """Writes `picture` uint8 [H, W, 1 or 3] as PNG, whole or not at all. OSError, in one line, where it cannot."""
     buffer = io.BytesIO()
     Image.fromarray(_rgb(np.asarray(picture)[None])[0]).save(buffer, format="PNG")
+    atomic_write(path, buffer.getvalue())
+
+
+def save_animation(clips, path, columns=None, scale=None, fps=8):
+    """Writes `clips` uint8 [N, T, H, W, 1 or 3] as an animated WebP without loss, whole or not at all.
+
+    All clips play at once and for ever: a frame is the image_grid of their frames, so columns and scale are its.
+    fps: frames per second, up to 1,000; WebP stores whole milliseconds. Equal successive frames become a longer one.
+    Raises ValueError for what is not clips, another fps and a name that does not end in .webp; OSError as save_png.
+    """
+    clips, path = _check_clips(clips), pathlib.Path(path)
+    if path.suffix != ".webp":
+        raise ValueError(f"{path}: animations are stored as .webp; give a name that ends so")
+    if not 0 < fps <= 1000:
+        raise ValueError(f"{path}: fps is {fps}; give more than 0, at most 1000")
+    first, *others = [Image.fromarray(image_grid(images, columns, scale)) for images in clips.swapaxes(0, 1)]
+    buffer = io.BytesIO()
+    duration = round(1000 / fps)
+    first.save(buffer, "WEBP", save_all=True, append_images=others, duration=duration, loop=0, lossless=True)
     atomic_write(path, buffer.getvalue())
 
 
@@ -224,7 +281,7 @@ def _compose(rows, scale, padding, row_captions, column_captions):
             _paste(canvas, beside[number], y + (tall - beside[number].shape[0]) // 2, MARGIN)
         for column, image in enumerate(row):
             x = left + padding + column * (wide + padding) + (wide - scale * width) // 2
-            _paste(canvas, image.repeat(scale, axis=0).repeat(scale, axis=1), y + (tall - scale * height) // 2, x)
+            _paste(canvas, _enlarge(image, scale), y + (tall - scale * height) // 2, x)
     return canvas
 
 
@@ -235,6 +292,20 @@ def _rgb(images):
         found = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"images: found {found}, expected uint8 [N, height, width, 1 or 3], none of them 0")
     return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+def _check_clips(clips):
+    """uint8 [N, T, H, W, 1 or 3] as it is; ValueError for anything else."""
+    clips = np.asarray(clips)
+    if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[-1] not in (1, 3) or 0 in clips.shape:
+        found = f"{clips.dtype} {list(clips.shape)}"
+        raise ValueError(f"clips: found {found}, expected uint8 [N, frames, height, width, 1 or 3], none of them 0")
+    return clips
+
+
+def _enlarge(images, factor):
+    """[..., H, W, C] with every pixel as factor x factor pixels."""
+    return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def _text(caption):
@@ -256,3 +327,20 @@ def _blank(height, width):
 
 def _paste(canvas, picture, top, left):
     canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+
+
+def curve(x, y, x_label, y_label, path):
+    """Draws the points (x, y), joined in order, and writes the PNG; x of anything that matplotlib takes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 4.0), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    axis.plot(x, y, marker="o")
+    for point in zip(x, y, strict=True):
+        axis.annotate(f"{point[1]:.4g}", point, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    axis.margins(0.08, 0.15)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())

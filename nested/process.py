@@ -39,6 +39,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nested.learned_variance import variational_bound
 from nested.schedules import Schedule, as_float
@@ -86,6 +87,7 @@ class Process:
         (nested/schedules.py); read at the first schedule.
     time_scale: the network sees c_noise = time_scale * t (1000 for U-ViT's discrete models, 999 for its VPSDE models),
     noise_input: or, instead of 't', 'log_sigma': time_scale * log(sigma / alpha) (EDM: time_scale .25).
+    time_offset: added to c_noise (-1 for networks that count their discrete steps from 0).
     learned_variance: the network's output has twice the channels, the second half for the variance (see above); needs
         parameterization eps, discrete_steps >= 2 and variance preserving schedules.
     Raises ValueError for a name that is not known or options that contradict each other.
@@ -99,6 +101,7 @@ class Process:
     discrete_steps: int = 1000
     t_min: float = 0.0
     time_scale: float = 1000.0
+    time_offset: float = 0.0
     noise_input: str = "t"
     sigma_data: float | None = None
     gamma: float | None = None
@@ -244,8 +247,8 @@ class Process:
         """Per-sample loss [B], the sum over leaves of leaf weight * weight(t) * mean squared error in the loss space.
 
         With learned_variance each leaf adds leaf weight * its variational bound, in bits per element.
-        raw: the network's output at (x_t, t); x_t = corrupt(x0, noise, t). leaf_weights: one float per leaf, None for 1
-        each; ValueError where their number is not the variable's.
+        raw: the network's output at (x_t, t); x_t = corrupt(x0, noise, t). leaf_weights: one float or [B] per
+        leaf, None for 1 each; ValueError where their number is not the variable's.
         """
         schedules = self.leaf_schedules(x0)
         leaf_weights = (1.0,) * len(schedules) if leaf_weights is None else leaf_weights
@@ -286,12 +289,14 @@ class Process:
             inside = jnp.clip(u, 2.0**-24, 1 - 2.0**-24)  # a float32 u can be 0 or, stratified, round to 1
             return self.schedules[0].inverse_log_snr(-jnp.log(self.density(inside)))
         if self.discrete_steps:
-            return jnp.minimum(jnp.floor(u * self.discrete_steps) + 1, self.discrete_steps) / self.discrete_steps
+            index = jnp.minimum(jnp.floor(u * self.discrete_steps).astype(jnp.int32), self.discrete_steps - 1)
+            steps = np.arange(1, self.discrete_steps + 1) / self.discrete_steps  # n / N as XLA divides is an ulp off
+            return jnp.asarray(steps, u.dtype)[index]
         return self.t_min + (1 - self.t_min) * u
 
     def c_noise(self, t):
-        """What the network is told about the time, [B]: time_scale * t or time_scale * log(sigma / alpha)."""
-        return self.time_scale * (t if self.noise_input == "t" else -self.schedules[0].log_snr(t))
+        """What the network is told about the time, [B]: time_scale * (t or log(sigma / alpha)) + time_offset."""
+        return self.time_scale * (t if self.noise_input == "t" else -self.schedules[0].log_snr(t)) + self.time_offset
 
 
 def check_name(name, value, allowed):

@@ -17,6 +17,7 @@ from absl import logging
 
 from nested import build, build_data, hierarchy, partition, pictures
 from nested.checkpoint import latest_step, restore_subtree
+from nested.files import atomic_write
 from nested.writers import Progress, read_metrics
 
 Tree = Any
@@ -34,33 +35,40 @@ def sample_labels(num_classes: int, indices: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A hierarchy ready to draw images: `draw` is jitted, (params, {level: sample indices [B]}, labels [B]) -> uint8
-    images [B, H, W, C]; rows are split over the mesh inside, whole on every host outside. One shape,
-    config.sample.batch_size, is compiled for all uses."""
+    """A hierarchy ready to draw images: `draw` is jitted, (params, {level: sample indices [B]}, given) -> uint8 images
+    [B, H, W, C], or clips [B, T, H, W, C]; rows are split over the mesh inside, whole on every host outside. One shape,
+    config.sample.batch_size, is compiled for all uses.
+
+    text, prompts: the encoder of the prompts, which the samples have in turn; None and () where no level sees text."""
 
     config: Any
     levels: tuple[hierarchy.Level, ...]
     latents: Any
     mesh: Any
     draw: Callable
+    text: Any = None
+    prompts: tuple[str, ...] = ()
 
-    def batches(self, params: Tree, number: int) -> Iterator[np.ndarray]:
-        """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time."""
-        size = self.config.sample.batch_size
+    def given(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The label, and the text, of the samples with these indices."""
+        labels = {"label": sample_labels(self.config.data.num_classes, indices)}
+        if self.text is None:
+            return labels
+        return labels | self.text.of([self.prompts[int(i) % len(self.prompts)] for i in indices])
+
+    def batches(self, params: Tree, number: int, what: str) -> Iterator[np.ndarray]:
+        """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time, with a progress
+        line that names `what`."""
+        size, progress = self.config.sample.batch_size, Progress(what, number)
         for start in range(0, number, size):
             indices = np.arange(start, start + size)
-            labels = sample_labels(self.config.data.num_classes, indices)
             of_level = dict.fromkeys((level.name for level in self.levels), indices)
-            yield np.asarray(self.draw(params, of_level, labels))[: number - start]
+            yield np.asarray(self.draw(params, of_level, self.given(indices)))[: number - start]
+            progress.update(min(start + size, number))
 
     def images(self, params: Tree, number: int, what: str) -> np.ndarray:
-        """All of `batches`, [number, H, W, C], with a progress line."""
-        progress, images, done = Progress(what, number), [], 0
-        for batch in self.batches(params, number):
-            images.append(batch)
-            done += len(batch)
-            progress.update(done)
-        return np.concatenate(images)
+        """All of `batches`, [number, H, W, C]."""
+        return np.concatenate(list(self.batches(params, number, what)))
 
     def cascade(self, params: Tree, firsts: Sequence[int], number: int = 8) -> list[tuple[str, np.ndarray]]:
         """Rows of the paper's Figure 1: for each sample of `firsts`, itself and number - 1 others that share its label
@@ -80,8 +88,7 @@ class Generator:
         for start in range(0, len(labels), size):
             take = np.arange(start, start + size) % len(labels)
             of_level = {name: np.asarray(indices[name])[take] for name in names}
-            shown = sample_labels(self.config.data.num_classes, np.asarray(labels)[take])
-            rows.append(np.asarray(self.draw(params, of_level, shown)))
+            rows.append(np.asarray(self.draw(params, of_level, self.given(np.asarray(labels)[take]))))
         images = np.concatenate(rows)[: len(labels)]
         return list(zip(captions, images.reshape(len(captions), number, *images.shape[1:]), strict=True))
 
@@ -92,11 +99,31 @@ class Generator:
         levels = [
             dataclasses.replace(level, guidance=w, **gamma) for level, w in zip(self.levels, weights, strict=True)
         ]
-        return generator(self.config, levels, self.latents, self.mesh)
+        return generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts)
+
+    def steps(self, params: Tree, index: int, number: int) -> list[tuple[np.ndarray, ...]]:
+        """What the finest level makes of sample `index` at `number` of its evaluations, evenly spaced, the first and
+        the last among them: for each, uint8 images (of clips the first frame) of every resolution, coarse to fine."""
+        finest = self.levels[-1]
+        evaluations = finest.sampler.nfe(finest.process)
+        shown = tuple(int(k) for k in np.linspace(0, evaluations - 1, min(number, evaluations)).round())
+
+        def draw(params, given):
+            keys = {level.name: sample_keys(self.config.seed, [index]) for level in self.levels}
+            variables = hierarchy.sample(self.levels[:-1], params, keys, given)
+            cond = hierarchy.conditions(finest, variables, given)
+            keys = hierarchy.fold(keys[finest.name], len(self.levels) - 1)
+            _, estimates = hierarchy.sample_level(finest, params[finest.name], cond, keys, shown)
+            return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates))
+
+        resolutions = jax.jit(draw, out_shardings=partition.replicated(self.mesh))(params, self.given([index]))
+        stills = [np.asarray(leaf[:, 0] if leaf.ndim == 5 else leaf) for leaf in resolutions]
+        return [tuple(leaf[k] for leaf in stills) for k in range(len(shown))]
 
 
-def generator(config, levels: Sequence[hierarchy.Level], latents, mesh) -> Generator:
-    """A Generator for these levels; `latents` decodes the finest level's variable.
+def generator(config, levels: Sequence[hierarchy.Level], latents, mesh, text=None, prompts=()) -> Generator:
+    """A Generator for these levels; `latents` decodes the finest level's variable, `text` (build_data.Text) encodes
+    prompts: those given, or config.sample.prompts, or the data's captions.
 
     Raises ValueError where config.sample.batch_size does not divide by the devices of the mesh."""
     if config.sample.batch_size % mesh.size:
@@ -105,13 +132,19 @@ def generator(config, levels: Sequence[hierarchy.Level], latents, mesh) -> Gener
             f"use a multiple of {mesh.size}"
         )
 
-    def draw(params, indices, labels):
-        indices, labels = jax.lax.with_sharding_constraint((indices, labels), partition.batch_sharding(mesh))
+    if text is not None:
+        null = text.null(config.sample.negative_prompt)
+        levels = [level if level.null_text is None else dataclasses.replace(level, null_text=null) for level in levels]
+
+    def draw(params, indices, given):
+        indices, given = jax.lax.with_sharding_constraint((indices, given), partition.batch_sharding(mesh))
         keys = {name: sample_keys(config.seed, of_level) for name, of_level in indices.items()}
-        return latents.decode(hierarchy.sample(levels, params, keys, {"label": labels})[levels[-1].name])
+        return latents.decode(hierarchy.sample(levels, params, keys, given)[levels[-1].name])
 
     draw = jax.jit(draw, out_shardings=partition.replicated(mesh))
-    return Generator(config, tuple(levels), latents, mesh, draw)
+    if text is not None and not prompts:
+        prompts = tuple(config.sample.prompts) or build_data.some_captions(config, config.sample.num_samples)
+    return Generator(config, tuple(levels), latents, mesh, draw, text, prompts)
 
 
 def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
@@ -121,30 +154,56 @@ def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
         folder = os.path.join(workdir, "checkpoints")
         raise FileNotFoundError(f"{folder}: no checkpoint found; give the --workdir of a run that has saved")
     latents = build_data.decoder(config, workdir)
-    levels = build.levels(config)
+    text = build_data.load_text(config)
+    levels = build.levels(config, text and text.null())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
     abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))
     ema = restore_subtree(workdir, {"ema": abstract})["ema"]
-    return generator(config, levels, latents, mesh), ema, step
+    return generator(config, levels, latents, mesh, text), ema, step
 
 
 def grid_of(config, images: np.ndarray) -> np.ndarray:
+    """Images side by side; of clips [N, T, H, W, C] a row of frames each."""
+    if images.ndim == 5:
+        return pictures.clip_grid(images[: config.sample.columns], scale=config.sample.scale)
     return pictures.image_grid(images, columns=config.sample.columns, scale=config.sample.scale)
 
 
+def save_pictures(gen: Generator, images: np.ndarray, base: str) -> list[str]:
+    """Writes BASE.png, of clips BASE.webp as well (all of them, moving), and with prompts BASE.txt, a line per sample;
+    their paths."""
+    config, paths = gen.config, [base + ".png"]
+    pictures.save_png(grid_of(config, images), paths[0])
+    if images.ndim == 5:
+        paths.append(base + ".webp")
+        sizes = dict(columns=config.sample.columns, scale=config.sample.scale)
+        pictures.save_animation(images, paths[-1], fps=config.sample.fps, **sizes)
+    if gen.prompts:
+        paths.append(base + ".txt")
+        lines = [f"{i}\t{gen.prompts[i % len(gen.prompts)]}\n" for i in range(len(images))]
+        atomic_write(paths[-1], "".join(lines))
+    return paths
+
+
 def save_grid(gen: Generator, ema: Tree, path: str) -> np.ndarray:
-    """Writes a grid of config.sample.num_samples samples as PNG (process 0) and returns it."""
-    grid = grid_of(gen.config, gen.images(ema, gen.config.sample.num_samples, "samples"))
+    """Writes the pictures of config.sample.num_samples samples (process 0), PATH a PNG, and returns that grid."""
+    images = gen.images(ema, gen.config.sample.num_samples, "samples")
     if jax.process_index() == 0:
-        pictures.save_png(grid, path)
-    return grid
+        save_pictures(gen, images, os.path.splitext(path)[0])
+    return grid_of(gen.config, images)
 
 
 def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
-    """Writes samples.png, hierarchy.png (where there is more than one level) and curves.png; their paths."""
+    """Writes samples.png, hierarchy.png (where there is more than one level), steps.png (where the config asks for it)
+    and curves.png; their paths."""
     paths = [os.path.join(workdir, "samples.png")]
     save_grid(gen, ema, paths[0])
+    if gen.config.sample.steps_shown:
+        paths.append(os.path.join(workdir, "steps.png"))
+        steps = gen.steps(ema, 0, gen.config.sample.steps_shown)
+        if jax.process_index() == 0:
+            pictures.save_png(pictures.steps_picture(steps), paths[-1])
     if len(gen.levels) > 1:
         rows = gen.cascade(ema, firsts=(2, 5))
         paths.append(os.path.join(workdir, "hierarchy.png"))
@@ -158,13 +217,18 @@ def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
 
 
 def sample(config, workdir: str, num_samples: int, out: str) -> None:
-    """The mode `sample`: OUT.png (a grid of the first ten rows) and OUT.npz (arr_0, as the ADM evaluator reads)."""
+    """The mode `sample`: OUT.png (a grid of the first ten rows), OUT.npz (arr_0, as the ADM evaluator reads), and for
+    clips OUT.webp; with config.sample.steps_shown OUT_steps.png."""
     if num_samples < 1:
         raise ValueError(f"{num_samples} samples asked for: give --num_samples=N, or set config.sample.num_samples")
     gen, ema, step = restored(config, workdir)
     images = gen.images(ema, num_samples, "samples")
     base = os.path.splitext(out)[0] if out else os.path.join(workdir, f"samples_{num_samples}")
     if jax.process_index() == 0:
-        pictures.save_png(grid_of(config, images[: 10 * config.sample.columns]), base + ".png")
+        save_pictures(gen, images[: 10 * config.sample.columns], base)
         pictures.save_samples(base + ".npz", images)
+    if config.sample.steps_shown:
+        steps = gen.steps(ema, 0, config.sample.steps_shown)
+        if jax.process_index() == 0:
+            pictures.save_png(pictures.steps_picture(steps), base + "_steps.png")
     logging.info("%d samples of step %d: %s.png and %s.npz", num_samples, step, base, base)

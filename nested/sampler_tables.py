@@ -11,7 +11,7 @@ and then row k of its K rows says
     x_base <- x  where the row commits                         (the end of a step; its inner evaluations do not)
 
 Tables are built on the host in float64, one for each leaf of the variable from the leaf's own schedule, all on the time
-grid of the process's first schedule. Noise n_k of sample i is drawn with fold_in(keys[i], k) (leaf j of J: k J + j).
+grid of the process's first schedule. Noise n_k of sample i is drawn with fold_in(keys[i], j 2^20 + k) for leaf j.
 """
 
 import abc
@@ -81,27 +81,31 @@ class Sampler(abc.ABC):
                 for schedule in process.leaf_schedules(variable)
             )
 
-    def __call__(self, keys, denoise, process, x_T, cond):
+    def __call__(self, keys, denoise, process, x_T, cond, shown=()):
         """keys: [B] typed keys, one per sample; denoise: a DenoiseFn; x_T: tree of [B, ...], the state at start().
 
         Returns a tree like x_T in float32 or better. Sample i depends on row i of keys, x_T and cond only.
+        shown: numbers of evaluations, from 0 on; with any, (that tree, the estimates of x0 that these evaluations gave,
+        leaves [len(shown), B, ...]) is returned.
         """
         tables = self.tables(process, x_T)
         random = any(table.rows.noise.any() or table.opening for table in tables)
-        return run(tables, keys if random else None, denoise, x_T, cond)
+        return run(tables, keys if random else None, denoise, x_T, cond, shown=shown)
 
 
-def run(tables, keys, denoise, x_T, cond, draw=None):
+def run(tables, keys, denoise, x_T, cond, draw=None, shown=()):
     """Run one table per leaf from x_T with a single lax.scan. keys: [B], or None for tables without noise.
 
-    draw(k, j, leaf): the noise n_k of leaf j, like `leaf`; None draws it from keys, as above.
+    draw(k, j, leaf): the noise n_k of leaf j, like `leaf`; None draws it from keys, as above. shown: as for a Sampler.
     """
     leaves, structure = jax.tree.flatten(x_T)
     leaves = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
     tables = [_cast(table, leaf.dtype) for table, leaf in zip(tables, leaves, strict=True)]
     count, depth = tables[0].rows.history.shape
+    if any(not 0 <= k < count for k in shown):
+        raise ValueError(f"shown = {tuple(shown)}: the sampler has the evaluations 0 to {count - 1}")
     if draw is None and keys is not None:
-        draw = _drawn_from(keys, len(leaves))
+        draw = _drawn_from(keys)
 
     def advance(k, index, row, state, x0):
         x, base, past = state
@@ -113,19 +117,28 @@ def run(tables, keys, denoise, x_T, cond, draw=None):
                 x = x + row.last_noise * draw(k - 1, index, x)
         return x, jnp.where(row.commit, x, base), outputs[: len(past)]
 
-    def evaluate(states, scanned):
+    def evaluate(carry, scanned):
+        states, kept = carry
         k, rows = scanned
         t = jnp.full(leaves[0].shape[:1], rows[0].t)
         x0 = jax.tree.leaves(denoise(jax.tree.unflatten(structure, [x for x, _, _ in states]), t, cond))
-        return [advance(k, i, *of_leaf) for i, of_leaf in enumerate(zip(rows, states, x0, strict=True))], None
+        here = jnp.asarray(shown, jnp.int32) == k  # [len(shown)]
+        kept = [
+            jnp.where(here.reshape(-1, *[1] * new.ndim), new[None].astype(old.dtype), old)
+            for old, new in zip(kept, x0[: len(kept)], strict=True)
+        ]
+        return ([advance(k, i, *of_leaf) for i, of_leaf in enumerate(zip(rows, states, x0, strict=True))], kept), None
 
     states = []
     for index, (table, x) in enumerate(zip(tables, leaves, strict=True)):
         if table.opening is not None:
             x = table.opening[0] * x + table.opening[1] * draw(count, index, x)
         states.append((x, x, (jnp.zeros_like(x),) * (depth - 1)))
-    states, _ = jax.lax.scan(evaluate, states, (jnp.arange(count), [table.rows for table in tables]))
-    return jax.tree.unflatten(structure, [x for x, _, _ in states])
+    kept = [jnp.zeros((len(shown), *leaf.shape), leaf.dtype) for leaf in leaves] if shown else []
+    scanned = (jnp.arange(count), [table.rows for table in tables])
+    (states, kept), _ = jax.lax.scan(evaluate, (states, kept), scanned)
+    x = jax.tree.unflatten(structure, [x for x, _, _ in states])
+    return (x, jax.tree.unflatten(structure, kept)) if shown else x
 
 
 def marginal(schedule, t):
@@ -148,12 +161,12 @@ def backward_differences(log_snr):
     return first, second
 
 
-def _drawn_from(keys, leaves):
-    """draw(k, j, leaf) of normal noise, row i from keys[i]."""
+def _drawn_from(keys):
+    """draw(k, j, leaf) of normal noise, row i from keys[i]. The first leaf's is that of a variable of one leaf."""
 
     def draw(k, index, leaf):
         def normal(key):
-            return jax.random.normal(jax.random.fold_in(key, k * leaves + index), leaf.shape[1:], leaf.dtype)
+            return jax.random.normal(jax.random.fold_in(key, index * 2**20 + k), leaf.shape[1:], leaf.dtype)
 
         return jax.vmap(normal)(keys)
 

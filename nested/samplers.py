@@ -32,22 +32,36 @@ import numpy as np
 from nested.process import check_name
 from nested.sampler_tables import CLEAN, X0, Row, Sampler, backward_differences, marginal
 
+GRIDS = {  # name -> (the times of N evaluations in steps of a chain of 1,000; None for times that are not such steps)
+    "uniform": None,
+    "released": lambda steps: np.round(np.arange(steps + 1) * (1001 / (steps + 1)))[:0:-1],
+    "trailing": lambda steps: np.round(1000 - np.arange(steps) * (1000 / steps)),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DDIM(Sampler):
-    """eta in [0, 1]: 0 deterministic, 1 DDPM's ancestral sampling. `steps` evaluations."""
+    """eta in [0, 1]: 0 deterministic, 1 DDPM's ancestral sampling. `steps` evaluations.
+
+    grid: the times of the evaluations, before the last step to clean data. 'uniform' from 1 to t_end (None: 1e-3);
+    'released', those of ml-mdm's samplers (250 steps begin at 997 / 1000); 'trailing', evenly from 1 to 1 / steps.
+    """
 
     steps: int
     eta: float = 0.0
-    t_end: float = 1e-3
+    t_end: float | None = None
+    grid: str = "uniform"
 
     def __post_init__(self):
-        _check(self.steps, self.t_end)
+        _check_grid(self.steps, self.t_end, self.grid)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sampler.eta = {self.eta}: expected a number from 0 to 1")
 
     def plan(self, schedule):
-        return _uniform_steps(self.steps, self.t_end)
+        return _grid_steps(self.steps, self.t_end, self.grid)
+
+    def start(self, process):
+        return self.plan(None)[0][0]
 
     def rows(self, schedule, plan):
         rows = []
@@ -65,16 +79,20 @@ class DDPM(Sampler):
     """Ancestral sampling, x_s ~ q(x_s | x_t, x0 = denoise(x_t)): DDIM with eta = 1."""
 
     steps: int
-    t_end: float = 1e-3
+    t_end: float | None = None
+    grid: str = "uniform"
 
     def __post_init__(self):
-        _check(self.steps, self.t_end)
+        _check_grid(self.steps, self.t_end, self.grid)
 
     def plan(self, schedule):
-        return _uniform_steps(self.steps, self.t_end)
+        return _grid_steps(self.steps, self.t_end, self.grid)
+
+    def start(self, process):
+        return self.plan(None)[0][0]
 
     def rows(self, schedule, plan):
-        return DDIM(self.steps, 1.0, self.t_end).rows(schedule, plan)
+        return DDIM(self.steps, 1.0, self.t_end, self.grid).rows(schedule, plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +109,7 @@ class EulerInTime(Sampler):
         _check(self.steps, self.t_end)
 
     def plan(self, schedule):
-        return _uniform_steps(self.steps, self.t_end)
+        return _grid_steps(self.steps, self.t_end, "uniform")
 
     def rows(self, schedule, plan):
         if not hasattr(schedule, "beta"):
@@ -228,9 +246,21 @@ def _eps(alpha, sigma):
     return 1 / sigma, -alpha / sigma
 
 
-def _uniform_steps(steps, t_end):
-    times = [*np.linspace(1.0, t_end, steps).tolist(), CLEAN]
-    return list(itertools.pairwise(times))
+def _grid_steps(steps, t_end, grid):
+    if grid == "uniform":
+        times = np.linspace(1.0, 1e-3 if t_end is None else t_end, steps)
+    else:
+        times = GRIDS[grid](steps) / 1000
+    return list(itertools.pairwise([*times.tolist(), CLEAN]))
+
+
+def _check_grid(steps, t_end, grid):
+    _check(steps, 1e-3 if t_end is None else t_end)
+    check_name("sampler.grid", grid, GRIDS)
+    if grid != "uniform" and t_end is not None:
+        raise ValueError(f"sampler.t_end = {t_end} has no effect with grid {grid!r}: remove it")
+    if grid != "uniform" and steps > 1000:
+        raise ValueError(f"sampler.steps = {steps}: grid {grid!r} has at most 1000")
 
 
 def _fast_orders(steps, order):

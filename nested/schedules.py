@@ -3,6 +3,7 @@
 `ExponentialVE` is EDM's x_t = x0 + sigma eps (arXiv 2206.00364) with log sigma linear in t; `PiecewiseVP` is the DDPM
 chain of betas read as a continuous process, log alpha linear between t_i = i / N (the 'discrete' schedule of
 DPM-Solver, arXiv 2206.00927, and of U-ViT's dpm_solver_pp.py); `LinearVP` is the VP-SDE of Song et al. (2011.13456).
+`Shifted` divides another schedule's SNR, as Matryoshka does level by level (2310.15111, Sec. 3.3 and App. A).
 Departures from the authors' code: sigma = sqrt(-expm1(2 log alpha)), which keeps its digits at small t; below t = 1/N
 log alpha runs to alpha(0) = 1, where theirs extends the next segment and crosses 0.
 
@@ -119,6 +120,32 @@ class PiecewiseVP(VariancePreserving):
 
 
 @dataclasses.dataclass(frozen=True)
+class Shifted(VariancePreserving):
+    """SNR(t) = base SNR(t) / scale^power, SNR = (alpha / sigma)^2 (ml-mdm samplers.py:255-264, 'cosine-shiftN').
+
+    scale: how many times finer the grid is, per side, than the one that `base` is for. power 2 keeps the SNR of images
+    averaged down to that grid (simple diffusion, 2301.11093); 1 is the 256-pixel model's. Raises ValueError for a scale
+    that is not positive.
+    """
+
+    base: VariancePreserving
+    scale: float
+    power: float
+
+    def __post_init__(self):
+        if not self.scale > 0:
+            raise ValueError(f"Shifted: scale = {self.scale}: expected a positive number")
+
+    def log_alpha(self, t):
+        _, xp = as_float(t)
+        log_alpha = self.base.log_alpha(t)
+        return log_alpha - 0.5 * xp.log1p((1 - self.scale**self.power) * xp.expm1(2 * log_alpha))
+
+    def inverse_log_snr(self, log_snr):
+        return self.base.inverse_log_snr(log_snr + 0.5 * self.power * math.log(self.scale))
+
+
+@dataclasses.dataclass(frozen=True)
 class ExponentialVE:
     """alpha = 1, sigma(t) = sigma_min^(1 - t) sigma_max^t: EDM's variance exploding process, as far as it is ever used.
 
@@ -166,6 +193,15 @@ def cosine(steps=1000, max_beta=0.999) -> PiecewiseVP:
     """squaredcos_cap_v2 (Nichol & Dhariwal, arXiv 2102.09672): alpha^2 ~ cos^2((t + .008) / 1.008 pi/2), betas cut."""
     alpha_squared = np.cos((np.linspace(0.0, 1.0, steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
     return PiecewiseVP(tuple(float(min(beta, max_beta)) for beta in 1 - alpha_squared[1:] / alpha_squared[:-1]))
+
+
+def cosine_log_snr(steps=1000, limit=5.0) -> PiecewiseVP:
+    """Salimans & Ho's cosine (2202.00512), log SNR = -2 log tan from `limit` to -limit (ml-mdm's 'COSINE').
+
+    Already the first step is at SNR e^limit; t = 0 is clean."""
+    first, last = math.atan(math.exp(-limit / 2)), math.atan(math.exp(limit / 2))
+    alpha_squared = np.cos(np.linspace(first, last, steps)) ** 2
+    return PiecewiseVP(tuple((1 - alpha_squared / np.concatenate([[1.0], alpha_squared[:-1]])).tolist()))
 
 
 @dataclasses.dataclass(frozen=True)

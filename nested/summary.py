@@ -93,9 +93,7 @@ def levels(levels_: Sequence[hierarchy.Level]) -> list[LevelSummary]:
     }
     result, is_buffer = [], hierarchy.is_buffer(levels_)
     for level in levels_:
-        cond = jax.eval_shape(
-            lambda v, level=level: hierarchy.conditions(level, v, {"label": jnp.zeros(1, jnp.int32)}), variables
-        )
+        cond = jax.eval_shape(lambda v, level=level: hierarchy.blank_conditions(level, v), variables)
         macs = count_macs(
             lambda p, x, c, level=level: hierarchy.apply(level, p, train=False)(x, jnp.zeros(1), c),
             params[level.name],
@@ -113,17 +111,25 @@ def state_bytes(abstract_state) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
 
 
+def shown_shape(shape: hierarchy.Tree) -> str:
+    """'(32, 32, 4)', and of several resolutions '7x7x1 + 14x14x1'."""
+    return str(shape) if hierarchy.is_shape(shape) else " + ".join("x".join(map(str, leaf)) for leaf in shape)
+
+
 def summary(levels_: Sequence[hierarchy.Level], abstract_state, out: str = "") -> str:
     """The table as text; with `out`, the same as JSON in that file."""
     rows = levels(levels_)
     total = {"parameters": sum(row.parameters for row in rows), "macs": sum(row.macs for row in rows)}
     memory = state_bytes(abstract_state)
-    lines = [f"{'level':<10}{'shape':<18}{'tokens':>7}{'parameters':>15}{'GMACs':>11}"]
+    shapes = [shown_shape(row.shape) for row in rows]
+    width = max(18, *(len(shape) + 2 for shape in shapes))
+    lines = [f"{'level':<10}{'shape':<{width}}{'tokens':>9}{'parameters':>15}{'GMACs':>11}"]
     lines += [
-        f"{row.name:<10}{str(row.shape):<18}{row.tokens:>7}{row.parameters:>15,}{row.macs / 1e9:>11.4f}" for row in rows
+        f"{row.name:<10}{shape:<{width}}{row.tokens:>9}{row.parameters:>15,}{row.macs / 1e9:>11.4f}"
+        for row, shape in zip(rows, shapes, strict=True)
     ]
     lines += [
-        f"{'total':<35}{total['parameters']:>15,}{total['macs'] / 1e9:>11.4f}",
+        f"{'total':<{width + 19}}{total['parameters']:>15,}{total['macs'] / 1e9:>11.4f}",
         f"train state (parameters, EMA, optimizer moments): {memory / 2**20:,.1f} MiB",
     ]
     if out:

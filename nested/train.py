@@ -3,6 +3,9 @@
 Everything random in step s is a function of (seed, s, row), so a resumed run repeats the uninterrupted one bit for bit:
 the state carries no key and the loader no position. A step whose loss or gradient is not finite changes nothing but
 the step counter; too many in a row stop the run, and the newest checkpoint is the last good state.
+
+With config.phases the run is several in turn (Matryoshka's progressive training): each phase is a run of its own in
+WORKDIR/phases/NAME, the last one in WORKDIR; each starts from the EMA of the one before, with a fresh optimizer.
 """
 
 import dataclasses
@@ -19,9 +22,10 @@ from absl import logging
 from clu import parameter_overview
 
 from input_pipeline import loader
-from nested import build, build_data, evaluate, hierarchy, partition, sample, summary
+from nested import build, build_data, evaluate, hierarchy, partition, sample, summary, transfer
 from nested import optimizer as opt
-from nested.checkpoint import Checkpoints, Preemption, read_config, restore_subtree
+from nested.checkpoint import Checkpoints, Preemption, latest_step
+from nested.meter import Meter, NonFiniteError
 from nested.writers import MetricWriter, Progress
 
 Tree = Any
@@ -34,10 +38,6 @@ class TrainState(flax.struct.PyTreeNode):
     params: Tree
     ema: Tree
     opt_state: Tree
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,9 @@ def validation_losses(step: Step, ema, raw: Mapping[str, jax.Array], times: Sequ
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What every mode builds from a config before it works: objects, shardings, and compiled functions' inputs."""
+    """What every mode builds from a config before it works: objects, shardings, and compiled functions' inputs.
+
+    text: build_data.Text, whose encoder sees the captions of a batch before the step, or None."""
 
     config: Any
     step: Step
@@ -147,6 +149,7 @@ class Run:
     abstract: TrainState
     shardings: TrainState
     key: jax.Array
+    text: build_data.Text | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
 
@@ -156,9 +159,9 @@ def abstract_state(config) -> TrainState:
     return jax.eval_shape(lambda key: init_state(step, key), jax.random.key(0))
 
 
-def make_run(config, latents) -> Run:
+def make_run(config, latents, text=None) -> Run:
     """Builds levels, mesh and shardings; allocates nothing."""
-    levels = build.levels(config)
+    levels = build.levels(config, text and text.null())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     step = Step(
         levels=levels,
@@ -173,24 +176,30 @@ def make_run(config, latents) -> Run:
     shapes = jax.eval_shape(lambda k: init_state(step, k), key)
     opt.check_groups(step.optimizer, {name: shapes.params[name] for name in step.trained})
     shardings = partition.shardings(shapes, mesh, config.train.fsdp_min_bytes)
-    return Run(config, step, mesh, partition.abstract(shapes, shardings), shardings, key)
+    return Run(config, step, mesh, partition.abstract(shapes, shardings), shardings, key, text)
 
 
-def fresh_state(run: Run) -> TrainState:
-    """A new state on the mesh, with the levels that config.init_from names taken from another run."""
+def fresh_state(run: Run, root: str = "") -> TrainState:
+    """A new state on the mesh, with what config.init_from names taken from another run, or a phase of this one, whose
+    phases are in `root`."""
     # The initialisation runs once: optimising its machine code would cost more than it saves.
     options = {"xla_backend_optimization_level": 0}
     init = jax.jit(lambda key: init_state(run.step, key), out_shardings=run.shardings, compiler_options=options)
     state = init(run.key)
     source = run.config.init_from
-    if not source.path:
+    path = phase_dir(root, source.phase) if source.phase else source.path
+    if not path:
         return state
-    names = tuple(source.levels) or build.shared_levels(read_config(source.path), run.config)
-    wanted = {source.weights: {name: run.abstract.params[name] for name in names}}
-    taken = restore_subtree(source.path, wanted)[source.weights] if names else {}
-    logging.info("init_from %s: took the %s of %s", source.path, source.weights, ", ".join(names) or "no level")
+    params, ema = state.params, state.ema
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    return state.replace(params=state.params | taken, ema=state.ema | copy(taken))
+    for place, tree in transfer.taken(run.config, path, run.abstract.params).items():
+        params, ema = transfer.replaced(params, place, tree), transfer.replaced(ema, place, copy(tree))
+    return state.replace(params=params, ema=ema)
+
+
+def phase_dir(root: str, name: str) -> str:
+    """The folder of a phase's run; '' is the last one's."""
+    return os.path.join(root, "phases", name) if name else root
 
 
 def compiled_step(run: Run) -> Callable:
@@ -202,63 +211,43 @@ def compiled_step(run: Run) -> Callable:
     )
 
 
-class Meter:
-    """Averages of the step metrics since the last report, the data wait, and the count of skipped steps in a row."""
-
-    def __init__(self, max_bad_steps: int):
-        self.max_bad_steps, self.bad_in_a_row, self.skipped = max_bad_steps, 0, 0
-        self.reset()
-
-    def reset(self):
-        self.sums, self.good = {}, 0
-        self.restart_clock()
-
-    def restart_clock(self):
-        """What was done so far is part of no rate."""
-        self.rows, self.waited, self.start = 0, 0.0, time.perf_counter()
-
-    def add(self, step: int, metrics: Mapping[str, jax.Array]):
-        """Takes one step's metrics (already computed on the device); raises NonFiniteError when too many are bad."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if values.pop("finite"):
-            self.bad_in_a_row = 0
-            for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            self.good += 1
-            return
-        self.bad_in_a_row += 1
-        self.skipped += 1
-        logging.warning("step %d: loss %g is not finite or its gradient is not; update skipped", step, values["loss"])
-        if self.bad_in_a_row >= self.max_bad_steps:
-            raise NonFiniteError(
-                f"{self.bad_in_a_row} steps in a row (the last is {step}) had a non-finite loss or gradient; the state "
-                "is that of the last good step: look at loss/* in metrics.jsonl, lower optimizer.learning_rate"
-            )
-
-    def report(self, macs_per_row: float) -> dict[str, float]:
-        """Means since the last report, with images/s, model FLOP/s (6 x multiply-accumulates) and the data wait."""
-        elapsed, rows = time.perf_counter() - self.start, self.rows
-        result = {name: total / max(self.good, 1) for name, total in self.sums.items()}
-        if rows:  # not where the only step since is the run's first, which compiles and is not timed
-            result["images_per_second"] = rows / elapsed
-            result["model_flops_per_second"] = 6 * macs_per_row * rows / elapsed
-            result["data_wait_share"] = self.waited / elapsed
-        result["skipped_steps"] = self.skipped
-        self.reset()
-        return result
-
-
 def train(config, workdir: str) -> None:
-    """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores."""
+    """Trains the phases of the config in turn, going on where an earlier call was stopped."""
+    phases = build.phases(config)
+    for _, phase in phases:  # what is wrong in a late phase is said before the first one trains
+        build.levels(phase)
+        opt.check_groups(build.optimizer(phase), abstract_state(phase).params)
+        build.check_batch(phase, partition.make_mesh(phase.train.mesh_data, phase.train.mesh_fsdp).size)
+        build.check_init_from(phase)
+        build.check_pictures(phase)
+    if len(phases) > 1:
+        transfer.check_phases([(name, phase, abstract_state(phase).params) for name, phase in phases])
+    for name, phase in phases:
+        folder = phase_dir(workdir, name)
+        if name and (latest_step(folder) or 0) >= phase.train.steps:
+            logging.info("phase %s: done, in %s", name, folder)
+            continue
+        if name:
+            logging.info("phase %s: %d steps, in %s", name, phase.train.steps, folder)
+            phase.latents_dir = build_data.latents_dir(config, workdir)
+            os.makedirs(folder, exist_ok=True)
+        if not train_phase(phase, folder, workdir):
+            return
+
+
+def train_phase(config, workdir: str, root: str) -> bool:
+    """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores.
+    False where a signal stopped it."""
     build.check_pictures(config)
-    source, latents = build_data.latents(config, workdir)
-    run = make_run(config, latents)
+    text = build_data.load_text(config)
+    source, latents = build_data.latents(config, workdir, text)
+    run = make_run(config, latents, text)
     training, held_out = build_data.split(config, source)
     checkpoints = Checkpoints(
         workdir, build.plain(config), build.STATE_KEYS, keep=config.train.keep, save_every=config.train.save_every
     )
     restored = checkpoints.restore(run.abstract)
-    state = fresh_state(run) if restored is None else restored
+    state = fresh_state(run, root) if restored is None else restored
     first = int(state.step)
     if first:
         logging.info("resumed at step %d from %s", first, workdir)
@@ -277,8 +266,9 @@ def train(config, workdir: str) -> None:
     writer.close()
     if stopped:
         logging.info("stopped by a signal at step %d; run the same command again to go on", int(state.step))
-        return
+        return False
     finish(run, state, source, workdir)
+    return True
 
 
 def finish(run: Run, state: TrainState, source, workdir: str) -> None:
@@ -286,7 +276,7 @@ def finish(run: Run, state: TrainState, source, workdir: str) -> None:
     config = run.config
     if not config.sample.num_samples:
         return
-    gen = sample.generator(config, run.step.levels, run.step.latents, run.mesh)
+    gen = sample.generator(config, run.step.levels, run.step.latents, run.mesh, run.text)
     paths = sample.show(gen, state.ema, workdir)
     lines = [f"picture: {path}" for path in paths]
     if config.evaluate.num_samples:
@@ -297,18 +287,24 @@ def finish(run: Run, state: TrainState, source, workdir: str) -> None:
         print("\n".join(lines))
 
 
+def to_device(run: Run, rows: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays, with the features of their texts."""
+    raw = partition.to_global(rows, run.mesh)
+    return raw if run.text is None else run.text.features_of(raw)
+
+
 def feed(config, training, first: int) -> Iterator[dict]:
-    """This process's rows of the batches of the steps first, first + 1, ..., each phase with its own batch size."""
-    for phase in build.phases(config):
-        if phase.end <= first:
+    """This process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size."""
+    for span in build.batch_spans(config):
+        if span.end <= first:
             continue
-        start = max(first, phase.start)
+        start = max(first, span.start)
         batches = loader.batches(
             training,
             seed=config.seed,
-            batch_size=phase.batch_size,
+            batch_size=span.batch_size,
             start_step=start,
-            offset=phase.rows - phase.start * phase.batch_size,
+            offset=span.rows - span.start * span.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=config.train.threads,
@@ -316,7 +312,7 @@ def feed(config, training, first: int) -> Iterator[dict]:
             transform=build_data.augmentation(config),
         )
         try:
-            for _ in range(start, phase.end):
+            for _ in range(start, span.end):
                 yield next(batches)
         finally:
             batches.close()
@@ -332,11 +328,11 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
     update, meter, progress = compiled_step(run), Meter(config.max_bad_steps), Progress("step", config.steps, first)
     validate = jax.jit(lambda ema, raw: validation_losses(run.step, ema, raw, config.eval_times))
     if config.sample_every:
-        gen = sample.generator(run.config, run.step.levels, run.step.latents, run.mesh)
+        gen = sample.generator(run.config, run.step.levels, run.step.latents, run.mesh, run.text)
     previous, compiled_for = None, 0  # the metrics of step k - 1 are fetched after step k is dispatched
     for step in itertools.count(first + 1):
         waiting = time.perf_counter()
-        raw = partition.to_global(next(batches), run.mesh)
+        raw = to_device(run, next(batches))
         meter.waited += time.perf_counter() - waiting
         state, metrics = update(state, raw, run.key)
         rows = jax.tree.leaves(raw)[0].shape[0]
@@ -361,7 +357,7 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
             loss, rate = report.get("loss", float("nan")), report.get("images_per_second", float("nan"))
             progress.update(step, f"loss {loss:.4f}  {rate:.0f} images/s")
         if held_out is not None and config.eval_every and (step % config.eval_every == 0 or last):
-            writer.scalars(step, jax.device_get(validate(state.ema, partition.to_global(held_out, run.mesh))))
+            writer.scalars(step, jax.device_get(validate(state.ema, to_device(run, held_out))))
         if config.sample_every and step % config.sample_every == 0 and not last:
             path = os.path.join(workdir, "samples", f"step_{step:08d}.png")
             writer.images(step, {"samples": sample.save_grid(gen, state.ema, path)})
@@ -369,4 +365,4 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
             checkpoints.save(step, state)
         if last or stop:
             batches.close()
-            return state, not last
+            return state, stop

@@ -158,6 +158,18 @@ def test_flip_is_for_images_of_any_shape():
     assert {values.shape for values in found} == {(2, 6, 1)}
 
 
+def test_clips_are_flipped_as_a_whole_and_never_warped():
+    clip = np.stack([noise(4), 255 - noise(4)])
+    found = [Augmentation(flip=True)({"image": clip}, np.random.default_rng(seed))["image"] for seed in range(8)]
+    mirrored = [(values == clip[:, :, ::-1]).all() for values in found]
+    assert {True, False} == set(mirrored)
+    assert all(flip or (values == clip).all() for flip, values in zip(mirrored, found, strict=True))
+    message = r"prob = 0.12 warps single images, found clips \(2, 4, 4, 3\): expected prob = 0 .flip = True mirrors"
+    with pytest.raises(ValueError, match=message) as error:
+        Augmentation(prob=0.12)({"image": clip}, np.random.default_rng(0))
+    assert "\n" not in str(error.value)
+
+
 def test_augmentation_travels_to_workers():
     assert pickle.loads(pickle.dumps(Augmentation(prob=0.12))) == Augmentation(prob=0.12)
 

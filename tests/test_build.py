@@ -3,17 +3,17 @@
 import json
 
 import jax
-import numpy as np
 import pytest
 import tiny
+import tiny_mdm
 
-from configs import common, imagenet
-from nested import build, denoiser, samplers, schedules, sigma_samplers, train
+from configs import imagenet
+from nested import build, train
 
 
-def changed(*changes):
-    """The tiny config with each (path, value) set, as ("levels[1].sampler.steps", 3); a key may be new."""
-    config = tiny.get_config()
+def changed(*changes, config=None):
+    """The tiny config, or another, with each (path, value) set, as ("levels[1].sampler.steps", 3); a key may be new."""
+    config = config or tiny.get_config()
     with config.unlocked():
         for path, value in changes:
             parent, _, key = path.replace("[", ".").replace("]", "").rpartition(".")
@@ -36,8 +36,8 @@ ALL = ("z1x1", "z2x2", "x")
 REFUSED = [
     ([("levels", ())], "config.levels is empty: give at least one level"),
     ([("levels[1].name", "x")], "config.levels: names must differ, found z1x1, x, x"),
-    ([("hierarchy.label_levels", ("z9",))], "label_levels / train_levels: 'z9' given; choose from 'z1x1', 'z2x2', 'x'"),
-    ([("train_levels", ("y",))], "label_levels / train_levels: 'y' given; choose from 'z1x1', 'z2x2', 'x'"),
+    ([("hierarchy.label_levels", ("z9",))], "text_levels / train_levels: 'z9' given; choose from 'z1x1', 'z2x2', 'x'"),
+    ([("train_levels", ("y",))], "text_levels / train_levels: 'y' given; choose from 'z1x1', 'z2x2', 'x'"),
     ([("data.num_classes", 0)], "config.hierarchy.label_levels names levels but config.data.num_classes is 0"),
     ([("hierarchy.label_levels", ())], "config.levels[0].guidance is 0.5 but nothing conditions z1x1: set it to 0"),
     ([("hierarchy.cond_drop", 1.0)], "config.hierarchy.cond_drop: found 1.0, expected a number in [0, 1)"),
@@ -46,10 +46,10 @@ REFUSED = [
         [("hierarchy.conditioning", "lower")],
         "config.hierarchy.conditioning: 'lower' given; choose from 'all_higher', 'next_higher'",
     ),
-    ([("levels[0].shape", (4, 4))], "config.levels[0].shape: found (4, 4), expected (height, width, channels)"),
-    ([("levels[0].shape", (0, 1, 4))], "config.levels[0].shape: found (0, 1, 4)"),
-    ([("levels[2].shape", (8, 6, 1))], "config.levels[2]: the shape (8, 6, 1) of x does not divide into patches of"),
-    ([("levels[2].backbone.patch_size", 0)], "config.levels[2].backbone.patch_size: found 0, expected at least 1"),
+    ([("levels[0].shape", (4, 4))], "config.levels[0] (z1x1): shape: found (4, 4), expected (height, width, channels)"),
+    ([("levels[0].shape", (0, 1, 4))], "config.levels[0] (z1x1): shape: found (0, 1, 4)"),
+    ([("levels[2].shape", (8, 6, 1))], "config.levels[2] (x): the shape (8, 6, 1) does not divide into patches of 4"),
+    ([("levels[2].backbone.patch_size", 0)], "config.levels[2] (x): backbone.patch_size: found 0, expected at least 1"),
     (
         [("levels[0].shape", (4, 1, 4))],
         "config.levels: the shapes do not nest: z1x1 (4, 1, 4) comes before z2x2 (2, 2, 4) but has the larger grid",
@@ -80,6 +80,51 @@ def test_levels_refuse(changes, message):
     refused(build.levels, changed(*changes), match=message)
 
 
+DIFFUSED = ("hierarchy.cond_noise", "diffused")
+REFUSED_NESTS = [
+    ("nest", [("levels[0].shape", ((2, 2, 1), (5, 5, 1)))],
+     "config.levels[0] (x): NestedUNet: nets[1], shape (5, 5, 1): (5, 5) does not halve"),
+    ("nest", [("levels[0].shape", ((2, 2, 1), (8, 8, 1)))],
+     "config.levels[0] (x): NestedUNet: nets[0], shape (2, 2, 1): nets[1] around it ends at (4, 4)"),
+    ("nest", [("levels[0].shape", (4, 4, 1)), ("levels[0].mixed", ())], "config.levels[0] (x): NestedUNet: 1 resoluti"),
+    ("nest", [("levels[0].backbone.nets[1].width", 3)], "config.levels[0].backbone.nets: nets[1]: unknown ['width']"),
+    ("nest", [("levels[0].backbone.text_width", 3)], "config.levels[0].backbone: text_width is decided by other parts"),
+    ("nest", [("levels[0].leaf_weights", (1.0,))], "config.levels[0].leaf_weights (1.0,): give 2 number(s) of at leas"),
+    ("nest", [("levels[0].leaf_weights", (0, 0))], "config.levels[0].leaf_weights (0.0, 0.0): give 2 number(s)"),
+    ("nest", [("levels[0].leaf_weights", (1, -1))], "config.levels[0].leaf_weights (1.0, -1.0): give 2 number(s)"),
+    ("nest", [("levels[0].mixed", (4, 2, 1))], "config.levels[0].mixed (4, 2, 1): give 2 row count(s) that do not ris"),
+    ("nest", [("levels[0].mixed", (1, 2))], "config.levels[0].mixed (1, 2): give 2 row count(s) that do not rise"),
+    ("nest", [("levels[0].mixed", (1, 0))], "config.levels[0].mixed (1, 0): give 2 row count(s)"),
+    ("nest", [("hierarchy.text_levels", ("x",))], "is ('x',), config.text.encoder '': give both, or neither"),
+    ("nest", [("text.encoder", "minilm")], "text_levels is (), config.text.encoder 'minilm': give both, or neither"),
+    ("nest", [("sample.prompts", ("a cat",))], "config.sample.prompts and negative_prompt need text"),
+    ("nest", [("sample.negative_prompt", "grey")], "config.sample.prompts and negative_prompt need text"),
+    ("nest", [("hierarchy.cond_noise", "diffused")], "'diffused': a single level has no conditions: 'sigma'"),
+    ("cascade", [("hierarchy.label_levels", ())], "guidance is 0.5 but nothing conditions x2: set it to 0"),
+    ("nest", [("hierarchy.text_levels", ("y",))], "text_levels / train_levels: 'y' given; choose from 'x'"),
+    ("cascade", [("levels[0].sigma", 0.5)], "config.hierarchy.cond_noise 'diffused' with sigma of x2 and noise_gamma"),
+    ("cascade", [("hierarchy.noise_gamma", 1.0)], "'diffused' with sigma of no level and noise_gamma 1.0: both belong"),
+    ("cascade", [("hierarchy.cond_noise", "sigma")], "config.hierarchy.cond_level 100 has no effect with cond_noise '"),
+    ("cascade", [("hierarchy.cond_noise", "both")], "config.hierarchy.cond_noise: 'both' given; choose from 'sigma', "),
+    ("cascade", [("hierarchy.cond_level", 1001)], "config.hierarchy: noise augmentation: level 1001 is outside 0 to 1"),
+    ("cascade", [("levels[0].shape", ((2, 2, 1), (4, 4, 1))), ("levels[0].backbone", tiny_mdm.nest(2).backbone)],
+     "config.levels[1]: sees x2, whose variable is several resolutions; only one can be seen"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes, message", REFUSED_NESTS, ids=[str(case[1][0]) for case in REFUSED_NESTS])
+def test_nests_and_cascades_refuse(kind, changes, message):
+    refused(build.levels, changed(*changes, config=tiny_mdm.get_config(kind)), match=message)
+
+
+def test_backbones_that_do_not_take_what_the_hierarchy_gives():
+    diffused = changed(DIFFUSED, ("hierarchy.noise_gamma", float("inf")), ("levels[0].sigma", 0.0),
+                       ("levels[1].sigma", 0.0))  # fmt: skip
+    refused(build.levels, diffused, match="levels[1].backbone cannot be told how noisy its conditions are; use nested_")
+    text = changed(("text.encoder", "minilm"), ("hierarchy.text_levels", ("z2x2",)))
+    refused(build.levels, text, match="config.hierarchy.text_levels: levels[1].backbone 'uvit' does not take text")
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -108,6 +153,11 @@ def test_batch_must_divide():
     refused(build.check_batch, changed(("train.accumulate", 2)), 3, match=message)
     refused(build.check_batch, changed(("train.accumulate", 0)), 1, match="config.train.accumulate 0")
     refused(build.check_batch, changed(("train.batch_size", 0)), 1, match="config.train.batch_size 0 does not")
+    mixed = changed(("levels[0].mixed", (4, 1)), ("train.accumulate", 2), ("train.batch_size", 24),
+                    config=tiny_mdm.get_config("nest"))  # fmt: skip
+    build.check_batch(mixed, devices=3)
+    message = "config.levels[0].mixed (4, 1): the 6 rows per device of config.train.batch_size 24 do not divide into gr"
+    refused(build.check_batch, mixed, 2, match=message)
 
 
 # --- what is built ---------------------------------------------------------------------------------------------------
@@ -149,56 +199,6 @@ def test_options_reach_the_level():
     assert (top.drop_mode, middle.noise_gamma, bottom.cond_drop) == ("independent", 0.7, 0.2)
     assert (bottom.loss_weight, middle.guidance, bottom.shape) == (3.0, 0.25, (8, 8, 1))
     assert (bottom.backbone.dtype, bottom.backbone.remat) == (jax.numpy.bfloat16, True)
-
-
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        (dict(name="ddpm", steps=7), samplers.DDPM(7)),
-        (dict(name="ddim", steps=7, eta=0.5), samplers.DDIM(7, 0.5)),
-        (common.dpm_solver(6), samplers.DPMSolver(6)),
-        (dict(name="euler_in_time", steps=7), samplers.EulerInTime(7)),
-        (dict(name="heun", steps=7, t_end=0.01), sigma_samplers.Heun(7, t_end=0.01)),
-        (common.sigma_sampler("dpmpp_2m_sde", 9, 0.02, 80.0, solver_type="heun", eta=0.0),
-         sigma_samplers.DPMpp2MSDE(9, "karras", 0.02, 80.0, 7.0, eta=0.0, solver_type="heun")),
-    ],
-)  # fmt: skip
-def test_samplers_take_their_options(options, expected):
-    assert build.sampler(options, "levels[0].sampler") == expected
-
-
-def test_every_sampler_by_its_name():
-    kinds = dict(ddim=samplers.DDIM, euler=sigma_samplers.Euler, dpm2=sigma_samplers.DPM2, lms=sigma_samplers.LMS,
-                 euler_ancestral=sigma_samplers.EulerAncestral, dpm2_ancestral=sigma_samplers.DPM2Ancestral,
-                 dpmpp_2s_ancestral=sigma_samplers.DPMpp2SAncestral, dpmpp_sde=sigma_samplers.DPMppSDE,
-                 dpmpp_2m=sigma_samplers.DPMpp2M, dpmpp_3m_sde=sigma_samplers.DPMpp3MSDE)  # fmt: skip
-    for name, kind in kinds.items():
-        assert build.sampler(dict(name=name, steps=3), "levels[0].sampler") == kind(3)
-    assert set(build.SAMPLERS) == {*kinds, "ddpm", "dpm_solver", "euler_in_time", "heun", "dpmpp_2m_sde"}
-
-
-@pytest.mark.parametrize("name", build.SCHEDULES)
-def test_every_schedule_by_its_name(name):
-    expected = dict(
-        sd_scaled_linear=schedules.sd_scaled_linear(), cosine=schedules.cosine(), linear_vp=schedules.LinearVP(),
-        ddpm_linear=schedules.PiecewiseVP(tuple(np.linspace(1e-4, 0.02, 1000).tolist())),
-        exponential_ve=schedules.ExponentialVE(1e-3, 1e3),
-    )  # fmt: skip
-    built = build.build_process(dict(common.sd_process(), schedule=name, parameterization="v"), "levels[0].process")
-    assert built.schedules == (expected[name],) and built.parameterization == "v"
-
-
-@pytest.mark.parametrize("name, percentile", [("static", None), ("dynamic", 0.995)])
-def test_thresholds(name, percentile):
-    def wild(x, t, cond):
-        return 3 * x
-
-    x = np.linspace(-1, 1, 8).reshape(1, 2, 4, 1)
-    limit = build.levels(changed(("levels[2].threshold", name)))[2].threshold
-    result = limit(wild)(x, None, {})
-    np.testing.assert_array_equal(result, denoiser.thresholded(wild, percentile)(x, None, {}))
-    assert np.abs(result).max() <= 1
-    assert build.levels(tiny.get_config())[2].threshold is None
 
 
 def test_trained_levels():

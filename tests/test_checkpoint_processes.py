@@ -6,9 +6,9 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from processes import finish, free_port, run_python, start_python, wait_for
 
 from nested import checkpoint
-from tests.processes import finish, free_port, run_python, start_python, wait_for
 
 
 def steps_in(workdir):

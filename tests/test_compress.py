@@ -171,3 +171,51 @@ def test_patch_pca_refuses_flat_images():
     basis = compress.fit_basis(stream(np.zeros((4, 1, 1, 4), np.float32)), 2)
     with pytest.raises(ValueError, match="images do not vary"):
         compress.PatchPCA.from_basis(basis, 2, 2)
+
+
+# --- resolutions of one image ----------------------------------------------------------------------------------------
+
+
+def test_a_pyramid_averages_blocks():
+    images = np.random.default_rng(8).integers(0, 256, (3, 8, 12, 2), np.uint8)
+    pyramid = compress.Pyramid(((2, 3, 2), (4, 6, 2), (8, 12, 2)))
+    coarse, middle, fine = jax.jit(pyramid.encode)(images)
+    x = images / 127.5 - 1
+    np.testing.assert_allclose(fine, x, atol=1e-6)
+    np.testing.assert_allclose(middle[1, 2, 3], x[1, 4:6, 6:8].mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(coarse[2, 1, 2], x[2, 4:8, 8:12].mean((0, 1)), atol=1e-6)
+    np.testing.assert_array_equal(pyramid.decode((coarse, middle, fine)), images)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_bilinear_looks_at_the_four_pixels_in_the_middle_of_a_block(factor):
+    images = np.random.default_rng(9).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    side = 8 // factor
+    found = compress.Pyramid((side, side, 1), "bilinear").encode(images)
+    blocks = (images / 127.5 - 1).reshape(2, side, factor, side, factor, 1)
+    middle = slice(factor // 2 - 1, factor // 2 + 1)
+    np.testing.assert_allclose(found, blocks[:, :, middle][:, :, :, :, middle].mean((2, 4)), atol=1e-6)
+
+
+def test_a_pyramid_of_a_clip_may_begin_with_its_first_frame():
+    clips = np.random.default_rng(10).integers(0, 256, (2, 3, 4, 4, 1), np.uint8)
+    for downsampling in compress.DOWNSAMPLINGS:
+        pyramid = compress.Pyramid(((2, 2, 1), (3, 2, 2, 1), (3, 4, 4, 1)), downsampling)
+        first, low, whole = pyramid.encode(clips)
+        assert (first.shape, low.shape) == ((2, 2, 2, 1), (2, 3, 2, 2, 1))
+        np.testing.assert_allclose(first, low[:, 0], atol=1e-6)
+        np.testing.assert_allclose(low[1, 2, 0, 1], (clips[1, 2, :2, 2:] / 127.5 - 1).mean((0, 1)), atol=1e-6)
+        np.testing.assert_array_equal(pyramid.decode((first, low, whole)), clips)
+
+
+def test_a_pyramid_of_one_resolution():
+    images = np.full((2, 4, 4, 1), 255, np.uint8)
+    pyramid = compress.Pyramid((2, 2, 1))
+    z = pyramid.encode(images)
+    np.testing.assert_array_equal(z, np.ones((2, 2, 2, 1)))
+    np.testing.assert_array_equal(pyramid.decode(z), images[:, :2, :2])
+
+
+def test_unknown_downsampling():
+    with pytest.raises(ValueError, match="downsampling 'bicubic' is not known: use one of .'average', 'bilinear'.$"):
+        compress.Pyramid((2, 2, 1), "bicubic")

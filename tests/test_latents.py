@@ -65,7 +65,7 @@ def test_report(finished):
         (("z2", "map", (4, 4, 6)), r"shape 4x4x6 cannot come from 'map'"),
         (("z2", "map", (0, 4, 5)), r"shape 0x4x5 cannot come from 'map'"),
         (("z2", "crops4", (4, 4, 5)), r"source 'crops4' is not in these latents, only pixels, crops1, map, patch_pca"),
-        (("z2", "pixels", (4, 4, 3)), r"level z2: shape 4x4x3 given; 'pixels' of the images here is 8x8x3"),
+        (("z2", "pixels", (3, 3, 3)), r"level z2: shape 3x3x3 given, but images of 8x8x3 are only averaged"),
         (("z2", "patch_pca", (4, 4, 13)), r"shape 4x4x13 given; 'patch_pca' of the patches here is 4x4x12"),
     ],
 )
@@ -123,3 +123,48 @@ def test_pack_checks_shapes():
     np.testing.assert_array_equal(found["x"], record["x"])
     with pytest.raises(ValueError, match=r"record field 'x': shape \(3, 2\), the layout says \(2, 3\)"):
         records.pack(record | {"x": np.zeros((3, 2))}, fields)
+
+
+# --- levels of the images themselves ---------------------------------------------------------------------------------
+
+
+def of_images(shape, image_shape=(8, 8, 3), **options):
+    return latents.of_images((latents.LevelSource("x", "pixels", shape, **options),), image_shape)
+
+
+def test_levels_of_images_are_averaged_by_the_configs_word():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    made = of_images(((2, 2, 3), (8, 8, 3)), downsampling="bilinear")
+    coarse, fine = made.variables({"image": images}, None)["x"]
+    middle = (images / 127.5 - 1)[:, 1:3, 5:7].mean((1, 2))
+    np.testing.assert_allclose(coarse[:, 0, 1], middle, atol=1e-6)
+    np.testing.assert_array_equal(made.decode((coarse, fine)), images)
+    low, high = made.resolutions((coarse, fine))
+    np.testing.assert_array_equal(high, images)
+    assert low.shape == (2, 2, 2, 3) and low.dtype == np.uint8
+    (only,) = of_images((8, 8, 3)).resolutions(fine)
+    np.testing.assert_array_equal(only, images)
+
+
+def test_the_report_of_joint_levels_counts_all_resolutions():
+    (row,) = of_images(((1, 1, 3), (2, 2, 3))).report({"x": 1.0})
+    assert row["shape"] == [(1, 1, 3), (2, 2, 3)] and row["bits_per_image"] == pytest.approx(7.5 / np.log(2))
+    assert latents.format_report([row]).startswith("x: 1x1x3 + 2x2x3 from pixels, 100.0 %")
+
+
+@pytest.mark.parametrize(
+    "shape, image_shape, message",
+    [
+        (((3, 3, 3), (8, 8, 3)), (8, 8, 3), "level x: shape 3x3x3 given, but images of 8x8x3 are only averaged over s"),
+        (((4, 2, 3), (8, 8, 3)), (8, 8, 3), "level x: shape 4x2x3 given"),
+        (((4, 4, 1), (8, 8, 1)), (8, 8, 3), "level x: shape 4x4x1 given"),
+        ((16, 16, 3), (8, 8, 3), "level x: shape 16x16x3 given"),
+        ((2, 8, 8, 3), (8, 8, 3), "level x: shape 2x8x8x3 given, but images of 8x8x3"),
+        ((2, 8, 8, 3), (4, 8, 8, 3), "level x: shape 2x8x8x3 given, but images of 4x8x8x3"),
+        ((8, 8, 3), (None, None, 3), "the images differ in size: set config.data.image_size to the finest level's sid"),
+    ],
+)
+def test_images_that_do_not_give_a_shape(shape, image_shape, message):
+    with pytest.raises(ValueError) as error:
+        of_images(shape, image_shape)
+    assert str(error.value).startswith(message) and one_line(error)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_python
 
 from benchmarks import neighborhood_attention as benchmark
 from nested.ops import neighborhood_attention as module
 from nested.ops.neighborhood_attention import neighborhood_attention
-from tests.processes import run_python
 
 BOTH = ("reference", "blocked")
 

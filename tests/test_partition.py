@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from processes import run_python
 
 from nested import partition
-from tests.processes import run_python
 
 
 def test_mesh_of_one_device():

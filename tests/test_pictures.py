@@ -124,6 +124,105 @@ def test_side_by_side_keeps_each_picture_under_its_caption():
         pictures.side_by_side([])
 
 
+def clips_of(count, frames, height=4, width=6, channels=3):
+    """Noise, so that no two frames are alike."""
+    return np.random.default_rng(3).integers(0, 256, (count, frames, height, width, channels), dtype=np.uint8)
+
+
+def test_clip_grid_is_a_row_per_clip_with_its_frames_from_left_to_right():
+    clips = clips_of(2, 5)
+    grid = pictures.clip_grid(clips, scale=2, padding=1)
+    np.testing.assert_array_equal(grid, pictures.image_grid(clips.reshape(10, 4, 6, 3), 5, scale=2, padding=1))
+    ends = pictures.clip_grid(clips, columns=3, scale=1)
+    np.testing.assert_array_equal(ends, pictures.image_grid(clips[:, [0, 2, 4]].reshape(6, 4, 6, 3), 3, scale=1))
+    np.testing.assert_array_equal(
+        pictures.clip_grid(clips, columns=1, scale=1), pictures.image_grid(clips[:, 0], 1, scale=1)
+    )
+    captioned = pictures.clip_grid(clips, row_captions=("a cat", "a dog"))
+    plain = pictures.clip_grid(clips)
+    np.testing.assert_array_equal(captioned[:, -plain.shape[1] :], plain)
+    assert captioned[:, : -plain.shape[1]].min() < 50
+
+
+def test_what_is_no_clip_is_refused(tmp_path):
+    clips = clips_of(2, 5)
+    for wrong in (clips.astype(np.float32), clips[0], clips[..., :2], clips[:, :0]):
+        for draw in (pictures.clip_grid, lambda wrong: pictures.save_animation(wrong, tmp_path / "a.webp")):
+            with pytest.raises(ValueError, match=r"clips: found \w+ \[.*\], expected uint8 \[N, frames, height, "):
+                draw(wrong)
+    for columns in (0, 6):
+        with pytest.raises(ValueError, match=f"clip_grid: columns is {columns}; give 1 to 5, the number of frames"):
+            pictures.clip_grid(clips, columns=columns)
+    for fps in (0, 1001):
+        with pytest.raises(ValueError, match=rf"a\.webp: fps is {fps}; give more than 0, at most 1000"):
+            pictures.save_animation(clips, tmp_path / "a.webp", fps=fps)
+    with pytest.raises(ValueError, match=r"a\.gif: animations are stored as \.webp"):
+        pictures.save_animation(clips, tmp_path / "a.gif")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_animation_holds_the_pixels_of_every_frame(tmp_path, channels):
+    clips, path = clips_of(3, 5, channels=channels), tmp_path / "new" / "clips.webp"
+    pictures.save_animation(clips, path, columns=2, scale=3, fps=8)
+    with Image.open(path) as animation:
+        assert animation.format == "WEBP" and animation.n_frames == 5 and animation.info["loop"] == 0
+        for number in range(5):
+            animation.seek(number)
+            animation.load()
+            expected = pictures.image_grid(clips[:, number], columns=2, scale=3)
+            np.testing.assert_array_equal(np.asarray(animation.convert("RGB")), expected)
+            assert animation.info["duration"] == 125
+    assert os.listdir(tmp_path / "new") == ["clips.webp"]
+
+
+def test_animation_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "clips.webp"
+    pictures.save_animation(clips_of(1, 2), path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"clips\.webp: not written: No space left on device"):
+        pictures.save_animation(clips_of(2, 2), path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["clips.webp"]
+
+
+def test_steps_picture_is_a_column_per_step_and_a_row_per_resolution():
+    sizes = (16, 32, 64)
+    steps = list(zip(*(clips_of(1, 2, size, 2 * size)[0] for size in sizes), strict=True))
+    picture = pictures.steps_picture(steps, scale=2, padding=1, step_captions=("t = 1000", "t = 0"))
+    panel = picture[-(3 * 129 + 1) :, -(2 * 257 + 1) :]
+    for row, size in enumerate(sizes):
+        factor = 128 // size
+        for column in range(2):
+            top, left = 1 + 129 * row, 1 + 257 * column
+            shown = panel[top : top + 128, left : left + 256]
+            for corner in (0, factor - 1):
+                np.testing.assert_array_equal(shown[corner::factor, corner::factor], steps[column][row])
+    above, beside = picture[: -panel.shape[0]], picture[-panel.shape[0] :, : -panel.shape[1]]
+    assert text_lines(beside) == 3 and text_lines(above) == 1
+    grey = [tuple(image[..., :1] for image in step) for step in steps]
+    assert pictures.steps_picture(grey).shape == pictures.steps_picture(steps).shape
+
+
+def test_steps_that_are_no_picture_are_refused():
+    small, large, odd = (clips_of(1, 1, *size)[0, 0] for size in ((4, 4), (8, 8), (6, 4)))
+    for steps in ([], [()], [(small, large), (large, small)], [(small,), (small, large)]):
+        with pytest.raises(ValueError, match=r"steps_picture: found steps of images \[.*; give every step images"):
+            pictures.steps_picture(steps)
+    with pytest.raises(ValueError, match="steps_picture: 6 x 4 images do not enlarge to 8 x 8"):
+        pictures.steps_picture([(odd, large)])
+    with pytest.raises(ValueError, match="steps_picture: 4 x 4 images do not enlarge to 6 x 4"):
+        pictures.steps_picture([(small, odd)])
+    with pytest.raises(ValueError, match="steps_picture: 4 x 4 images do not enlarge to 8 x 6"):
+        pictures.steps_picture([(small, large[:, :6])])
+    with pytest.raises(ValueError, match="images: found float32"):
+        pictures.steps_picture([(small.astype(np.float32),)])
+
+
 def test_what_is_no_grid_is_refused():
     good = images_of((1, 2, 3))
     wrong = [good.astype(np.float32), good[0], good[..., :2], good[:0], good[:, :0]]

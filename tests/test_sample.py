@@ -75,7 +75,7 @@ def test_sample_i_does_not_depend_on_the_batch_size(drawn, params, mesh):
 
 def test_batches_are_cut_to_the_number_asked_for(drawn, params):
     generator, images = drawn
-    batches = list(generator.batches(params, 6))
+    batches = list(generator.batches(params, 6, "tests"))
     assert [len(batch) for batch in batches] == [4, 2]
     np.testing.assert_array_equal(np.concatenate(batches), images[:6])
 
@@ -103,8 +103,8 @@ def test_keys_and_labels_follow_the_index():
 def test_labels_reach_the_network(drawn, params):
     generator, images = drawn
     indices = dict.fromkeys(("top", "x"), np.arange(4))
-    np.testing.assert_array_equal(generator.draw(params, indices, np.array([0, 1, 2, 0], np.int32)), images[:4])
-    relabelled = np.asarray(generator.draw(params, indices, np.array([1, 1, 2, 0], np.int32)))
+    np.testing.assert_array_equal(generator.draw(params, indices, generator.given(range(4))), images[:4])
+    relabelled = np.asarray(generator.draw(params, indices, generator.given([1, 1, 2, 0])))
     assert difference(relabelled[0], images[0]) > 2
 
 
@@ -125,9 +125,9 @@ def fake_generator(batch_size, names=("z3", "z2", "x")):
     """Its images say which sample each level was given and which label: z3, z2, x (mod 251) and the label."""
     config = tiny_config(batch_size)
 
-    def draw(params, indices, labels):
+    def draw(params, indices, given):
         assert all(of_level.shape == (batch_size,) for of_level in indices.values())
-        parts = [indices[name] % 251 for name in names] + [labels]
+        parts = [indices[name] % 251 for name in names] + [given["label"]]
         return np.stack(parts, axis=1).astype(np.uint8).reshape(batch_size, 2, 2, 1)
 
     levels = tuple(types.SimpleNamespace(name=name) for name in names)
@@ -252,7 +252,7 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
         fingerprint = "fedcba9876543210"
 
     source = Images({"image": image} for image in images)
-    return Fake(config, levels, None, None, lambda params, keys, labels: images[np.asarray(labels)]), source
+    return Fake(config, levels, None, None, lambda params, keys, given: images[given["label"]]), source
 
 
 def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
@@ -307,7 +307,7 @@ def test_write_scores(tmp_path):
 
 def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):
     generator, source = fake_scoring(8, unguided=False)
-    monkeypatch.setattr(build_data, "latents", lambda config, workdir: (source, None))
+    monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (source, None))
     monkeypatch.setattr(sample, "restored", lambda config, workdir: (generator, None, 7))
     evaluate.evaluate(generator.config, str(tmp_path))
     assert json.loads((tmp_path / "scores.json").read_text())[0]["step"] == 7

@@ -8,6 +8,7 @@ import pytest
 
 from input_pipeline.sources import (
     FASHION_MNIST_CLASSES,
+    Cached,
     Digits,
     Idx,
     ImagesInMemory,
@@ -169,3 +170,34 @@ def test_part():
     for start, stop in ((0, 4), (1, 1), (-1, 2)):
         with pytest.raises(ValueError, match=f"no examples {start} to {stop} in a source of 3"):
             Part(in_memory(), start, stop)
+
+
+class Slow:
+    """Counts how often each record is read."""
+
+    def __init__(self):
+        self.reads, self.captions, self.fingerprint = [], ("a", "b"), "f"
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return {"image": np.full((1, 1, 1), index, np.uint8)}
+
+
+def test_a_cached_source_reads_each_record_once():
+    slow = Slow()
+    cached = Cached(slow)
+    for index in (1, 0, 1, 1):
+        record = cached[index]
+        assert record["image"][0, 0, 0] == index
+        record["image"] = None  # the caller's own dict
+    assert slow.reads == [1, 0] and len(cached) == 2
+    assert (cached.captions, cached.fingerprint) == (("a", "b"), "f")
+    with pytest.raises(AttributeError, match="'Slow' object has no attribute 'depth'"):
+        cached.depth  # noqa: B018
+    again = pickle.loads(pickle.dumps(cached))
+    assert again.fingerprint == "f" and len(pickle.dumps(cached)) == len(pickle.dumps(Cached(slow)))
+    again[1]
+    assert again.source.reads == [1, 0, 1] and slow.reads == [1, 0]

@@ -280,5 +280,5 @@ def test_a_deeper_run_takes_the_levels_of_a_shallower_one(tmp_path):
             train.fresh_state(bad)
         assert "\n" not in str(caught.value)
 
-    refused([("init_from.levels", ("x",))], ValueError, "has no ema/x/.*, which the model of this config needs")
+    refused([("init_from.levels", ("x",))], ValueError, "level x fits nowhere: no part of this config's network")
     refused([("init_from.path", str(tmp_path / "absent"))], FileNotFoundError, "give the --workdir of a run")

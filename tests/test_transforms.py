@@ -88,6 +88,17 @@ def test_random_flip_follows_the_generator():
     assert flips == [np.random.default_rng(seed).random() < 0.5 for seed in range(50)]
 
 
+def test_all_frames_of_a_clip_are_flipped_or_none():
+    clip = np.stack([noise(2, 3), 255 - noise(2, 3)])
+    flips = set()
+    for seed in range(20):
+        flipped = np.random.default_rng(seed).random() < 0.5
+        found = transforms.random_flip(clip, np.random.default_rng(seed))
+        np.testing.assert_array_equal(found, clip[:, :, ::-1] if flipped else clip)
+        flips.add(flipped)
+    assert flips == {True, False}
+
+
 def test_decoding_applies_the_exif_rotation():
     upright = noise(6, 4)
     exif = Image.Exif()
@@ -166,6 +177,24 @@ def test_transformed():
     assert source().fingerprint == center.fingerprint
 
 
+class Clips:
+    """Three frames of 6 x 8 pixels."""
+
+    num_classes, class_names, fingerprint, image_shape = 0, (), "f", (3, None, None, 3)
+
+    def __getitem__(self, index):
+        return {"image": np.stack([noise(6, 8), noise(6, 8)[::-1], 255 - noise(6, 8)]), "caption": "x"}
+
+
+@pytest.mark.parametrize("crop", ["center", "stretch"])
+def test_every_frame_of_a_clip_is_transformed_as_an_image(crop):
+    transformed = transforms.Transformed(Clips(), 4, crop, 1)
+    record = transformed[0]
+    assert record["caption"] == "x" and record["image"].shape == transformed.image_shape == (3, 4, 4, 1)
+    for found, frame in zip(record["image"], Clips()[0]["image"], strict=True):
+        np.testing.assert_array_equal(found, transforms.to_channels(transforms.CROPS[crop](frame, 4), 1))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -177,6 +206,21 @@ def test_transformed():
 def test_bad_transformations(options, message):
     with pytest.raises(ValueError, match=message):
         source(**options)
+
+
+def test_small_images_are_refused_or_enlarged_and_said_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(transforms.logging, "log_first_n", lambda level, text, n, *args: said.append((text % args, n)))
+    enlarged = source(image_size=7)  # of 6 x 8
+    assert enlarged[0]["image"].shape == (7, 7, 1)
+    assert said == [("image 0 is 6x8x3, smaller than 7: it is enlarged, others are too (said once)", 1)]
+    with pytest.raises(ValueError) as error:
+        source(image_size=7, small="refuse")[1]
+    message = "image 1 is 6x8x3, smaller than 7 (two: 2 images 6x8x3, 2 classes): remove it, or set data.small_images"
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert source(image_size=6, small="refuse")[0]["image"].shape == (6, 6, 1) and len(said) == 1
+    with pytest.raises(ValueError, match=r"small must be one of \['refuse', 'resize'\], found 'skip'"):
+        source(small="skip")
 
 
 def test_check_asks_the_source(monkeypatch):

@@ -9,7 +9,10 @@ import subprocess
 import sys
 
 from configs import common
-from tests.processes import ROOT, finish
+
+sys.path.insert(0, os.path.dirname(__file__))  # as a config of main.py; `tests` may be another package's
+
+from processes import ROOT, finish  # noqa: E402
 
 
 def get_config(arg=""):

