@@ -274,9 +274,11 @@ def phases(config) -> list[tuple[str, ConfigDict]]:
             name = str(changes.pop("name", ""))
             if not re.fullmatch(r"\w[\w.-]*", name) or name in [earlier for earlier, _ in result]:
                 raise ValueError(f"config.phases[{i}].name: {name!r} given; each needs a name of its own, such as s64")
-            for key in ("phases", "init_from", "latents_dir"):
-                if key in changes and (i or key != "init_from"):
-                    raise ValueError(f"config.phases[{i}].{key}: decided by the order of the phases; remove it here")
+            decided = [key for key in ("phases", "latents_dir") if key in changes]
+            if i and set(changes.get("init_from", ())) - {"weights"}:
+                decided.append("init_from")
+            if decided:
+                raise ValueError(f"config.phases[{i}].{decided[0]}: decided by the order of the phases; remove it here")
             override(phase, changes, f"phases[{i}]")
         if i:
             phase.init_from.update(path="", levels=(), phase=before)

@@ -21,9 +21,9 @@ def taken(config, path: str, abstract: Mapping) -> dict:
 
     abstract: {level: parameters}, the shapes and shardings wanted. Raises ValueError as `places` does.
     """
-    weights, shapes = config.init_from.weights, saved_shapes(path)
+    other, weights, shapes = read_config(path), config.init_from.weights, saved_shapes(path)
     donors = {name: within(shapes, f"{weights}/{name}/") for name in abstract}
-    found = places(config, read_config(path), donors, abstract, path)
+    found = places(config, other, donors, abstract, path)
     wanted = {weights: {name: subtree(abstract, place) for name, place in found.items()}}
     restored = restore_subtree(path, wanted)[weights]
     shown = ", ".join(f"{name} into {'/'.join(place)}" for name, place in found.items())
