@@ -137,12 +137,15 @@ def save_animation(clips, path, columns=None, scale=None, fps=8):
 
 
 def save_samples(path, images):
-    """Writes `images` uint8 [N, H, W, 1 or 3] as an .npz of arr_0 uint8 [N, H, W, 3], whole or not at all.
+    """Writes `images` uint8 [N, H, W, 1 or 3], or clips [N, T, H, W, 1 or 3], as an .npz of arr_0 uint8 with three
+    channels, whole or not at all.
 
     That is the sample file of guided-diffusion's evaluator; grey is repeated in the three channels. The array goes
     straight to the disk: 50,000 images of 256 x 256 are 9.8 GB, and are not copied in memory.
     """
-    images, path = _rgb(images), pathlib.Path(path)
+    images, path = np.asarray(images), pathlib.Path(path)
+    stills = images.reshape(-1, *images.shape[2:]) if images.ndim == 5 else images
+    images = _rgb(stills).reshape(*images.shape[:-1], 3)
     if path.suffix != ".npz":
         raise ValueError(f"{path}: samples are stored as .npz; give a name that ends so")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")

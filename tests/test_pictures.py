@@ -1,13 +1,15 @@
 """Pictures: every pixel of a grid, captions, curves by their figure, and files that are whole or absent."""
 
 import os
+import types
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nested import pictures
+from configs import common
+from nested import pictures, sample
 
 
 def images_of(values, height=4, width=6, channels=3):
@@ -331,3 +333,24 @@ def test_curves_are_rendered_as_a_png(tmp_path):
     assert min(picture.shape[:2]) > 400
     border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
     assert (border == 255).all()  # nothing, such as a wide legend, runs over the edge
+
+
+def test_samples_of_clips_keep_their_frames(tmp_path):
+    clips = np.random.default_rng(0).integers(0, 255, (3, 4, 5, 6, 1), dtype=np.uint8)
+    pictures.save_samples(tmp_path / "clips.npz", clips)
+    saved = np.load(tmp_path / "clips.npz")["arr_0"]
+    np.testing.assert_array_equal(saved, np.repeat(clips, 3, axis=-1))
+
+
+def test_pictures_of_clips_and_their_prompts(tmp_path):
+    """What sample.py writes of clips: rows of frames, an animation of all, a line per prompt."""
+    config = common.default()
+    config.sample.update(columns=2, scale=2)
+    generator = types.SimpleNamespace(config=config, prompts=("a cat", "a dog"))
+    clips = np.random.default_rng(0).integers(0, 255, (3, 4, 8, 8, 3), dtype=np.uint8)
+    paths = sample.save_pictures(generator, clips, str(tmp_path / "clips"))
+    assert [path.rpartition(".")[2] for path in paths] == ["png", "webp", "txt"]
+    assert (tmp_path / "clips.txt").read_text().splitlines() == ["0\ta cat", "1\ta dog", "2\ta cat"]
+    with Image.open(paths[1]) as animation:
+        assert animation.n_frames == 4
+    assert Image.open(paths[0]).height < Image.open(paths[1]).height * 3
