@@ -216,12 +216,15 @@ def train(config, workdir: str) -> None:
     phases = build.phases(config)
     for _, phase in phases:  # what is wrong in a late phase is said before the first one trains
         build.levels(phase)
-        opt.check_groups(build.optimizer(phase), abstract_state(phase).params)
+        build.optimizer(phase)
         build.check_batch(phase, partition.make_mesh(phase.train.mesh_data, phase.train.mesh_fsdp).size)
         build.check_init_from(phase)
         build.check_pictures(phase)
     if len(phases) > 1:
-        transfer.check_phases([(name, phase, abstract_state(phase).params) for name, phase in phases])
+        shapes = [(name, phase, abstract_state(phase).params) for name, phase in phases]
+        for _, phase, params in shapes:
+            opt.check_groups(build.optimizer(phase), params)
+        transfer.check_phases(shapes)
     for name, phase in phases:
         folder = phase_dir(workdir, name)
         if name and (latest_step(folder) or 0) >= phase.train.steps:
