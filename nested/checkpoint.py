@@ -10,7 +10,6 @@ atomic rename when all of it is on disk, so a run killed at any moment leaves wh
 Reading does not trust the disk. The newest checkpoint that is whole is used: a damaged one (interrupted copy, truncated
 file, flipped bits) is reported and the next older one taken. Orbax notices missing and truncated files but not flipped
 bits, hence the fingerprint: over the 32-bit words u_i of an array, in row-major order,
-
     sum_i u_i ((2654435761 i) | 1)  mod 2^32
 
 Odd weights make every single flipped bit show; integer sums are exact in any order, so the number does not depend on
@@ -211,8 +210,8 @@ class Preemption:
 
     with Preemption() as preemption: ... if preemption.should_stop(step): save, leave
 
-    One process: a handler notes the signal. Several: JAX's preemption service, which learns of a signal to any one of
-    them and names a step, not yet reached by any, at which all stop.
+    One process: a handler notes the signal. Several: JAX's preemption service, which learns of a signal to any one and
+    names a step, not yet reached by any, at which all stop.
     """
 
     def __init__(self):
@@ -272,7 +271,7 @@ def _read(folder, step, abstract, check_config):
     handler, abstract = ocp.PyTreeCheckpointHandler(), jax.tree.map(_with_sharding, abstract)
     state, failure = None, None
     try:
-        with _hushed_abandoned_reads():
+        with _hushed_abandoned_reads(folder):
             meta = ocp.JsonCheckpointHandler().restore(folder / "meta")
             saved_config, expected = meta["config"], meta["fingerprints"]
             saved = _by_name(handler.metadata(folder / "state").tree)
@@ -285,7 +284,7 @@ def _read(folder, step, abstract, check_config):
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
         try:
-            with _hushed_abandoned_reads():
+            with _hushed_abandoned_reads(folder):
                 state = handler.restore(folder / "state", args=arguments)
         except Exception as error:
             failure = _first_line(error)
@@ -298,9 +297,10 @@ def _read(folder, step, abstract, check_config):
 
 
 @contextlib.contextmanager
-def _hushed_abandoned_reads():
-    """A restore that fails leaves orbax's other reads unfinished, and python or asyncio reports each, whenever it dies,
-    in 60 lines. After a failure those, and only those, stay off the terminal: the reason is in our one line."""
+def _hushed_abandoned_reads(folder):
+    """After a failure the reads that orbax leaves unfinished stay off the terminal (python or asyncio would report each,
+    whenever it dies, in up to 60 lines): those that come from orbax's code, or name a file in `folder` (tensorstore's).
+    """
     report = sys.unraisablehook
 
     def hook(unraisable):
@@ -310,8 +310,9 @@ def _hushed_abandoned_reads():
 
     def keep(record):
         error = record.exc_info[1] if record.exc_info else None
-        frames = traceback.extract_tb(error.__traceback__) if error else ()
-        return not ("never retrieved" in record.getMessage() and any("orbax" in frame.filename for frame in frames))
+        frames = traceback.extract_tb(error and error.__traceback__)
+        ours = str(folder) in str(error) or any("orbax" in frame.filename for frame in frames)
+        return not (ours and "never retrieved" in record.getMessage())
 
     sys.unraisablehook = hook
     python_logging.getLogger("asyncio").addFilter(keep)
