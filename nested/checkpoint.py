@@ -298,9 +298,8 @@ def _read(folder, step, abstract, check_config):
 
 @contextlib.contextmanager
 def _hushed_abandoned_reads(folder):
-    """After a failure the reads that orbax leaves unfinished stay off the terminal (python or asyncio would report each,
-    whenever it dies, in up to 60 lines): those that come from orbax's code, or name a file in `folder` (tensorstore's).
-    """
+    """After a failure the reads that orbax leaves unfinished, which python or asyncio report in up to 60 lines when
+    they die, stay off the terminal: what comes from orbax's code, or names a file in `folder` (tensorstore's)."""
     report = sys.unraisablehook
 
     def hook(unraisable):

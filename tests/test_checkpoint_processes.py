@@ -73,7 +73,7 @@ run().restore(state)
 def abandon(error):                                # a future that nobody asks for its error
     asyncio.Future(loop=loop).set_exception(error)
 loop = asyncio.new_event_loop()
-abandon(ValueError(f'DATA_LOSS: Error reading "w7" in OCDBT database at local file "{sys.argv[1]}/checkpoints/2/state/"'))
+abandon(ValueError(f'DATA_LOSS: Error reading "w7" at local file "{sys.argv[1]}/checkpoints/2/state/"'))
 abandon(OSError("the user's file"))
 loop.close()
 
