@@ -15,12 +15,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "encode", "sample", "evaluate", "summary")
+MODES = ("train", "encode", "sample", "evaluate", "search", "neighbors", "compare", "summary")
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/, e.g. configs/imagenet_L3.py", lock_config=True)
 flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures, latents; shared by all hosts")
 flags.DEFINE_enum("mode", "train", MODES, "what to do")
-flags.DEFINE_integer("num_samples", 0, "sample: how many; 0: config.sample.num_samples")
+flags.DEFINE_integer("num_samples", 0, "sample, compare: how many; 0: config.sample.num_samples, config.sample.columns")
+flags.DEFINE_list("runs", [], "compare: folders of runs, DIR,DIR,...")
 flags.DEFINE_string("out", "", "sample: OUT.png and OUT.npz; summary: the JSON file")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; only where JAX cannot find out itself")
 flags.DEFINE_integer("num_processes", None, "number of processes; with --coordinator_address")
@@ -53,7 +54,7 @@ def start_jax(workdir: str) -> None:
 
 
 def run() -> None:
-    from nested import build, build_data, evaluate, sample, summary, train
+    from nested import build, build_data, compare, evaluate, neighbors, sample, search, summary, train
     from nested.files import check_writable
 
     config, mode = FLAGS.config, FLAGS.mode
@@ -64,14 +65,15 @@ def run() -> None:
         raise ValueError(f"--mode={mode} needs --workdir, the folder of the run")
     start_jax(FLAGS.workdir)  # first: a process that fails before it has met the others leaves them waiting
     workdir = str(check_writable(FLAGS.workdir))
-    if mode == "train":
-        train.train(config, workdir)
-    elif mode == "encode":
-        build_data.latents(config, workdir)
-    elif mode == "sample":
+    if mode == "sample":
         sample.sample(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out)
+    elif mode == "compare":
+        compare.compare(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
     else:
-        evaluate.evaluate(config, workdir)
+        dict(
+            train=train.train, encode=build_data.latents, evaluate=evaluate.evaluate, search=search.search,
+            neighbors=neighbors.neighbors,
+        )[mode](config, workdir)  # fmt: skip
 
 
 def is_ours(path: str) -> bool:

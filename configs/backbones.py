@@ -20,6 +20,10 @@ def uvit(variant: str = "", **changes) -> dict:
         num_heads=8,
         mlp_ratio=4,
         qkv_bias=False,
+        injection="append_tokens",  # append_tokens | deconv_concat: how coarser levels enter (CVPR | ICLR)
+        inject_every=0,  # deconv_concat: after every so many blocks, ICLR: 2
+        inject_layers=0,  # deconv_concat: linear layers at each place, ICLR: 2
+        empty="token",  # token | variable: what is learned in place of a dropped level
         time_mlp=False,
         skip=True,
         final_conv=True,
@@ -64,9 +68,25 @@ def dit(variant: str = "", **changes) -> dict:
     from nested.models.dit import VARIANTS
 
     options = dict(
-        name="dit", width=768, depth=12, num_heads=12, mlp_ratio=4, learn_variance=False, attention="xla"
+        name="dit",
+        width=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4,
+        tanh_gelu=True,
+        empty="variable",  # variable | token: what is learned in place of a dropped level
+        learn_variance=False,
+        attention="xla",
     )
     return changed("dit", options, VARIANTS[variant] if variant else {}, changes)
+
+
+def res_mlp(variant: str = "", **changes) -> dict:
+    """ResMLP's options: those of a named variant (nested/models/res_mlp.py VARIANTS), with changes."""
+    from nested.models.res_mlp import VARIANTS
+
+    options = dict(name="res_mlp", width=1536, depth=12, time_width=256, mid_width=1536, label_width=512)
+    return changed("res_mlp", options, VARIANTS[variant] if variant else {}, changes)
 
 
 def nested_unet(variant: str = "", preset: str = "paper", **changes) -> dict:

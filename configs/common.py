@@ -6,9 +6,32 @@ Any value can be overridden on the command line: --config.train.steps=100, --con
 
 from ml_collections import ConfigDict
 
-from configs.backbones import dit, hdit, nested_unet, net, uvit  # noqa: F401  configs use them as common.uvit(...)
+from configs.backbones import dit, hdit, nested_unet, net, res_mlp, uvit  # noqa: F401  configs use them as common.uvit(...)
 
 # U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
+
+
+def data_options() -> dict:
+    """config.data."""
+    return dict(
+        source="digits",  # digits | idx | image_folder | clip_folder | tfds | synthetic (random latents)
+        path="",
+        split="train",
+        num_classes=0,  # checked against the data; 0: unlabelled
+        image_size=0,  # centre crop and resize to this square; 0: as it is
+        small_images="resize",  # resize | refuse: images with a shorter side below image_size
+        channels=0,  # 1 grey, 3 RGB, 0: as it is
+        cache=False,  # keep images in memory as they are read (each process its own): for small folders
+        frames=16,  # clip_folder: frames of a clip, every frame_stride-th of the file
+        frame_stride=4,
+        max_bad_images=0,  # image_folder, clip_folder: files that cannot serve beyond this number are an error
+        check=True,  # folders of pixels: every file is read once before training; False for millions
+        num_examples=0,  # synthetic: how many
+        flip=False,  # mirror training images with probability 1/2 (augment_prob does that too, and says so)
+        augment_prob=0.0,  # non-leaking augmentation of training images; the backbone is told of it
+        downsampling="average",  # average | bilinear: how coarser resolutions of pixels are made
+        holdout=0,  # so many records, evenly spaced, are kept out of training, for the validation loss
+    )
 
 
 def default() -> ConfigDict:
@@ -16,25 +39,7 @@ def default() -> ConfigDict:
     return ConfigDict(
         dict(
             seed=0,
-            data=dict(
-                source="digits",  # digits | idx | image_folder | clip_folder | tfds | synthetic (random latents)
-                path="",
-                split="train",
-                num_classes=0,  # checked against the data; 0: unlabelled
-                image_size=0,  # centre crop and resize to this square; 0: as it is
-                small_images="resize",  # resize | refuse: images with a shorter side below image_size
-                channels=0,  # 1 grey, 3 RGB, 0: as it is
-                cache=False,  # keep images in memory as they are read (each process its own): for small folders
-                frames=16,  # clip_folder: frames of a clip, every frame_stride-th of the file
-                frame_stride=4,
-                max_bad_images=0,  # image_folder, clip_folder: files that cannot serve beyond this number are an error
-                check=True,  # folders of pixels: every file is read once before training; False for millions
-                num_examples=0,  # synthetic: how many
-                flip=False,  # mirror training images with probability 1/2 (augment_prob does that too, and says so)
-                augment_prob=0.0,  # non-leaking augmentation of training images; the backbone is told of it
-                downsampling="average",  # average | bilinear: how coarser resolutions of pixels are made
-                holdout=0,  # the last records are kept out of training, for the validation loss
-            ),
+            data=data_options(),
             latents_dir="",  # "": WORKDIR/latents
             encoder=dict(
                 name="efficientnet_lite0",
@@ -43,7 +48,9 @@ def default() -> ConfigDict:
                 map="stage4",  # which feature map is stored: stage4 | stage6 | head
                 features=("map",),  # of crops1, crops2, crops4 (one vector per crop) and map
                 components=64,  # leading SVD components stored per feature
-                fit_images=0,  # images the SVD basis is fitted on; 0: all of them
+                svd="shared",  # shared by positions | per_position | none (channels as the encoder gives them)
+                center=True,  # the SVD is of features about their mean
+                fit_images=32768,  # images, evenly spaced, the SVD basis is fitted on; 0: all, each encoded twice
                 batch_size=64,
                 shard_images=4096,
             ),
@@ -57,11 +64,14 @@ def default() -> ConfigDict:
             ),
             codec=dict(name="pixels", patch=2, channels=4),  # pixels | patch_pca: the finest level's space
             hierarchy=dict(
+                preset="",  # cvpr | iclr: the options must be those of that paper (nested/presets.py); "": any
                 conditioning="all_higher",  # all_higher (CVPR) | next_higher (Markovian)
                 cond_drop=0.1,
                 drop_mode="joint",  # joint | independent
                 # Sampling shows finer levels z + (t/T)^(gamma/2) sigma n: infinity is no noise (CVPR Sec. 4.2).
                 noise_gamma=float("inf"),
+                noise_scale="variance",  # variance: as above | std: z + (t/T)^gamma sigma n (Table 3's caption)
+                noise_resample=False,  # n drawn anew at every evaluation, not once per sample
                 # sigma: finer levels see z + sigma n. diffused: a cascade's noise augmentation, at a level uniform in
                 # 0 ... 1000 of the level's own schedule; in sampling at cond_level (Saharia et al., Imagen).
                 cond_noise="sigma",
@@ -124,9 +134,11 @@ def default() -> ConfigDict:
                 num_reference=10000,
                 input_size=64,
                 unguided=True,
-                sweep="",  # an option, such as guidance or hierarchy.cond_level: scored at each of sweep_values
-                sweep_values=(),
+                sweep=(),  # (option, values) pairs: every combination is scored, as (("guidance", (0, 1)),)
+                memorization=0,  # so many samples beside their nearest training images; 0: none
+                neighbors=dict(queries=4, nearest=8, k=20),  # of the mode neighbors; k: of its k-NN accuracy
             ),
+            search=dict(sigmas=(0.0, 0.5, 1.0)),  # of the mode search: tried at every level (nested/search.py)
         )
     )
 
@@ -161,12 +173,15 @@ def level(
     process: dict | None = None,
     sampler: dict | None = None,
     threshold: str = "none",
+    standardize: str = "channel",
 ) -> ConfigDict:
-    """One level. source: pixels | patch_pca | map | crops1 | crops2 | crops4 (where its variable comes from).
+    """One level. source: where its variable comes from: pixels | patch_pca | map | mapN (pooled to N x N before the
+    SVD) | crops1 | crops2 | crops4 | codec | codecN (of the codec's latents, not the encoder's).
 
     shape: (h, w, c), of clips (frames, h, w, c), or a tuple of them, coarse to fine: resolutions diffused together.
     patch_size: of the backbone's tokens; None for nested_unet, which has none.
     sigma: the noise on this level's variable where it conditions a finer level (the paper's sigma_l).
+    standardize: channel (over the data set) | sample (over each image's own numbers, RCG) | none.
     """
     return ConfigDict(
         dict(
@@ -174,6 +189,7 @@ def level(
             source=source,
             shape=shape,
             sigma=sigma,
+            standardize=standardize,
             guidance=guidance,
             threshold=threshold,  # none | static | dynamic | dynamic_100 | deepfloyd: limit on x0 while sampling
             loss_weight=1.0,
@@ -186,11 +202,37 @@ def level(
     )
 
 
+def pooled_levels(shapes: tuple, backbone: dict, sigma: float, features: str = "map", **how) -> tuple[ConfigDict, ...]:
+    """The draft's semantic levels, coarse to fine: one feature map pooled to each of `shapes` (side, side, channels),
+    then the SVD. features: map, or codec for its latents (the VAE ablation), whose channels cut those of the shapes."""
+    return tuple(
+        level(f"z{side}x{side}", f"{features}{side}", (side, side, channels), 1, sigma=sigma, backbone=backbone, **how)
+        for side, _, channels in shapes
+    )
+
+
+def synthetic(config: ConfigDict, num_examples: int) -> ConfigDict:
+    """The config on random latents, which have no images to draw or score."""
+    config.data.update(source="synthetic", num_examples=num_examples)
+    config.train.sample_every = config.sample.num_samples = 0
+    config.evaluate.num_samples = config.evaluate.memorization = 0
+    return config
+
+
+def use_preset(config: ConfigDict, name: str) -> None:
+    """Sets hierarchy.preset and the options that it means (nested/presets.py), also those of every level's network."""
+    from nested import presets
+
+    config.hierarchy.update(preset=name, **presets.HIERARCHY[name])
+    for level in config.levels:
+        level.backbone.update(presets.BACKBONE[name])
+
+
 def sd_process(parameterization: str = "eps") -> dict:
     """Stable Diffusion's scaled-linear betas, 1,000 discrete steps; eps as in U-ViT's H and COCO configs, or v, which
     learns the high noise levels sooner and suits short runs."""
     return dict(
-        schedule="sd_scaled_linear",  # sd_scaled_linear | linear_vp | cosine | cosine_log_snr | ddpm_linear
+        schedule="sd_scaled_linear",  # or ldm_linear | linear_vp | cosine | cosine_log_snr | ddpm_linear
         parameterization=parameterization,  # eps | v | x0 | edm: what the network predicts
         loss_space=parameterization,  # where its squared error is taken
         weighting="uniform",

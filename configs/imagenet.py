@@ -39,6 +39,7 @@ def get_config(arg: str = "L3"):
         map="last",
         features=("crops1", "crops2", "crops4", "map"),
         components=256,
+        fit_images=131_072,
     )
     config.codec.update(name="sd_vae", patch=8, channels=4)
     backbone = common.uvit("base", depth=16 if args[0] == "L1_wide" else 12)
@@ -50,6 +51,7 @@ def get_config(arg: str = "L3"):
         if name in names
     ) + (common.level("x", "sd_vae", (32, 32, 4), 2, backbone=backbone),)
     guidance = common.decaying_guidance(depth) if conditional else (0.0,) + (0.8,) * (depth - 1)
+    common.use_preset(config, "cvpr")
     for level, weight in zip(config.levels, guidance, strict=True):
         level.guidance = weight
     config.hierarchy.label_levels = tuple(level.name for level in config.levels) if conditional else ()
@@ -66,8 +68,4 @@ def get_config(arg: str = "L3"):
     config.optimizer.update(learning_rate=2e-4, warmup_steps=5000, b1=0.99, b2=0.99, weight_decay=0.03)
     config.sample.batch_size = 1024
     config.evaluate.update(num_samples=50_000, num_reference=50_000)
-    if args[2] == "synthetic":
-        config.data.update(source="synthetic", num_examples=100_000)
-        config.train.update(sample_every=0)
-        config.sample.num_samples = config.evaluate.num_samples = 0
-    return config
+    return common.synthetic(config, 100_000) if args[2] == "synthetic" else config

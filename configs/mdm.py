@@ -13,7 +13,7 @@ released (ml-mdm's cc12m_*.yaml: projection to 2048, no such layers, cross-atten
 steps: CC12M 64 / 256 / 1024 px 2048 / 1024 / 768, 500k / 500k / 100k; ImageNet 512 / 256, 300k / 500k; video 2048 /
 512 / 128, 500k / 500k / 300k. Ablations: --config.phases[0].train.steps (Fig. 8a, where progression starts), the
 architecture (8b, how many nests), --config.levels[0].leaf_weights="(0.0, 1.0)" (Fig. 4, the finest loss alone),
---config.evaluate.sweep=guidance (8c).
+--config.evaluate.sweep='(("guidance", (0.0, 0.2, 0.5)),)' (8c).
 
 Published: ImageNet-256 FID-50k 8.92, guided (scale 1.2, here guidance .2) 6.62; COCO zero-shot FID-30k 18.35, guided
 (1.35) 13.43. S64 takes 190 to 193 GMACs per image, S64S256 302 to 305, S64S256S1024 517 to 520.

@@ -7,8 +7,8 @@ simple_nested   S64S256 with the loss at 256 px alone; the inner net sees featur
                 own outputs are not trained: the paper does not say what its inputs were
 cascaded        S64, then that UNet given the 64 px image, enlarged, noised at a random level of the same schedule and
                 told which (Saharia 2022): two levels of a hierarchy. --config.hierarchy.cond_level is the level in
-                sampling, --mode=evaluate --config.evaluate.sweep=hierarchy.cond_level
-                --config.evaluate.sweep_values="(1, 100, 500, 700, 1000)" the paper's comparison (500 to 700 were best)
+                sampling; the paper's comparison (500 to 700 were best) is --mode=evaluate
+                --config.evaluate.sweep='(("hierarchy.cond_level", (1, 100, 500, 700, 1000)),)'
 latent_f4       S64 on the 64x64x3 latents of an f4 autoencoder
 latent_f8       S64 on 32x32x4 latents, whose first resampling does not halve (resolutions 32, 32, 16), FLAN-T5 text
 

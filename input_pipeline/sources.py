@@ -293,32 +293,31 @@ class Cached:
 
 @dataclass(frozen=True)
 class Part:
-    """The examples start, ..., stop - 1 of a source, as a source: training without the held-out records.
+    """The examples of a source with these numbers [n], as a source: training without the held-out records.
 
-    Raises: ValueError (one line) where the part is empty or not within the source.
+    Raises: ValueError (one line) where there are none, or a number is not one of the source's.
     """
 
     source: Source
-    start: int
-    stop: int
+    numbers: np.ndarray
 
     def __post_init__(self):
-        if not 0 <= self.start < self.stop <= len(self.source):
-            raise ValueError(f"no examples {self.start} to {self.stop} in a source of {len(self.source)}")
+        if not len(self.numbers) or min(self.numbers) < 0 or max(self.numbers) >= len(self.source):
+            raise ValueError(f"{len(self.numbers)} examples asked for, not all of them in 0 to {len(self.source) - 1}")
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return self.source[self.start + index]
+        return self.source[int(self.numbers[index])]
 
     @property
     def captions(self) -> tuple[str, ...] | None:
         """The source's, without decoding, where it has them at hand."""
         found = getattr(self.source, "captions", None)
-        return None if found is None else found[self.start : self.stop]
+        return None if found is None else tuple(found[int(i)] for i in self.numbers)
 
     def describe(self) -> str:
-        return f"examples {self.start} to {self.stop} of {self.source.describe()}"
+        return f"{len(self):,} examples of {self.source.describe()}"

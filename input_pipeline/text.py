@@ -169,6 +169,41 @@ class Tokenized(_WithText):
         return f"{self.source.describe()}, captions of at most {self.tokenize.max_tokens} tokens"
 
 
+@dataclass(frozen=True, eq=False)
+class Captioned:
+    """Records without captions, such as encoded latents, with "caption" of the images that they were made from.
+
+    captions: one per record, in order. ValueError where there are more or fewer.
+    """
+
+    source: Source
+    captions: Sequence[str]
+
+    def __post_init__(self):
+        if len(self.captions) != len(self.source):
+            raise ValueError(
+                f"{len(self.captions)} captions for {len(self.source)} records ({self.source.describe()}): they must "
+                "be of the same images; encode them again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.source[index], "caption": self.captions[index]}
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of((self.source.fingerprint, *self.captions))
+
+    def describe(self) -> str:
+        return f"{self.source.describe()}, with captions"
+
+
 # --- stored features ---------------------------------------------------------------------------------------------
 
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nested import hierarchy
+from nested import hierarchy, presets
 from nested import optimizer as opt
 from nested.build_process import THRESHOLDS, build_process, choose, construct, is_joint, sampler
 from nested.models.dit import DiT
 from nested.models.hdit import HDiT
 from nested.models.nested_unet import NestedUNet, nets
+from nested.models.res_mlp import ResMLP
 from nested.models.uvit import UViT
 
 # Parts of a config that decide what a train state is: a checkpoint made with others is refused.
@@ -25,7 +26,11 @@ STATE_KEYS = (
     "seed", "levels", "hierarchy", "train_levels", "optimizer", "data", "encoder", "codec", "text", "init_from"
 )  # fmt: skip
 
-BACKBONES = {"uvit": UViT, "hdit": HDiT, "dit": DiT, "nested_unet": NestedUNet}
+BACKBONES = {"uvit": UViT, "hdit": HDiT, "dit": DiT, "nested_unet": NestedUNet, "res_mlp": ResMLP}
+TEXT = {  # what a network that takes text is told of its encoder
+    NestedUNet: lambda text: dict(text_width=text.width),
+    UViT: lambda text: dict(text_dim=text.width, text_tokens=text.max_tokens),
+}
 CONDITIONINGS = {
     "all_higher": lambda coarser: tuple(coarser),
     "next_higher": lambda coarser: tuple(coarser[-1:]),
@@ -64,6 +69,12 @@ def levels(config, null_text=None) -> tuple[hierarchy.Level, ...]:
         )
     if not config.text.encoder and (config.sample.prompts or config.sample.negative_prompt):
         raise ValueError("config.sample.prompts and negative_prompt need text: set config.text.encoder and text_levels")
+    if math.isinf(some.noise_gamma) and (some.noise_scale != "variance" or some.noise_resample):
+        raise ValueError(
+            f"config.hierarchy.noise_scale {some.noise_scale!r}, noise_resample {some.noise_resample}: with gamma "
+            "infinity conditions are shown without noise; set them to 'variance' and False, or give a noise_gamma"
+        )
+    presets.check(config)
     if not 0 <= some.cond_drop < 1:
         raise ValueError(f"config.hierarchy.cond_drop: found {some.cond_drop}, expected a number in [0, 1)")
     if null_text is None:
@@ -122,6 +133,8 @@ def build_level(config, i: int, null_text) -> hierarchy.Level:
         drop_mode=config.hierarchy.drop_mode,
         guidance=float(options.guidance),
         noise_gamma=float(config.hierarchy.noise_gamma),
+        noise_scale=config.hierarchy.noise_scale,
+        noise_resample=config.hierarchy.noise_resample,
         threshold=functools.partial(threshold, scales=scales) if threshold and scales else threshold,
         inputs=inputs(config, options, key),
         null_text=null_text if text else None,
@@ -204,11 +217,12 @@ def backbone(config, options, seen, num_classes: int, text: bool, key: str):
         dtype=choose("train.dtype", config.train.dtype, DTYPES),
         remat=config.train.remat,
     )
-    if kind is NestedUNet:
-        derived |= dict(text_width=config.text.width if text else 0)
-        given["nets"] = construct(f"{key}.backbone.nets", nets, dict(options=given["nets"]), {})
-    elif text:
+    if text and kind not in TEXT:
         raise ValueError(f"config.hierarchy.text_levels: {key}.backbone {options.backbone.name!r} does not take text")
+    if kind in TEXT:
+        derived |= {name: value if text else 0 for name, value in TEXT[kind](config.text).items()}
+    if kind is NestedUNet:
+        given["nets"] = construct(f"{key}.backbone.nets", nets, dict(options=given["nets"]), {})
     return construct(f"{key}.backbone", kind, given, derived)
 
 

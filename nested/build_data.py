@@ -21,12 +21,13 @@ from nested import latents as latents_
 from nested import text as text_store
 from nested.build import as_shape
 from nested.build_process import choose, construct, is_joint
-from nested.encoders import efficientnet
+from nested.encoders import efficientnet, grids
 from nested.encoders import text as text_encoders
 from nested.files import atomic_write
 
 ENCODERS = {"efficientnet_lite0": efficientnet.load}
-PUBLISHED = ("mocov3_vitb16", "sd_vae")  # frozen networks of the papers, which come with the published weights
+# Frozen networks of the papers, which come with the published weights.
+PUBLISHED = ("mocov3_vitb16", "clip_vitb16", "mae_vitb16", "dino_vitb16", "sd_vae", "clip_vitl14")
 
 
 def digits(data):
@@ -79,18 +80,17 @@ def images(config):
 
 
 def encoder(config):
-    """The frozen encoder of config.encoder."""
+    """The frozen encoder of config.encoder, for those features that are not made of the codec's latents."""
     options = config.encoder
     check_published(config)
     load = choose("encoder.name", options.name, ENCODERS)
-    return load(
-        options.weights, input_size=options.input_size, map=options.map, vector="pool", features=tuple(options.features)
-    )
+    features = tuple(name for name in options.features if not grids.of_codec(name))
+    return load(options.weights, input_size=options.input_size, map=options.map, vector="pool", features=features)
 
 
 def check_published(config) -> None:
     """ValueError where the config asks for a network that comes with the published weights."""
-    for part in (config.encoder.name, config.codec.name):
+    for part in (config.encoder.name, config.codec.name, config.text.encoder):
         if part in PUBLISHED:
             raise ValueError(
                 f"config: {part!r} comes with the published weights, not part of this version; --mode=summary and "
@@ -111,7 +111,8 @@ def wanted(config) -> tuple[latents_.LevelSource, ...]:
     """Where every level's variable comes from."""
     downsampling = config.data.downsampling
     return tuple(
-        latents_.LevelSource(level.name, level.source, as_shape(level.shape), downsampling) for level in config.levels
+        latents_.LevelSource(level.name, level.source, as_shape(level.shape), downsampling, level.standardize)
+        for level in config.levels
     )
 
 
@@ -156,20 +157,30 @@ def latents(config, workdir: str, text: "Text | None" = None):
         check_once(config, source, workdir)
         if not config.text.encoder:
             return sources.Fields(source, ("label", "image")), made
-        return with_text(config, source, (text or load_text(config)).encoder, workdir), made
-    if config.text.encoder:
-        check_published(config)
+        return with_text(config, source, ("label", "image"), text, workdir), made
+    if config.text.encoder and config.data.max_bad_images:
         raise ValueError(
-            f"config.text.encoder {config.text.encoder!r}: text goes with levels of pixels only, not with encoded ones "
-            f"({', '.join(level.name for level in config.levels if level.source != 'pixels')}); set it to ''"
+            f"config.data.max_bad_images {config.data.max_bad_images} with captions and encoded levels: the image that "
+            "takes a bad one's place would keep the bad one's caption; set it to 0 and remove the files that it names"
         )
+    result, directory = encoded(config, workdir)
+    fields = ("label", *result.fields)
+    source = records.LatentRecords(directory, fields)
+    if not config.text.encoder:
+        return source, result
+    captioned = captions.Captioned(source, captions.captions(images(config)))
+    return with_text(config, captioned, fields, text, workdir), result
+
+
+def encoded(config, workdir: str):
+    """(Latents, directory) of levels that are encoded, which is done first where it has not been."""
     directory = encode_images(config, workdir)
     result = latents_.read(directory, wanted(config))
     report = result.report({level.name: float(level.sigma) for level in config.levels[:-1]})
     logging.info("levels, coarse to fine:\n%s", latents_.format_report(report))
     if jax.process_index() == 0:
         atomic_write(os.path.join(workdir, "levels.json"), json.dumps(report, indent=2) + "\n")
-    return records.LatentRecords(directory, ("label", *result.fields)), result
+    return result, directory
 
 
 def check_once(config, source, workdir: str) -> None:
@@ -183,9 +194,11 @@ def check_once(config, source, workdir: str) -> None:
 
 def decoder(config, workdir: str):
     """The Latents for sampling, which needs no data where the variables are the images themselves."""
-    if config.data.source != "synthetic" and images_only(config):
+    if config.data.source == "synthetic":
+        return latents(config, workdir)[1]
+    if images_only(config):
         return latents_.of_images(wanted(config), finest_shape(config))
-    return latents(config, workdir)[1]
+    return encoded(config, workdir)[0]
 
 
 def finest_shape(config) -> tuple[int, ...]:
@@ -223,6 +236,7 @@ def load_text(config) -> Text | None:
     options = config.text
     if not options.encoder or config.data.source == "synthetic":
         return None
+    check_published(config)
     encoder = text_encoders.load(options.encoder, options.weights, options.max_tokens)
     if encoder.width != options.width:
         raise ValueError(
@@ -232,8 +246,10 @@ def load_text(config) -> Text | None:
     return Text(dataclasses.replace(encoder, params=jax.device_put(encoder.params)))
 
 
-def with_text(config, source, encoder: text_encoders.TextEncoder, workdir: str):
-    """The source with text: features made once and stored below the latents' directory, or tokens to encode later."""
+def with_text(config, source, fields: tuple[str, ...], text: "Text | None", workdir: str):
+    """Those fields of the source and its text: features made once and stored below the latents' directory, or tokens to
+    encode later. text: the run's encoder, loaded here where it is None."""
+    encoder = (text or load_text(config)).encoder
     texts = captions.captions(source)  # before the first step: those that are missing are counted and named
     if config.text.stored:
         directory = os.path.join(latents_dir(config, workdir), "text")
@@ -241,12 +257,9 @@ def with_text(config, source, encoder: text_encoders.TextEncoder, workdir: str):
             text_store.store(encoder, texts, directory, config.text.batch_size)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("text features stored")
-        return sources.Fields(
-            captions.StoredText(source, directory, encoder.fingerprint), ("label", "image", "text", "text_mask")
-        )
-    return sources.Fields(
-        captions.Tokenized(source, encoder.tokenize), ("label", "image", "text_ids", "text_mask")
-    )
+        stored = captions.StoredText(source, directory, encoder.fingerprint)
+        return sources.Fields(stored, (*fields, "text", "text_mask"))
+    return sources.Fields(captions.Tokenized(source, encoder.tokenize), (*fields, "text_ids", "text_mask"))
 
 
 def some_captions(config, number: int) -> tuple[str, ...]:
@@ -301,17 +314,23 @@ def encode_images(config, workdir: str) -> str:
     return directory
 
 
-def split(config, source):
-    """(records to train on, this process's rows of the held-out batch or None)."""
-    held_out = config.data.holdout
-    if not held_out:
-        return source, None
-    if held_out >= len(source) or held_out % jax.process_count():
+def held_out(config, number: int) -> np.ndarray:
+    """Which of `number` records are not trained on: config.data.holdout of them, evenly spaced, as folders are sorted
+    by class."""
+    wanted = config.data.holdout
+    if wanted >= number or wanted % jax.process_count():
         raise ValueError(
-            f"config.data.holdout {held_out} of {len(source)} records: keep it below that and a multiple of the "
+            f"config.data.holdout {wanted} of {number} records: keep it below that and a multiple of the "
             f"{jax.process_count()} process(es)"
         )
-    training = sources.Part(source, 0, len(source) - held_out)
-    rows = held_out // jax.process_count()
-    first = len(source) - held_out + rows * jax.process_index()
-    return training, loader.collate([source[i] for i in range(first, first + rows)])
+    return (2 * np.arange(wanted) + 1) * number // (2 * max(wanted, 1))
+
+
+def split(config, source):
+    """(records to train on, this process's rows of the held-out batch or None)."""
+    chosen = held_out(config, len(source))
+    if not len(chosen):
+        return source, None
+    training = sources.Part(source, np.setdiff1d(np.arange(len(source)), chosen))
+    rows = np.split(chosen, jax.process_count())[jax.process_index()]
+    return training, loader.collate([source[int(i)] for i in rows])

@@ -12,6 +12,7 @@ from nested import denoiser, process, samplers, schedules, sigma_samplers
 
 SCHEDULES = {
     "sd_scaled_linear": schedules.sd_scaled_linear,
+    "ldm_linear": schedules.ldm_linear,
     "cosine": schedules.cosine,
     "cosine_log_snr": schedules.cosine_log_snr,
     "ddpm_linear": schedules.ddpm_linear,

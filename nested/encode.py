@@ -7,6 +7,11 @@ Two passes (raw 14x14x768 features of ImageNet would be 385 GB):
        second moments between positions        statistics/moments-00003-of-00012.npz
        merged                                  statistics.npz, latents.json
 
+Pass 2 reads raw features of pass 1 from memory while they fit (FEATURE_CACHE_BYTES); beyond that an image of the
+basis' fit goes through the encoder twice, so for large data encoder.fit_images should be a few per cent of them, and
+encoding runs at about the encoder's own rate. The device works on a batch while the host reads the next one and packs
+and writes the one before.
+
 Shards are the unit of work: shard i belongs to process i % process_count; a finished file is kept, a half-written one
 never has its final name (input_pipeline/latents.py, nested/files.py); what a shard holds depends on the shard alone.
 So a killed run resumes, and any number of processes writes the same bytes. encoding.json, written first, says what the
@@ -17,8 +22,10 @@ import collections
 import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
 import math
+import time
 
 import jax
 import numpy as np
@@ -26,12 +33,12 @@ from absl import logging
 
 from input_pipeline import latents as records
 from nested import encoding
-from nested.encoders import compress
+from nested.encoders import compress, grids
 from nested.files import atomic_write, check_writable
 from nested.writers import Progress
 
 FEATURE_CACHE_BYTES = 1 << 29  # raw features of pass 1 kept for pass 2, so that small data are encoded once
-READ_THREADS = 8
+READ_THREADS, READ_AHEAD = 8, 2  # batches are read while the ones before them are encoded
 BITS_AT = (0.5, 1.0)
 
 
@@ -50,13 +57,14 @@ def encode(source, encoder, config, codec, latents_dir, *, process_index=0, proc
     if encoding.complete(job):
         return json.loads(job.index.read_text())
     source.check()  # a folder's unreadable files are all found, named and counted before the work begins
-    cache = {}
+    cache, began, seen = {}, time.monotonic(), 0
     if not job.bases.exists():
-        _covariances(job, cache)
+        seen = _covariances(job, cache)
         if process_index == 0:
             _fit_bases(job)
         encoding.wait(job, [job.bases], "the SVD bases (process 0)")
-    _project(job, encoding.load(job.bases, compress.Basis), cache)
+    written, again = _project(job, encoding.load(job.bases, compress.Basis), cache)
+    _say_rate(written, seen + again if job.asked else 0, time.monotonic() - began)
     if process_index == 0:
         encoding.wait(job, [job.sidecar("moments", i) for i in range(job.num_shards)], "every shard")
         _finish(job)
@@ -64,80 +72,119 @@ def encode(source, encoder, config, codec, latents_dir, *, process_index=0, proc
     return json.loads(job.index.read_text())
 
 
+def _say_rate(written, seen, seconds):
+    """What this process has done, and what it could have saved. seen: images that went through the encoder."""
+    if written:
+        hint = "; a smaller encoder.fit_images saves time" if seen > 1.4 * written else ""
+        times = f"each went through the encoder {seen / written:.2f} times{hint}"
+        logging.info("encoded %s images, %.1f images/s: %s", f"{written:,}", written / seconds, times)
+
+
 # --- pass 1 ------------------------------------------------------------------------------------------------------
 
 
 def _covariances(job, cache):
-    """The sums of this process's shards. Raw features stay in `cache` {shard: [features of a batch]} while they fit."""
-    shards = [i for i in job.mine if i < job.fit_shards and not job.sidecar("covariance", i).exists()]
-    done, progress = 0, Progress("images, statistics", sum(job.span(i)[1] - job.span(i)[0] for i in shards))
+    """The sums of this process's shards of the fit; returns how many images the encoder saw. Raw features stay in
+    `cache` {shard: [features of a batch]} while they fit."""
+    shards = [i for i in job.mine if i in job.fit_shards and not job.sidecar("covariance", i).exists()]
     bytes_per_image = 4 * sum(math.prod(job.grids[name]) for name in job.stored)
-    room = FEATURE_CACHE_BYTES
+    room, spans = FEATURE_CACHE_BYTES, {}
     for shard in shards:
         start, stop = job.span(shard)
         room -= bytes_per_image * (stop - start)
-        streams, kept = collections.defaultdict(compress.CovarianceStream), []
-        for first, images, labels in _batches(job, shard):
+        spans[shard] = (start, stop if room >= 0 else start + job.fit_shards[shard])
+        if room >= 0:
+            cache[shard] = []
+    total = sum(stop - start for start, stop in spans.values())
+    done, progress = 0, Progress("images, statistics", total)
+    for shard, (start, stop) in spans.items():
+        fit_stop = start + job.fit_shards[shard]
+        streams = {name: compress.CovarianceStream(job.per_position(name)) for name in job.grids}
+
+        def begin(batch, fit_stop=fit_stop, streams=streams):
+            first, images, labels = batch
             features = _features(job, images)
-            fitted = min(len(labels), job.fit_images - first)
-            for name, x in features.items() if fitted > 0 else ():
-                _refuse(~streams[name].add(x, fitted), first, f"NaN or infinity in feature {name!r}")
-            if room >= 0:
-                kept.append({name: np.asarray(features[name]) for name in job.stored})
+            fitted = min(len(labels), fit_stop - first)
+            finite = {name: streams[name].add(x, fitted) for name, x in features.items() if fitted > 0}
+            return features, finite
+
+        for (first, _, labels), (features, finite) in _one_ahead(_batches(job, start, stop), begin):
+            for name, images_finite in finite.items():
+                _refuse(~np.asarray(images_finite), first, f"NaN or infinity in feature {name!r}")
+            if shard in cache:
+                cache[shard].append({name: np.asarray(features[name]) for name in job.stored})
             done += len(labels)
             progress.update(done)
         encoding.save(job.sidecar("covariance", shard), {name: stream.result() for name, stream in streams.items()})
-        if room >= 0:
-            cache[shard] = kept
+    return total
 
 
 def _fit_bases(job):
     """Process 0: merges the shards' covariances in order, and writes the bases."""
-    paths = [job.sidecar("covariance", i) for i in range(job.fit_shards)]
+    paths = [job.sidecar("covariance", i) for i in job.fit_shards]
     encoding.wait(job, paths, "the statistics of all shards")
-    components = {name: shape[2] for name, shape in job.stored.items()} | {"patches": job.codec.channels}
     totals = encoding.merged(paths, compress.Covariance)
-    bases = {name: compress.fit_basis(total, components[name]) for name, total in totals.items()}
+    bases = {}
+    if "patches" in totals:
+        bases["patches"] = compress.fit_basis(totals["patches"], job.codec.channels)
+    for name in job.stored:
+        if grids.of_codec(name):
+            codec = compress.PatchPCA.from_basis(bases["patches"], job.codec.patch, job.codec.channels)
+            latents = codec.mean.astype(np.float64), codec.vectors.astype(np.float64) * codec.scale
+            bases[name] = _fit(job, totals[name].through(*latents)).after(*latents)
+        else:
+            bases[name] = _fit(job, totals[name])
     for name, basis in bases.items():
         share = 100 * basis.explained_variance()[-1]
-        logging.info("%s: %d of %d channels explain %.1f %%", name, components[name], len(basis.mean), share)
+        kept, channels = basis.components, basis.variances.shape[1]
+        logging.info("%s: %d of %d channels explain %.1f %%", name, kept, channels, share)
     encoding.save(job.bases, bases)
+
+
+def _fit(job, covariance):
+    if job.config.svd == "none":
+        return compress.identity_basis(covariance)
+    return compress.fit_basis(covariance, job.config.components, job.config.center)
 
 
 # --- pass 2 ------------------------------------------------------------------------------------------------------
 
 
 def _project(job, bases, cache):
-    """Writes this process's shards and their moments."""
+    """Writes this process's shards and their moments; returns how many images, and how many the encoder saw for it."""
     shards = [i for i in job.mine if not (job.shard(i).exists() and job.sidecar("moments", i).exists())]
-    progress = Progress("images, encoding", sum(job.span(i)[1] - job.span(i)[0] for i in shards))
+    sizes = {i: job.span(i)[1] - job.span(i)[0] for i in shards}
+    seen = sum(size for i, size in sizes.items() if i not in cache)
+    progress = Progress("images, encoding", sum(sizes.values()))
     done = 0
     for shard in shards:
         moments = {}
         kept = cache.pop(shard, None)
         records.write_shard(job.shard(shard), _records(job, shard, bases, kept, moments, done, progress))
         encoding.save(job.sidecar("moments", shard), moments)
-        done += job.span(shard)[1] - job.span(shard)[0]
+        done += sizes[shard]
+    return done, seen
 
 
 def _records(job, shard, bases, kept, moments, done, progress):
     """Yields the shard's records, and adds what is stored (after rounding to float16) to `moments`."""
-    for batch, (first, images, labels) in enumerate(_batches(job, shard)):
-        features = _features(job, images) if kept is None else kept[batch]
-        grids = {}
-        for name in job.stored:
-            basis = bases[name]
-            z = compress.project(features[name], np.float32(basis.mean), np.float32(basis.vectors))
-            z = np.asarray(z)[: len(labels)]
-            with np.errstate(over="ignore"):  # what overflows float16 is refused on the next line
-                grids[name] = z.astype(np.float16)
-            bad = ~np.isfinite(grids[name]).all((1, 2, 3))
+    bases = {name: (np.float32(bases[name].mean), np.float32(bases[name].vectors)) for name in job.stored}
+    kept, fields = iter(kept or ()), job.fields
+
+    def begin(batch):
+        features = next(kept, None) or _features(job, batch[1])
+        return {name: compress.project(features[name], *basis).astype(np.float16) for name, basis in bases.items()}
+
+    for (first, images, labels), projected in _one_ahead(_batches(job, *job.span(shard)), begin):
+        grids_of = {name: np.asarray(grid)[: len(labels)] for name, grid in projected.items()}
+        for name, grid in grids_of.items():
+            bad = ~np.isfinite(grid).all((1, 2, 3))
             _refuse(bad, first, f"NaN, infinity or a value beyond float16 in feature {name!r}")
-            part = compress.Moments.of(grids[name])
+            part = compress.Moments.of(grid)
             moments[name] = moments[name].merge(part) if name in moments else part
         for row, label in enumerate(labels):
-            record = {name: grid[row] for name, grid in grids.items()}
-            yield records.pack(record | {"label": label, "image": images[row]}, job.fields)
+            record = {name: grid[row] for name, grid in grids_of.items()}
+            yield records.pack(record | {"label": label, "image": images[row]}, fields)
         done += len(labels)
         progress.update(done)
 
@@ -170,10 +217,10 @@ def _finish(job):
 
 
 def _feature_summary(grid, basis):
-    channels = basis.vectors.shape[1]
+    channels = basis.components
     return {
         "grid": list(grid[:2]),
-        "channels": grid[2],
+        "channels": basis.variances.shape[1],
         "components": channels,
         "explained_variance": [round(float(share), 6) for share in basis.explained_variance()],
         "bits_per_image_at_sigma": {
@@ -187,12 +234,14 @@ def _feature_summary(grid, basis):
 
 
 def _features(job, images):
-    """Every grid of the statistics: the encoder's, and the codec's patches."""
-    features = job.encoder.features(images) if job.config.features else {}
-    grids = {name: features[name] for name in job.config.features}
-    if job.codec.name == "patch_pca":
-        grids["patches"] = _patches(images, job.codec.patch)
-    return grids
+    """Every grid of the statistics: the encoder's, the codec's patches, and what of them becomes the codec's features
+    when it is projected (pooling and the codec's own projection may change places: both are linear)."""
+    features = dict(job.encoder.features(images)) if job.asked else {}
+    features = {name: features[name] for name in job.asked}
+    if "patches" in job.grids:
+        patches = features["patches"] = _patches(images, job.codec.patch)
+        features |= {name: grids.pooled(patches, name) for name in job.stored if grids.of_codec(name)}
+    return features
 
 
 @functools.partial(jax.jit, static_argnames=("patch",))
@@ -200,28 +249,47 @@ def _patches(images, patch):
     return compress.patchify(compress.normalise(images), patch)
 
 
-def _batches(job, shard):
-    """Yields (index of the first image, uint8 images [batch_size, H, W, C], int32 labels [n]) of a shard in order; the
-    last batch is filled up with copies of its last image. The next batch is read while one is encoded."""
-    start, stop = job.span(shard)
-    size = job.config.batch_size
+def _batches(job, start, stop):
+    """Yields (index of the first image, uint8 images [batch_size, H, W, C], int32 labels [n]) of a span in order; the
+    last batch is filled up with copies of its last image."""
+    size, starts = job.config.batch_size, range(start, stop, job.config.batch_size)
+    part = -(-size // READ_THREADS)
     with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
 
         def submit(first):
-            return [pool.submit(_read, job, i) for i in range(first, min(first + size, stop))]
+            indices = range(first, min(first + size, stop))
+            return [pool.submit(_read, job, indices[i : i + part]) for i in range(0, len(indices), part)]
 
-        coming = submit(start)
-        for first in range(start, stop, size):
-            now, coming = coming, submit(first + size)
+        unread = iter(starts)
+        coming = collections.deque(map(submit, itertools.islice(unread, READ_AHEAD)))
+        for first in starts:
+            now = coming.popleft()
+            coming.extend(map(submit, itertools.islice(unread, 1)))
             try:
-                images, labels = zip(*(future.result() for future in now), strict=True)
+                images, labels = zip(*(pair for future in now for pair in future.result()), strict=True)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
             yield first, np.stack(images + images[-1:] * (size - len(images))), np.array(labels, np.int32)
 
 
-def _read(job, i):
+def _one_ahead(items, begin):
+    """Yields (item, begin(item)) once the next item has begun as well: jax returns before its results are there, so
+    the device has work while the host uses what came before."""
+    begun = collections.deque()
+    for item in items:
+        begun.append((item, begin(item)))
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun
+
+
+def _read(job, indices):
+    """Those images with their labels."""
+    return [_read_one(job, i) for i in indices]
+
+
+def _read_one(job, i):
     """Image and label i, checked."""
     example, classes = job.source[i], job.source.num_classes
     image, label = example["image"], int(example["label"]) if classes else 0

@@ -11,6 +11,7 @@ Shard i belongs to process i % process_count. A directory made from anything els
 """
 
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -22,16 +23,22 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import latents as records
+from nested.encoders import grids
 from nested.files import atomic_write
 from nested.writers import Progress
 
 CLAIM_FILE = "encoding.json"
 STATISTICS_FILE = "statistics.npz"
+COVARIANCE_BYTES = 1 << 29  # of a feature's covariances, float64: several such are in memory, one per shard on disk
+SVD = ("shared", "per_position", "none")
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """config.encoder. features: grids to store, among the encoder's; components: channels kept of each; fit_images:
-    the basis is fitted to the first so many images (0: all); shard_images: records per shard."""
+    """config.encoder. features: grids to store, by their names in nested/encoders/grids.py; components: channels kept
+    of each; svd: 'shared' by all positions | 'per_position' | 'none' (channels as the encoder gives them); center:
+    the SVD is of features about their mean; fit_images: the basis is fitted to so many images (0: all), of shards
+    spread evenly over the data; shard_images: records per shard."""
 
     name: str
     weights: str
@@ -40,6 +47,8 @@ class EncoderConfig:
     vector: str
     features: tuple
     components: int
+    svd: str
+    center: bool
     fit_images: int
     batch_size: int
     shard_images: int
@@ -62,7 +71,8 @@ class Encoder(Protocol):
     fingerprint: str
 
     def features(self, images) -> dict:
-        """uint8 [B, H, W, C] -> {name: float32 [B, h, w, C']}, for every name of EncoderConfig.features."""
+        """uint8 [B, H, W, C] -> {name: float32 [B, h, w, C']}, for every name of EncoderConfig.features that is not
+        made from the codec's latents. grids.of_images makes them of an encoder's vector and map."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,16 +88,26 @@ class Job:
     process_count: int
     timeout_s: float
     image_shape: tuple
-    grids: dict  # feature -> (h, w, C), the codec's patches included
+    grids: dict  # feature -> (h, w, C), the codec's patches included, which the codec's features are made of
+
+    def channels(self, name):
+        """Channels of a feature before its SVD: of the codec's latents for theirs."""
+        return self.codec.channels if grids.of_codec(name) else self.grids[name][2]
 
     @property
     def stored(self):
         """feature -> (h, w, K) of the features that go into the records."""
-        return {
-            name: (*grid[:2], min(self.config.components, grid[2]))
-            for name, grid in self.grids.items()
-            if name != "patches"
-        }
+        names = dict.fromkeys(self.config.features)
+        return {name: (*self.grids[name][:2], min(self.config.components, self.channels(name))) for name in names}
+
+    @property
+    def asked(self):
+        """The features that the encoder is asked for."""
+        return tuple(name for name in self.stored if not grids.of_codec(name))
+
+    def per_position(self, name):
+        """Whether the feature has a basis for every position; the codec's patches share one."""
+        return self.config.svd == "per_position" and name != "patches"
 
     @property
     def fields(self):
@@ -100,12 +120,10 @@ class Job:
 
     @property
     def fit_shards(self):
-        """Shards that hold an image of the basis' fit."""
-        return -(-self.fit_images // self.config.shard_images)
-
-    @property
-    def fit_images(self):
-        return min(self.config.fit_images, len(self.source)) or len(self.source)
+        """{shard: how many of its first images the basis is fitted to}: spread evenly, as data may be sorted."""
+        wanted, size = min(self.config.fit_images, len(self.source)) or len(self.source), self.config.shard_images
+        count = -(-wanted // size)
+        return {i * self.num_shards // count: min(size, wanted - i * size) for i in range(count)}
 
     @property
     def mine(self):
@@ -147,14 +165,53 @@ def plan(source, encoder, config, codec, directory, process_index, process_count
     shape = tuple(np.shape(source[0]["image"]))
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise ValueError(f"image 0: shape {shape}; images must be [H, W, 1 or 3]")
-    grids = {}
-    if config.features:
-        batch = jax.ShapeDtypeStruct((config.batch_size, *shape), np.uint8)
-        outputs = jax.eval_shape(encoder.features, batch)
-        grids = {name: tuple(outputs[name].shape[1:]) for name in config.features}
+    found = _grids(encoder, config, codec, shape)
+    job = Job(source, encoder, config, codec, directory, process_index, process_count, timeout_s, shape, found)
+    _check_svd(job)
+    return job
+
+
+def _grids(encoder, config, codec, image_shape):
+    """feature -> (h, w, C); the shapes of the encoder's are traced."""
+    found, outputs = {}, {}
     if codec.name == "patch_pca":
-        grids["patches"] = _patch_grid(codec, shape)
-    return Job(source, encoder, config, codec, directory, process_index, process_count, timeout_s, shape, grids)
+        found["patches"] = _patch_grid(codec, image_shape)
+    if not all(map(grids.of_codec, config.features)):
+        outputs = jax.eval_shape(encoder.features, jax.ShapeDtypeStruct((config.batch_size, *image_shape), np.uint8))
+    for name in config.features:
+        if not grids.of_codec(name):
+            found[name] = tuple(outputs[name].shape[1:])
+        elif "patches" not in found:
+            raise ValueError(
+                f"encoder.features: {name!r} given, but codec.name {codec.name!r} has no latents; take it out or set "
+                "codec.name to 'patch_pca'"
+            )
+        else:
+            patches = jax.ShapeDtypeStruct((1, *found["patches"]), np.float32)
+            found[name] = jax.eval_shape(functools.partial(grids.pooled, name=name), patches).shape[1:]
+    return found
+
+
+def _check_svd(job):
+    """Refuses an SVD that the features do not allow."""
+    config = job.config
+    if config.svd not in SVD:
+        raise ValueError(f"encoder.svd: {config.svd!r} given; choose from {', '.join(map(repr, SVD))}")
+    if config.svd == "none" and not config.center:
+        raise ValueError("encoder.center: False given, but with encoder.svd 'none' nothing is centred; leave it True")
+    for name in job.stored:
+        height, width, channels = job.grids[name]
+        if config.svd == "none" and config.components < job.channels(name):
+            raise ValueError(
+                f"encoder.components: {config.components} given, but {name!r} has {job.channels(name)} channels, which "
+                f"have no order without an SVD: give at least {job.channels(name)}, or another encoder.svd than 'none'"
+            )
+        if job.per_position(name) and 8 * height * width * channels**2 > COVARIANCE_BYTES:
+            raise ValueError(
+                f"encoder.svd: 'per_position' given, but {name!r} has {height}x{width} positions of {channels} "
+                f"channels, whose covariances take {8e-9 * height * width * channels**2:.2g} GB, of at most "
+                f"{COVARIANCE_BYTES / 1e9:.2g}; name it pooled ('mapN', 'codecN') or set encoder.svd to 'shared'"
+            )
 
 
 def _patch_grid(codec, shape):
@@ -172,7 +229,7 @@ def _patch_grid(codec, shape):
 
 def _made_from(job):
     """What the files depend on, by the config's names. Batch size and process count are not among it."""
-    keys = ("input_size", "map", "vector", "features", "components", "fit_images", "shard_images")
+    keys = ("input_size", "map", "vector", "features", "components", "svd", "center", "fit_images", "shard_images")
     made = {f"encoder.{key}": getattr(job.config, key) for key in keys}
     made["encoder.features"] = list(job.config.features)
     made |= {"encoder.name": job.encoder.name, "encoder.weights_sha256": job.encoder.fingerprint}

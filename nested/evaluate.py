@@ -4,10 +4,9 @@
 
 Numbers of this extractor compare runs of this code on one data set; they do not compare with published FIDs, which
 need Inception's weights. Both the guided and the unguided score are reported, as U-ViT's users ask for them. Clips are
-scored frame by frame. A sweep (config.evaluate.sweep) scores an option of sampling at several values: a table, a curve.
+scored frame by frame. With config.evaluate.sweep options of sampling are scored at several values (nested/sweep.py).
 """
 
-import copy
 import dataclasses
 import io
 import json
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from nested import build, build_data, pictures, sample
+from nested import build_data, memorization, sample, sweep
 from nested.evaluation import frechet, scores
 from nested.files import atomic_write
 
@@ -118,46 +117,17 @@ def measurement(config, source, cache_dir: str):
     return measure
 
 
-def swept(gen: sample.Generator, option: str, value) -> sample.Generator:
-    """The generator with one option of sampling changed: 'guidance' (of all levels), 'sampler.OPTION' (of all levels'
-    samplers) or 'hierarchy.OPTION' (cond_level, noise_gamma). Raises ValueError for another."""
-    part, _, name = option.partition(".")
-    if option == "guidance":
-        return gen.with_guidance((float(value),) * len(gen.levels))
-    config = copy.deepcopy(gen.config)
-    places = {"sampler": [level.sampler for level in config.levels], "hierarchy": [config.hierarchy]}.get(part, [])
-    known = name in ("cond_level", "noise_gamma") if part == "hierarchy" else name != "name"
-    if not places or not known or any(name not in place for place in places):
-        raise ValueError(
-            f"config.evaluate.sweep: {option!r} given; choose guidance, hierarchy.cond_level, hierarchy.noise_gamma or "
-            "sampler.OPTION, an option that every level's sampler has"
+def report(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str) -> list[str]:
+    """Scores, written to scores.json, and what config.evaluate.memorization asks for; the lines to print."""
+    config = gen.config
+    results = score(gen, ema, source, cache_dir, step)
+    lines = [f"score:   {result}" for result in results] + [f"scores:  {write_scores(workdir, results)}"]
+    if config.evaluate.memorization:
+        encoder, size = build_data.score_encoder(config), config.encoder.batch_size
+        lines += memorization.report(
+            gen, ema, source, lambda images: features(encoder, [images], size), step, workdir
         )
-    for place in places:
-        with place.ignore_type():
-            place[name] = value
-    null_text = gen.text and gen.text.null()
-    return sample.generator(config, build.levels(config, null_text), gen.latents, gen.mesh, gen.text, gen.prompts)
-
-
-def sweep(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str) -> list[str]:
-    """Scores the sweep that config.evaluate asks for; writes sweep.json, sweep.md and sweep.png; their paths."""
-    option, values = gen.config.evaluate.sweep, tuple(gen.config.evaluate.sweep_values)
-    if len(values) < 2:
-        raise ValueError(f"config.evaluate.sweep_values {values}: give two or more values of {option}")
-    drawers = [swept(gen, option, value) for value in values]  # all are checked before the first is drawn
-    measure, results = measurement(gen.config, source, cache_dir), []
-    for value, drawer in zip(values, drawers, strict=True):
-        results.append(measure(drawer, ema, step))
-        logging.info("%s = %s: %s", option, value, results[-1])
-    paths = [os.path.join(workdir, f"sweep.{kind}") for kind in ("json", "md", "png")]
-    if jax.process_index() == 0:
-        rows = [{"value": v, **dataclasses.asdict(r)} for v, r in zip(values, results, strict=True)]
-        atomic_write(paths[0], json.dumps({"option": option, "scores": rows}, indent=2) + "\n")
-        lines = [f"| {option} | FD-EffLite0 | KID |", "|---|---|---|"]
-        lines += [f"| {v} | {r.fd:.2f} | {r.kid:.4f} |" for v, r in zip(values, results, strict=True)]
-        atomic_write(paths[1], "\n".join(lines) + "\n")
-        pictures.curve(values, [result.fd for result in results], option, "FD-EffLite0", paths[2])
-    return paths
+    return lines
 
 
 def write_scores(workdir: str, results: list[Score]) -> str:
@@ -172,16 +142,14 @@ def evaluate(config, workdir: str) -> None:
     """The mode `evaluate`: scores the newest checkpoint, prints the scores and writes scores.json; or makes a sweep."""
     if not config.evaluate.num_samples:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
-    if config.evaluate.sweep_values and not config.evaluate.sweep:
-        raise ValueError("config.evaluate.sweep_values without config.evaluate.sweep: name the option to sweep")
     gen, ema, step = sample.restored(config, workdir)
     source, _ = build_data.latents(config, workdir, gen.text)
     cache_dir = build_data.latents_dir(config, workdir)
     if config.evaluate.sweep:
-        print("\n".join(f"sweep:   {path}" for path in sweep(gen, ema, source, cache_dir, step, workdir)))
+        todo = sweep.combinations(gen)  # all are checked before the first is drawn
+        paths = sweep.score(gen, ema, todo, measurement(config, source, cache_dir), step, workdir)
+        print("\n".join(f"sweep:   {path}" for path in paths))
         return
-    results = score(gen, ema, source, cache_dir, step)
-    path = write_scores(workdir, results)
-    for result in results:
-        print(result)
-    logging.info("scores: %s", path)
+    lines = report(gen, ema, source, cache_dir, step, workdir)
+    if jax.process_index() == 0:
+        print("\n".join(lines))

@@ -34,6 +34,7 @@ from nested.process import Process, check_name
 from nested.schedules import Schedule
 
 DROP_MODES = ("joint", "independent")
+NOISE_SCALES = {"variance": 0.5, "std": 1.0}  # the power of (t/T)^gamma by which sigma is multiplied
 
 Tree = Any
 Cond = dict[str, jax.Array]
@@ -66,8 +67,10 @@ class Level:
     cond_drop, drop_mode: see the module docstring; 'joint' drops everything with one coin, 'independent' tosses one
         coin per condition.
     guidance: w of classifier-free guidance, cond + w (cond - uncond); 0 evaluates no null condition.
-    noise_gamma: in sampling a condition is shown as z + (t/T)^(gamma/2) sigma n, n fixed per sample, so its variance is
-        (t/T)^gamma sigma^2 (CVPR Sec. 4.2); infinity shows it clean. t/T: see `elapsed`.
+    noise_gamma, noise_scale, noise_resample: in sampling a condition is shown as z + (t/T)^(gamma/2) sigma n, so its
+        variance is (t/T)^gamma sigma^2 (CVPR Sec. 4.2), or with noise_scale 'std' as z + (t/T)^gamma sigma n (Table
+        3's caption); infinity shows it clean, 0 as in training. n is one per sample, or drawn anew at every time that
+        the network is evaluated at. t/T: see `elapsed`.
     threshold: None, or a transform DenoiseFn -> DenoiseFn that limits x0 in sampling.
     inputs: names of what else of `given` (see below) this level sees where it is there, such as 'augment'.
     null_text: None, or what a level with text sees without it: {'text': [tokens, width], 'text_mask': [tokens]}.
@@ -90,6 +93,8 @@ class Level:
     drop_mode: str = "joint"
     guidance: float = 0.0
     noise_gamma: float = math.inf
+    noise_scale: str = "variance"
+    noise_resample: bool = False
     threshold: Callable | None = None
     inputs: tuple[str, ...] = ()
     null_text: Mapping[str, Any] | None = None
@@ -101,6 +106,7 @@ class Level:
 
     def __post_init__(self):
         check_name("hierarchy.drop_mode", self.drop_mode, DROP_MODES)
+        check_name("hierarchy.noise_scale", self.noise_scale, tuple(NOISE_SCALES))
 
 
 def is_shape(node) -> bool:
@@ -330,15 +336,18 @@ def elapsed(level: Level, t: jax.Array) -> jax.Array:
 
 
 def noised_conditions(level: Level, denoise: Callable, keys: jax.Array) -> Callable:
-    """`denoise` seeing its coarser variables noised by (t/T)^gamma sigma^2 (a DenoiseFn -> DenoiseFn transform)."""
+    """`denoise` seeing its coarser variables noised as Level.noise_gamma says (a DenoiseFn -> DenoiseFn transform)."""
     if math.isinf(level.noise_gamma):
         return denoise
 
     def noised(x_t, t, cond):
-        cond = dict(cond)
+        cond, own = dict(cond), keys
+        if level.noise_resample:
+            bits = jax.lax.bitcast_convert_type(t.astype(jnp.float32), jnp.uint32)
+            own = jax.vmap(jax.random.fold_in)(keys, bits)
         for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
-            noise = normal(fold(keys, i), jax.tree.map(lambda z: z.shape[1:], cond[name]))
-            scale = sigma * elapsed(level, t) ** (level.noise_gamma / 2)
+            noise = normal(fold(own, i), jax.tree.map(lambda z: z.shape[1:], cond[name]))
+            scale = sigma * elapsed(level, t) ** (level.noise_gamma * NOISE_SCALES[level.noise_scale])
             cond[name] = jax.tree.map(
                 lambda z, n, s=scale: z + s.reshape(-1, *[1] * (z.ndim - 1)) * n, cond[name], noise
             )

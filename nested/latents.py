@@ -19,14 +19,15 @@ CODECS = ("pixels", "patch_pca")
 
 @dataclasses.dataclass(frozen=True)
 class LevelSource:
-    """Where a level's variable comes from. name: 'z3'; source: 'pixels' | 'patch_pca' | a stored feature ('crops1',
-    'crops2', 'crops4', 'map'); shape: (h, w, c) of the variable, for pixels also with frames before it or a tuple of
-    resolutions, made by `downsampling` (compress.Pyramid)."""
+    """Where a level's variable comes from. name: 'z3'; source: 'pixels' | 'patch_pca' | a stored feature by its name in
+    nested/encoders/grids.py; shape: (h, w, c) of the variable, for pixels also with frames before it or a tuple of
+    resolutions, made by `downsampling` (compress.Pyramid); standardize: of features (compress.fit_level)."""
 
     name: str
     source: str
     shape: tuple
     downsampling: str = "average"
+    standardize: str = "channel"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +67,8 @@ class Latents:
 
     def report(self, sigmas):
         """One dict per level, coarse to fine: name, source, shape, explained_variance, and for sigmas[name] (a level
-        without one is nobody's condition): sigma, bits_per_image that pass at it (inf = unlimited)."""
+        without one is nobody's condition): sigma, bits_per_image that pass at it (inf = unlimited; not of variables
+        that are not standardised)."""
         rows = []
         for level, explained in zip(self.levels, self.explained, strict=True):
             row = {"name": level.name, "source": level.source, "shape": list(level.shape)}
@@ -74,7 +76,8 @@ class Latents:
             if level.name in sigmas:
                 row["sigma"] = sigmas[level.name]
                 size = sum(map(math.prod, level.shape)) if _joint(level.shape) else math.prod(level.shape)
-                row["bits_per_image"] = compress.information_bits(size, sigmas[level.name])
+                if level.standardize != "none":
+                    row["bits_per_image"] = compress.information_bits(size, sigmas[level.name])
             rows.append(row)
         return rows
 
@@ -85,7 +88,7 @@ def format_report(rows):
     for row in rows:
         share = 100 * row["explained_variance"]
         line = f"{row['name']}: {_x(row['shape'])} from {row['source']}, {share:.1f} % of the variance"
-        if "sigma" in row:
+        if "bits_per_image" in row:
             bits = row["bits_per_image"]
             through = "unlimited information" if math.isinf(bits) else f"{bits:,.1f} bits per image"
             line += f"; {through} at sigma {row['sigma']:g}"
@@ -144,6 +147,7 @@ def _transform(level, index, bases, moments):
     basis, stored = bases[feature], index["features"][feature]
     channels = level.shape[2]
     if level.source == "patch_pca":
+        _must_be_standard(level)
         _must_equal(level, [*stored["grid"], min(channels, stored["components"])], "the patches")
         return compress.PatchPCA.from_basis(basis, index["made_from"]["codec.patch"], channels), _share(basis, channels)
     limit = (*stored["grid"], stored["components"])
@@ -152,14 +156,17 @@ def _transform(level, index, bases, moments):
             f"level {level.name}: shape {_x(level.shape)} cannot come from {level.source!r}, which stores {_x(limit)}; "
             "pooling and truncation only make it smaller"
         )
+    _must_keep(level, limit, index["made_from"]["encoder.svd"])
     try:
-        return compress.fit_level(moments[feature], stored["grid"], level.shape), _share(basis, channels)
+        transform = compress.fit_level(moments[feature], stored["grid"], level.shape, level.standardize)
+        return transform, _share(basis, channels)
     except ValueError as error:
         raise ValueError(f"level {level.name} ({level.source}): {error}") from error
 
 
 def _pixels(level, image_shape):
     """The transform of a level of pixels; ValueError where the images cannot be brought to its shapes."""
+    _must_be_standard(level)
     if None in image_shape:
         raise ValueError("the images differ in size: set config.data.image_size to the finest level's side")
     *frames, height, width, channels = image_shape
@@ -183,6 +190,29 @@ def _joint(shape):
 
 def _share(basis, channels):
     return float(basis.explained_variance()[channels - 1])
+
+
+def _must_keep(level, stored, svd):
+    """What the SVD does not allow: positions with bases of their own cannot be averaged, and channels without order
+    cannot be cut off."""
+    if svd == "per_position" and tuple(level.shape[:2]) != tuple(stored[:2]):
+        raise ValueError(
+            f"level {level.name}: shape {_x(level.shape)} given, but with encoder.svd 'per_position' {level.source!r} "
+            f"is not pooled: give {_x(stored[:2])} positions, or store it pooled ('mapN' in encoder.features)"
+        )
+    if svd == "none" and level.shape[2] != stored[2]:
+        raise ValueError(
+            f"level {level.name}: shape {_x(level.shape)} given, but with encoder.svd 'none' the channels of "
+            f"{level.source!r} have no order to cut them by: give all {stored[2]}, or encode with 'shared'"
+        )
+
+
+def _must_be_standard(level):
+    if level.standardize != "channel":
+        raise ValueError(
+            f"level {level.name}: standardize {level.standardize!r} given; {level.source!r} has a scale of its own: "
+            "leave it 'channel'"
+        )
 
 
 def _must_equal(level, shape, what):

@@ -330,20 +330,3 @@ def _blank(height, width):
 
 def _paste(canvas, picture, top, left):
     canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-
-
-def curve(x, y, x_label, y_label, path):
-    """Draws the points (x, y), joined in order, and writes the PNG; x of anything that matplotlib takes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 4.0), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    axis.plot(x, y, marker="o")
-    for point in zip(x, y, strict=True):
-        axis.annotate(f"{point[1]:.4g}", point, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
-    axis.margins(0.08, 0.15)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic_write(path, buffer.getvalue())

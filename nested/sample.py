@@ -5,6 +5,8 @@ classes, whatever the batch size, the number of devices and of hosts.
 """
 
 import dataclasses
+import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +35,37 @@ def sample_labels(num_classes: int, indices: Sequence[int]) -> np.ndarray:
     return np.asarray(indices, np.int32) % max(num_classes, 1)
 
 
+class Programs:
+    """Compiled programs by what they compute: levels of equal shapes, networks and samplers share one, and so does a
+    level whose options a sweep leaves alone. Equal is the text of the lowered program: parameters are arguments."""
+
+    def __init__(self):
+        self._compiled = {}
+
+    def __len__(self):
+        return len(self._compiled)
+
+    def program(self, function: Callable, *arguments, out_shardings):
+        """`function` compiled for these arguments (arrays in trees, always of the same shapes and shardings)."""
+        leaves, structure = jax.tree.flatten(arguments)
+        shape = jax.tree.structure(jax.eval_shape(function, *arguments))
+
+        def flat(*leaves):  # without the names of levels, which are those of parameters and conditions too
+            return jax.tree.leaves(function(*structure.unflatten(leaves)))
+
+        lowered = jax.jit(flat, out_shardings=out_shardings).lower(*leaves)
+        key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        if key not in self._compiled:
+            self._compiled[key] = lowered.compile()
+        compiled = self._compiled[key]
+        return lambda *arguments: shape.unflatten(compiled(*jax.tree.leaves(arguments)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A hierarchy ready to draw images: `draw` is jitted, (params, {level: sample indices [B]}, given) -> uint8 images
+    """A hierarchy ready to draw images: `draw` is (params, {level: sample indices [B]}, given) -> uint8 images
     [B, H, W, C], or clips [B, T, H, W, C]; rows are split over the mesh inside, whole on every host outside. One shape,
-    config.sample.batch_size, is compiled for all uses.
+    config.sample.batch_size, is compiled for all uses, a program per level in `programs`.
 
     text, prompts: the encoder of the prompts, which the samples have in turn; None and () where no level sees text."""
 
@@ -48,6 +76,7 @@ class Generator:
     draw: Callable
     text: Any = None
     prompts: tuple[str, ...] = ()
+    programs: Programs = dataclasses.field(default_factory=Programs)
 
     def given(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The label, and the text, of the samples with these indices."""
@@ -96,10 +125,14 @@ class Generator:
         """The same hierarchy with other guidance weights, coarse to fine; with none at all, conditions are shown clean
         (CVPR Sec. 4.2: generated conditions are noised where guidance is on)."""
         gamma = {} if any(weights) else {"noise_gamma": math.inf}
-        levels = [
-            dataclasses.replace(level, guidance=w, **gamma) for level, w in zip(self.levels, weights, strict=True)
-        ]
-        return generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts)
+        return self.with_levels(
+            [dataclasses.replace(level, guidance=w, **gamma) for level, w in zip(self.levels, weights, strict=True)]
+        )
+
+    def with_levels(self, levels: Sequence[hierarchy.Level]) -> "Generator":
+        """The same with levels that differ in how they are sampled; programs that stay the same are not compiled again.
+        """
+        return generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
 
     def steps(self, params: Tree, index: int, number: int) -> list[tuple[np.ndarray, ...]]:
         """What the finest level makes of sample `index` at `number` of its evaluations, evenly spaced, the first and
@@ -121,9 +154,11 @@ class Generator:
         return [tuple(leaf[k] for leaf in stills) for k in range(len(shown))]
 
 
-def generator(config, levels: Sequence[hierarchy.Level], latents, mesh, text=None, prompts=()) -> Generator:
+def generator(
+    config, levels: Sequence[hierarchy.Level], latents, mesh, text=None, prompts=(), programs: Programs | None = None
+) -> Generator:
     """A Generator for these levels; `latents` decodes the finest level's variable, `text` (build_data.Text) encodes
-    prompts: those given, or config.sample.prompts, or the data's captions.
+    prompts: those given, or config.sample.prompts, or the data's captions. programs: where compiled ones may be found.
 
     Raises ValueError where config.sample.batch_size does not divide by the devices of the mesh."""
     if config.sample.batch_size % mesh.size:
@@ -136,15 +171,42 @@ def generator(config, levels: Sequence[hierarchy.Level], latents, mesh, text=Non
         null = text.null(config.sample.negative_prompt)
         levels = [level if level.null_text is None else dataclasses.replace(level, null_text=null) for level in levels]
 
-    def draw(params, indices, given):
-        indices, given = jax.lax.with_sharding_constraint((indices, given), partition.batch_sharding(mesh))
-        keys = {name: sample_keys(config.seed, of_level) for name, of_level in indices.items()}
-        return latents.decode(hierarchy.sample(levels, params, keys, given)[levels[-1].name])
-
-    draw = jax.jit(draw, out_shardings=partition.replicated(mesh))
     if text is not None and not prompts:
         prompts = tuple(config.sample.prompts) or build_data.some_captions(config, config.sample.num_samples)
-    return Generator(config, tuple(levels), latents, mesh, draw, text, prompts)
+    programs = Programs() if programs is None else programs
+    draw = drawer(config.seed, tuple(levels), latents.decode, mesh, programs)
+    return Generator(config, tuple(levels), latents, mesh, draw, text, prompts, programs)
+
+
+def drawer(seed: int, levels: tuple[hierarchy.Level, ...], decode: Callable, mesh, programs: Programs) -> Callable:
+    """Generator.draw: what hierarchy.sample does, a program per level."""
+    split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
+    ready = {}
+
+    def run(name, function, *arguments, out_shardings):
+        if name not in ready:
+            ready[name] = programs.program(function, *arguments, out_shardings=out_shardings)
+        return ready[name](*arguments)
+
+    @functools.partial(jax.jit, out_shardings=split)
+    def prepare(indices, given):
+        keys = {level.name: hierarchy.fold(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)}
+        return keys, given
+
+    def draw(params, indices, given):
+        keys, given = prepare(indices, given)
+        variables = {}
+        for level in levels:
+
+            def sample_level(params, seen, given, keys, level=level):
+                return hierarchy.sample_level(level, params, hierarchy.conditions(level, seen, given), keys)
+
+            seen = {name: variables[name] for name in level.conditions}
+            arguments = (params[level.name], seen, given, keys[level.name])
+            variables[level.name] = run(level.name, sample_level, *arguments, out_shardings=split)
+        return run("", decode, variables[levels[-1].name], out_shardings=whole)
+
+    return draw
 
 
 def restored(config, workdir: str) -> tuple[Generator, Tree, int]:

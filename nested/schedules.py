@@ -184,6 +184,11 @@ def sd_scaled_linear(steps=1000, beta_start=0.00085, beta_end=0.012) -> Piecewis
     return PiecewiseVP(tuple(float(root) ** 2 for root in np.linspace(beta_start**0.5, beta_end**0.5, steps)))
 
 
+def ldm_linear(steps=1000, beta_start=0.0015, beta_end=0.0195) -> PiecewiseVP:
+    """Latent diffusion's 'linear' betas (arXiv 2112.10752), which are linear in their square root too; RCG's."""
+    return sd_scaled_linear(steps, beta_start, beta_end)
+
+
 def ddpm_linear(steps=1000, beta_start=1e-4, beta_end=0.02) -> PiecewiseVP:
     """DDPM's betas (arXiv 2006.11239), which ADM and DiT train with."""
     return PiecewiseVP(tuple(np.linspace(beta_start, beta_end, steps).tolist()))

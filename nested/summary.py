@@ -65,12 +65,21 @@ def jaxpr_macs(jaxpr) -> int:
             lhs = equation.invars[0].aval
             total += equation.outvars[0].aval.size * math.prod(lhs.shape[axis] for axis in contracted)
         elif equation.primitive.name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval, equation.params["dimension_numbers"]
-            total += equation.outvars[0].aval.size * kernel.size // kernel.shape[numbers.rhs_spec[0]]
+            total += convolution_macs(equation)
         else:
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
             total += repeats * sum(jaxpr_macs(sub) for sub in sub_jaxprs(equation.params))
     return total
+
+
+def convolution_macs(equation) -> int:
+    """The kernel once for every position of the output; of the input where the convolution is a transposed one, which
+    jax states as one padded by the whole kernel less one."""
+    (image, kernel), numbers = (variable.aval for variable in equation.invars), equation.params["dimension_numbers"]
+    reach = [kernel.shape[axis] - 1 for axis in numbers.rhs_spec[2:]]
+    transposed = any(reach) and list(equation.params["padding"]) == [(size, size) for size in reach]
+    side, spec = (image, numbers.lhs_spec) if transposed else (equation.outvars[0].aval, numbers.out_spec)
+    return side.size // side.shape[spec[1]] * kernel.size
 
 
 def sub_jaxprs(params: dict) -> list:

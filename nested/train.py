@@ -22,7 +22,7 @@ from absl import logging
 from clu import parameter_overview
 
 from input_pipeline import loader
-from nested import build, build_data, evaluate, hierarchy, partition, sample, summary, transfer
+from nested import build, build_data, evaluate, hierarchy, memorization, partition, sample, summary, transfer
 from nested import optimizer as opt
 from nested.checkpoint import Checkpoints, Preemption, latest_step
 from nested.meter import Meter, NonFiniteError
@@ -242,6 +242,7 @@ def train_phase(config, workdir: str, root: str) -> bool:
     """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores.
     False where a signal stopped it."""
     build.check_pictures(config)
+    memorization.check(config)
     text = build_data.load_text(config)
     source, latents = build_data.latents(config, workdir, text)
     run = make_run(config, latents, text)
@@ -283,9 +284,8 @@ def finish(run: Run, state: TrainState, source, workdir: str) -> None:
     paths = sample.show(gen, state.ema, workdir)
     lines = [f"picture: {path}" for path in paths]
     if config.evaluate.num_samples:
-        results = evaluate.score(gen, state.ema, source, build_data.latents_dir(config, workdir), int(state.step))
-        lines += [f"score:   {result}" for result in results]
-        lines.append(f"scores:  {evaluate.write_scores(workdir, results)}")
+        cache_dir = build_data.latents_dir(config, workdir)
+        lines += evaluate.report(gen, state.ema, source, cache_dir, int(state.step), workdir)
     if jax.process_index() == 0:
         print("\n".join(lines))
 

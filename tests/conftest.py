@@ -1,5 +1,7 @@
 """Shared by all tests: one CPU device, a persistent compilation cache, absl flags parsed (grain reads them)."""
 
+import contextlib
+import io
 import os
 import pathlib
 import tempfile
@@ -41,3 +43,19 @@ def x64():
     """float64 arithmetic within one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory):
+    """(workdir, what was printed) of a search over tests/small_runs.py with two levels: the runs L1, L2-sigma0 and
+    L2-sigma0.5, one step each, scored with stand-in features."""
+    import small_runs
+    from test_sample import Pooler
+
+    from nested import build_data, search
+
+    workdir, pooler, printed = tmp_path_factory.mktemp("searched"), Pooler(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(build_data, "score_encoder", lambda config: pooler)
+        search.search(small_runs.config_of(2, search__sigmas=(0.0, 0.5)), str(workdir))
+    return workdir, printed.getvalue()

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import tiny_mdm
 
-from configs import imagenet
+from configs import common, imagenet
 from nested import build, train
 
 
@@ -122,7 +122,47 @@ def test_backbones_that_do_not_take_what_the_hierarchy_gives():
                        ("levels[1].sigma", 0.0))  # fmt: skip
     refused(build.levels, diffused, match="levels[1].backbone cannot be told how noisy its conditions are; use nested_")
     text = changed(("text.encoder", "minilm"), ("hierarchy.text_levels", ("z2x2",)))
-    refused(build.levels, text, match="config.hierarchy.text_levels: levels[1].backbone 'uvit' does not take text")
+    assert build.levels(text)[1].backbone.text_tokens == text.text.max_tokens
+    assert [level.backbone.text_dim for level in build.levels(text)] == [0, text.text.width, 0]
+    with text.unlocked():
+        text.levels[1].backbone = dict(common.hdit(), patch_size=1)
+    refused(build.levels, text, match="config.hierarchy.text_levels: levels[1].backbone 'hdit' does not take text")
+
+
+@pytest.mark.parametrize(
+    "preset, changes, message",
+    [
+        ("best", [], "config.hierarchy.preset 'best': choose from cvpr, iclr, or '' for any options"),
+        ("iclr", [], "config.hierarchy.conditioning is 'all_higher' but hierarchy.preset is 'iclr', which means"),
+        ("cvpr", [("hierarchy.cond_drop", 0.5)], "config.hierarchy.cond_drop is 0.5 but hierarchy.preset is 'cvpr'"),
+        ("cvpr", [("levels[1].backbone.injection", "deconv_concat")], "levels[1].backbone.injection is 'deconv_"),
+        ("cvpr", [("levels[0].source", "codec")], "config.levels[0].source is 'codec' but hierarchy.preset is"),
+    ],
+)
+def test_a_preset_holds_the_options_to_its_paper(preset, changes, message):
+    refused(build.levels, changed(("hierarchy.preset", preset), *changes), match=message)
+
+
+def test_the_presets_options_make_its_hierarchy():
+    """CVPR: all coarser levels as tokens, 10 % drop. The draft: the next coarser one, two layers every two blocks."""
+    config = tiny.get_config()
+    common.use_preset(config, "iclr")
+    top, middle, bottom = build.levels(config)
+    assert (top.conditions, middle.conditions, bottom.conditions) == ((), ("z1x1",), ("z2x2",))
+    assert (bottom.cond_drop, bottom.backbone.injection, bottom.backbone.inject_every) == (0.5, "deconv_concat", 2)
+    assert bottom.backbone.inject_layers == 2
+    common.use_preset(config, "cvpr")
+    bottom = build.levels(config)[2]
+    assert (bottom.conditions, bottom.cond_drop) == (("z1x1", "z2x2"), 0.1)
+    assert (bottom.backbone.injection, bottom.backbone.inject_every) == ("append_tokens", 0)
+
+
+@pytest.mark.parametrize("option, value", [("noise_scale", "std"), ("noise_resample", True)])
+def test_how_conditions_are_noised_is_refused_where_they_are_not(option, value):
+    config = changed(("hierarchy.noise_gamma", float("inf")), (f"hierarchy.{option}", value))
+    refused(build.levels, config, match="with gamma infinity conditions are shown without noise")
+    config.hierarchy.noise_gamma = 0.5
+    assert getattr(build.levels(config)[2], option) == value
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested.encoders import compress
+from nested.encoders import compress, grids
 
 
 def features(seed, images=60, grid=(3, 4), channels=7, offset=3.0):
@@ -19,9 +19,9 @@ def features(seed, images=60, grid=(3, 4), channels=7, offset=3.0):
     return (x @ mixing.T + offset).astype(np.float32)
 
 
-def stream(x, batch=16):
+def stream(x, batch=16, per_position=False):
     """Through CovarianceStream in batches of one size, the last filled up with junk."""
-    sums = compress.CovarianceStream()
+    sums = compress.CovarianceStream(per_position)
     for start in range(0, len(x), batch):
         part = x[start : start + batch]
         padded = np.concatenate([part, np.full((batch - len(part), *x.shape[1:]), np.nan, np.float32)])
@@ -34,13 +34,76 @@ def test_streamed_basis_equals_svd_of_the_whole():
     basis = compress.fit_basis(stream(x), components=4)
     rows = x.reshape(-1, 7).astype(np.float64)
     _, singular, right = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    np.testing.assert_allclose(basis.mean, rows.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(basis.eigenvalues, singular**2 / len(rows), rtol=2e-5)
-    assert basis.vectors.shape == (7, 4)
-    np.testing.assert_allclose(np.abs(np.sum(basis.vectors * right[:4].T, 0)), 1.0, atol=1e-6)
-    assert (basis.vectors[np.abs(basis.vectors).argmax(0), np.arange(4)] > 0).all()
+    np.testing.assert_allclose(basis.mean[0], rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(basis.variances[0], singular**2 / len(rows), rtol=2e-5)
+    assert basis.vectors.shape == (1, 7, 4) and basis.components == 4
+    (vectors,) = basis.vectors
+    np.testing.assert_allclose(np.abs(np.sum(vectors * right[:4].T, 0)), 1.0, atol=1e-6)
+    assert (vectors[np.abs(vectors).argmax(0), np.arange(4)] > 0).all()
     share = np.cumsum(singular**2)[:4] / np.sum(singular**2)
     np.testing.assert_allclose(basis.explained_variance(), share, rtol=1e-5)
+
+
+def test_without_centring_the_svd_is_of_the_features_themselves():
+    x = features(0)
+    basis = compress.fit_basis(stream(x), 4, center=False)
+    rows = x.reshape(-1, 7).astype(np.float64)
+    _, singular, right = np.linalg.svd(rows, full_matrices=False)
+    np.testing.assert_array_equal(basis.mean, np.zeros((1, 7)))
+    np.testing.assert_allclose(basis.variances[0], singular**2 / len(rows), rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(np.abs(np.sum(basis.vectors[0] * right[:4].T, 0)), 1.0, atol=1e-6)
+    np.testing.assert_allclose(np.abs(compress.project(x, *floats(basis))), np.abs(x @ right[:4].T), atol=1e-4)
+
+
+def floats(basis):
+    return np.float32(basis.mean), np.float32(basis.vectors)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_basis_per_position_is_the_svd_of_each_position(center):
+    x = features(11)
+    basis = compress.fit_basis(stream(x, per_position=True), 4, center)
+    assert basis.vectors.shape == (12, 7, 4)
+    total, projected = 0.0, np.asarray(compress.project(x, *floats(basis))).reshape(60, 12, 4)
+    for position in range(12):
+        rows = x.reshape(60, 12, 7)[:, position].astype(np.float64)
+        rows = rows - rows.mean(0) * center
+        _, singular, right = np.linalg.svd(rows, full_matrices=False)
+        np.testing.assert_allclose(basis.variances[position], singular**2 / 60, rtol=2e-5, atol=1e-5)
+        np.testing.assert_allclose(np.abs(projected[:, position]), np.abs(rows @ right[:4].T), atol=2e-4)
+        total += np.cumsum(singular**2)
+    np.testing.assert_allclose(basis.explained_variance(), total[:4] / total[-1], rtol=1e-5)
+
+
+def test_one_position_has_the_shared_basis():
+    x = features(12, grid=(1, 1))
+    shared, own = (compress.fit_basis(stream(x, per_position=some), 3) for some in (False, True))
+    for one, other in zip(vars(shared).values(), vars(own).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_without_an_svd_projected_features_are_the_features():
+    x = features(13)
+    basis = compress.identity_basis(stream(x))
+    np.testing.assert_array_equal(compress.project(x, *floats(basis)), x)
+    rows = x.reshape(-1, 7).astype(np.float64)
+    np.testing.assert_allclose(basis.variances[0], rows.var(0), rtol=1e-5)
+    np.testing.assert_allclose(basis.explained_variance(), np.cumsum(rows.var(0)) / rows.var(0).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_basis_behind_a_linear_map(center):
+    """The basis of y = (x - m) W, from the covariance of x: through() and after() undo each other."""
+    rng = np.random.default_rng(14)
+    x, shift, mixing = features(14), rng.normal(size=7), rng.normal(size=(7, 3))
+    y = ((x - shift) @ mixing).astype(np.float32)
+    expected = compress.fit_basis(stream(y), 2, center)
+    found = compress.fit_basis(stream(x).through(shift, mixing), 2, center)
+    np.testing.assert_allclose(found.variances, expected.variances, rtol=1e-4)
+    behind = found.after(shift, mixing)
+    np.testing.assert_allclose(
+        compress.project(x, *floats(behind)), compress.project(y, *floats(expected)), atol=2e-3
+    )
 
 
 def test_a_large_offset_costs_no_accuracy():
@@ -56,10 +119,15 @@ def test_merged_shards_equal_one_pass():
     merged = functools.reduce(compress.Covariance.merge, parts)
     assert merged.n == whole.n == 60 * 12
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-6)
+    assert merged.scatter.shape == (1, 7, 7)
     np.testing.assert_allclose(merged.scatter, whole.scatter, rtol=1e-4, atol=1e-4)
     rows = x.reshape(-1, 7).astype(np.float64)
-    exact = [compress.Covariance(len(r), r.mean(0), np.cov(r.T, bias=True) * len(r)) for r in (rows[:100], rows[100:])]
-    np.testing.assert_allclose(exact[0].merge(exact[1]).scatter, np.cov(rows.T, bias=True) * len(rows), rtol=1e-12)
+    first, second, both = (exact(part) for part in (rows[:100], rows[100:], rows))
+    np.testing.assert_allclose(first.merge(second).scatter, both.scatter, rtol=1e-12)
+
+
+def exact(rows):
+    return compress.Covariance(len(rows), rows.mean(0)[None], np.cov(rows.T, bias=True)[None] * len(rows))
 
 
 def test_not_finite_images_are_reported():
@@ -85,7 +153,10 @@ def test_adaptive_pooling_is_the_mean_of_its_window(size, pooled):
     x = np.random.default_rng(0).normal(size=size)
     windows = [(math.floor(i * size / pooled), math.ceil((i + 1) * size / pooled)) for i in range(pooled)]
     expected = [np.mean(x[start:stop]) for start, stop in windows]
-    np.testing.assert_allclose(compress.pooling_matrix(size, pooled) @ x, expected, atol=1e-14)
+    np.testing.assert_allclose(grids.pooling_matrix(size, pooled) @ x, expected, atol=1e-14)
+    grid = np.outer(x, x[::-1]).astype(np.float32)[None, :, :, None]
+    found = grids.adaptive_pool(grid, pooled)[0, :, :, 0]
+    np.testing.assert_allclose(found, np.outer(expected, [np.mean(x[::-1][a:b]) for a, b in windows]), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 5), (2, 3, 2), (3, 1, 4)])
@@ -94,7 +165,7 @@ def test_pooled_standardisation_equals_brute_force(shape):
     moments = compress.Moments.of(z[:23]).merge(compress.Moments.of(z[23:]))
     assert moments.n == 60
     transform = compress.fit_level(moments, (3, 4), shape)
-    rows, columns = compress.pooling_matrix(3, shape[0]), compress.pooling_matrix(4, shape[1])
+    rows, columns = grids.pooling_matrix(3, shape[0]), grids.pooling_matrix(4, shape[1])
     pooled = np.einsum("bhwk,ih,jw->bijk", z.astype(np.float64), rows, columns)[..., : shape[2]]
     np.testing.assert_allclose(transform.mean, pooled.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(transform.std, pooled.std((0, 1, 2)), rtol=1e-10)
@@ -163,7 +234,7 @@ def test_patch_pca_keeps_what_it_says():
     assert np.mean(z**2) == pytest.approx(1.0, rel=1e-5)
     x = np.asarray(compress.patchify(compress.normalise(images), 4), np.float64)
     error = x - (z / codec.scale @ codec.vectors.T.astype(np.float64) + codec.mean)
-    assert (error**2).sum(-1).mean() == pytest.approx(basis.eigenvalues[8:].sum(), rel=1e-4)
+    assert (error**2).sum(-1).mean() == pytest.approx(basis.variances[0, 8:].sum(), rel=1e-4)
     assert 0.5 < basis.explained_variance()[-1] < 1.0
 
 

@@ -11,22 +11,27 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from configs import common, imagenet, mdm, mdm_baselines
+from configs import coco, common, imagenet, mdm, mdm_baselines
 from nested import build, samplers, train
 
 DEPTHS = ("L1", "L2", "L3", "L4", "L5", "L1_wide")
 ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes no argument
     "quickstart": None,
-    "fashion_mnist": (("L1", "L2", "L3"), ("class", "uncond")),
+    "fashion_mnist": (("L1", "L2", "L3"), ("class", "uncond"), ("cvpr", "iclr"), ("semantic", "codec")),
+    "coco": (("L1", "L2", "L3"), tuple(coco.ENCODERS)),
+    "coco_iclr": (("L1", "L2", "L3", "L4", "L5"), ("uncond", "text"), ("semantic", "vae")),
+    "imagenet100": (("L1", "L2", "L3", "L4"), ("uncond", "class"), ("semantic", "vae")),
     "imagenet": (DEPTHS, ("uncond", "class"), ("data", "synthetic")),
     "fashion_mnist_hdit": (("hdit", "uvit"),),
     "fashion_mnist_nested_hdit": (("class", "uncond"),),
+    "emoji64": (("L1", "L2", "L3"), ("uncond", "class", "text")),
     "emoji_hdit": (("64", "128"),),
     "emoji_mdm": (("progressive", "nest", "mixed"),),
     "emoji_video": None,
     "fashion_mnist_mdm": (("progressive", "nest", "simple", "cascade"),),
     "mdm": ((*mdm.RUNS, *mdm.SHAPES), ("paper", "released")),
     "mdm_baselines": (mdm_baselines.KINDS,),
+    "rcg": (("rdm", "dit"), ("uncond", "class"), ("data", "synthetic")),
     "hdit_ffhq1024": (("ffhq", "synthetic"),),
     "hdit_imagenet256": (("imagenet", "synthetic"),),
     "hdit": (("E", "D", "C", "B2", "B1", "A", "R1", "R2", "R3", "R4"), ("128", "256", "512")),
@@ -34,6 +39,7 @@ ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes
 }
 ALL = [(name, ",".join(words)) for name, groups in ARGUMENTS.items() for words in itertools.product(*groups or ())]
 ALL += [("mdm", f"{name},synthetic") for name in ("cc12m256", "imagenet256", "s64t16s256")]
+ALL += [("rcg", f"dit,{size}") for size in ("dit_l", "dit_b")]
 ALL += [("mdm_baselines", f"{kind},synthetic") for kind in mdm_baselines.KINDS]
 ALL += [("hdit", words) for words in ("add", "concat", "min_snr_4", "A,min_snr_5", "synthetic", "R1,synthetic")]
 
@@ -60,8 +66,9 @@ def test_every_config_builds(name, argument):
     for _, phase in build.phases(config):
         build.levels(phase)
     assert all(level.sampler.nfe(level.process) > 1 for level in levels)
-    for level in levels:
-        assert level.conditions == tuple(coarser.name for coarser in levels[: levels.index(level)])
+    for i, level in enumerate(levels):
+        coarser = tuple(other.name for other in levels[:i])
+        assert level.conditions == (coarser if config.hierarchy.conditioning == "all_higher" else coarser[-1:])
     if name in ("quickstart", "fashion_mnist") or (name == "imagenet" and argument.endswith("data")):
         state = train.abstract_state(config)  # the others' levels are those of configs/imagenet.py
         assert set(state.params) == {level.name for level in levels}
@@ -135,6 +142,31 @@ def test_decaying_guidance():
     assert common.decaying_guidance(5) == (0.5, 0.4, 0.3, 0.2, 0.1)
     assert common.decaying_guidance(2) == (0.5, 0.4)
     assert common.decaying_guidance(4, start=0.3, step=0.2) == (0.3, 0.1, 0.0, 0.0)
+
+
+def test_rcg_trains_as_its_repository():
+    """README of LTH14/rcg, config/rdm/mocov3vitb_simplemlp_l12_w1536.yaml, main_rdm.py and main_dit.py."""
+    rdm, dit = (get_config("rcg", part) for part in ("rdm", "dit"))
+    rep, x = build.levels(dit)
+    assert (rdm.levels, rdm.train_levels, dit.train_levels) == (dit.levels, ("rep",), ("x",))
+    assert (rep.shape, rep.conditions, x.shape, x.conditions) == ((1, 1, 256), (), (32, 32, 4), ("rep",))
+    assert (x.cond_drop, x.cond_sigmas, x.backbone.empty, x.backbone.tanh_gelu) == (0.1, (0.0,), "variable", False)
+    assert (rep.process.parameterization, rep.process.loss_space, rep.guidance) == ("x0", "x0", 0.0)
+    assert (rdm.train.batch_size, rdm.train.steps) == (512, 200 * (1_281_167 // 512))
+    assert (rdm.optimizer.learning_rate, rdm.optimizer.weight_decay, rdm.optimizer.b2) == (5.12e-4, 0.01, 0.999)
+    assert (dit.train.batch_size, dit.train.steps) == (2048, 400 * (1_281_167 // 2048))
+    assert (dit.optimizer.learning_rate, dit.optimizer.weight_decay, dit.optimizer.b2) == (1e-4, 0.0, 0.95)
+    first, last = (rep.process.schedules[0](jnp.asarray(t))[1] ** 2 for t in (1e-3, 1.0))
+    betas = [(0.0015**0.5 + (0.0195**0.5 - 0.0015**0.5) * i / 999) ** 2 for i in range(1000)]
+    assert float(first) == pytest.approx(0.0015, rel=1e-5)
+    assert 1 - float(last) == pytest.approx(math.prod(1 - beta for beta in betas), rel=1e-3)
+    assert x.process.learned_variance and x.process.schedules[0](1e-3)[1] ** 2 == pytest.approx(1e-4)
+    for level in (rep, x):
+        assert level.process.c_noise(jnp.asarray([1e-3, 1.0])).tolist() == pytest.approx([0, 999], abs=1e-3)
+        assert level.sampler.nfe(level.process) == 250
+    assert rep.sampler.eta == 1
+    by_class = build.levels(get_config("rcg", "rdm,class"))
+    assert [level.num_classes for level in by_class] == [1000, 0] and by_class[0].cond_drop == 0
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -144,6 +144,57 @@ def test_time_and_label_are_seen_and_the_label_only_where_there_are_classes():
     np.testing.assert_allclose(apply(TINY.clone(num_classes=0), params, x, t, {}), silent, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("empty", ["variable", "token"])
+def test_coarser_vectors_are_added_to_the_time(empty):
+    """RCG's pixel generator: c + W z + b, W e + b with its fake latent e; 'token' puts e in place of all of it."""
+    x, t, cond = tiny_inputs()
+    model = TINY.clone(conditions=(("z3", 1), ("z2", 2)), empty=empty)
+    random = np.random.default_rng(2)
+    z = {"z3": random.normal(size=(1, 1, 1, 5)), "z2": random.normal(size=(1, 1, 1, 4))}
+    z = {name: jnp.asarray(value.repeat(3, 0), jnp.float32) for name, value in z.items()}
+    keep = {"keep_z3": jnp.asarray([True, False, True]), "keep_z2": jnp.asarray([True, True, False])}
+    template = shapes(model, x, t, cond | z)
+    new = {name: template[name] for name in ("rep_z3", "rep_z2", "empty_z3", "empty_z2")}
+    new = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), new)
+    assert new["empty_z3"].shape == (1, 5 if empty == "variable" else 12)
+    assert set(template) == {*tiny_params(), *new}
+    out = apply(model, {**tiny_params(), **new}, x, t, cond | z | keep)
+    for row in range(3):
+        added = 0
+        for name, value in z.items():
+            kept, linear, empty_C = keep[f"keep_{name}"][row], new[f"rep_{name}"], new[f"empty_{name}"][0]
+            vector = value[0, 0, 0] if kept else empty_C
+            whole = vector @ linear["kernel"] + linear["bias"] if kept or empty == "variable" else empty_C
+            added = added + whole
+        time = tiny_params()["t_embedder"]
+        time = {**time, "mlp_2": {**time["mlp_2"], "bias": time["mlp_2"]["bias"] + added}}
+        expected = apply(TINY, {**tiny_params(), "t_embedder": time}, x, t, cond)
+        np.testing.assert_allclose(out[row], expected[row], rtol=0, atol=2e-5)
+
+
+def test_a_dropped_vector_cannot_be_seen():
+    x, t, cond = tiny_inputs()
+    model = TINY.clone(conditions=(("z2", 1),), depth=1)
+    cond = cond | {"keep_z2": jnp.asarray([True, False, True])}
+    new = {"rep_z2": {"kernel": jnp.ones((4, 12)), "bias": jnp.ones(12)}, "empty_z2": jnp.ones((1, 4))}
+    params = {name: leaf for name, leaf in tiny_params().items() if name != "blocks_1"} | new
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def gradient(z):
+        loss = lambda z: jnp.sum(model.apply({"params": params}, x, t, cond | {"z2": z}, train=True) ** 2)  # noqa: E731
+        return jax.grad(loss)(z)
+
+    grad = gradient(jnp.full((3, 1, 1, 4), 0.5))
+    np.testing.assert_array_equal(np.abs(grad).max((1, 2, 3)) > 0, cond["keep_z2"])
+
+
+def test_gelu_is_the_one_asked_for():
+    """RCG's networks have the exact one; the two differ by 5e-4 at most."""
+    exact = apply(TINY.clone(tanh_gelu=False), tiny_params(), *tiny_inputs())
+    difference = np.abs(exact - apply(TINY, tiny_params(), *tiny_inputs())).max()
+    assert 1e-6 < difference < 1e-2
+
+
 def test_the_first_channels_are_the_prediction_where_the_variance_is_learned():
     x, t, cond = tiny_inputs()
     both = TINY.clone(learn_variance=True)
@@ -162,11 +213,15 @@ def test_the_first_channels_are_the_prediction_where_the_variance_is_learned():
 
 
 def test_initial_values_are_the_authors_and_the_output_is_zero():
-    model = DiT(patch_size=4, width=64, depth=2, num_heads=4, num_classes=200, learn_variance=True)
-    x, t, cond = jnp.ones((1, 8, 8, 3)), jnp.full(1, 500.0), {"label": jnp.zeros(1, jnp.int32)}
-    params = jax.jit(functools.partial(init, model))(x, t, cond)
+    model = DiT(
+        patch_size=4, width=64, depth=2, num_heads=4, num_classes=200, conditions=(("z2", 1),), learn_variance=True
+    )
+    x, t = jnp.ones((1, 8, 8, 3)), jnp.full(1, 500.0)
+    cond = {"label": jnp.zeros(1, jnp.int32), "z2": jnp.ones((1, 1, 1, 4000))}
+    quickly = {"xla_backend_optimization_level": 0}
+    params = jax.jit(functools.partial(init, model), compiler_options=quickly)(x, t, cond)
     assert not apply(model, params, x, t, cond).any()
-    normal = r"t_embedder\.mlp\.[02]\.weight|y_embedder\.embedding_table\.weight"
+    normal = r"t_embedder\.mlp\.[02]\.weight|y_embedder\.embedding_table\.weight|empty_z2"
     for name, array in weights.to_torch(params).items():
         if name == "pos_embed":
             continue
@@ -283,14 +338,19 @@ def test_multiply_accumulates_of_the_baseline_in_hdits_table_1(size, learn_varia
 
 # ---- bad input
 
+SEES, FINE = dict(conditions=(("z2", 1),)), {"label": jnp.zeros(3, int)}
+
 
 @pytest.mark.parametrize(
     "changes, cond, words",
     [
-        ({}, {}, r"DiT: cond has \[\], expected \['label'\] with num_classes 4"),
-        (dict(num_classes=0), {"label": jnp.zeros(3, int)}, r"DiT: cond has \['label'\], expected \[\]"),
-        ({}, {"label": jnp.zeros(3, int), "z2": jnp.zeros(3)}, r"cond has \['label', 'z2'\], expected \['label'\]"),
-        (dict(conditions=(("z2", 1),)), None, r"DiT takes no coarser levels, conditions has \['z2'\]; use uvit or"),
+        ({}, {}, r"DiT: cond has \[\], expected \['label'\] .*: missing \['label'\], unknown \[\]"),
+        (dict(num_classes=0), {"label": jnp.zeros(3, int)}, r"DiT: cond has \['label'\], .* unknown \['label'\]"),
+        ({}, {"label": jnp.zeros(3, int), "z2": jnp.zeros(3)}, r"cond has \['label', 'z2'\], .* unknown \['z2'\]"),
+        (SEES, None, r"cond has \['label'\], expected \['label', 'z2'\] .*: missing \['z2'\]"),
+        (SEES, FINE | {"z2": jnp.zeros((3, 2, 2, 4))}, r"z2 has shape \(3, 2, 2, 4\), expected one vector"),
+        (SEES, FINE | {"z2": jnp.zeros((3, 4))}, r"z2 has shape \(3, 4\), expected one vector \(batch, 1, 1, c"),
+        (SEES | dict(empty="zero"), FINE | {"z2": jnp.zeros((3, 1, 1, 4))}, "empty is 'zero', expected one of 'token'"),
         (dict(patch_size=4), None, r"input has shape \(3, 4, 6, 5\), .* divisible by patch_size 4"),
         (dict(num_heads=5), None, "width 12 must be divisible by 4 and by num_heads 5"),
         (dict(width=6), None, "width 6 must be divisible by 4 and by num_heads 3"),

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_image
 from nested import weights
 from nested.encoders import efficientnet
 
-ALL = ("crops1", "crops2", "crops4", "map")
+ALL = ("crops1", "crops2", "crops4", "map", "map3")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,10 @@ def test_features_are_grids_of_crops_and_the_map(encoder):
     photos = np.stack([load_sample_image("china.jpg")[:64, :64], load_sample_image("flower.jpg")[100:164, 200:264]])
     grids = encoder.features(photos)
     shapes = {"crops1": (2, 1, 1, 1280), "crops2": (2, 2, 2, 1280), "crops4": (2, 4, 4, 1280), "map": (2, 4, 4, 112)}
+    shapes["map3"] = (2, 3, 3, 112)
     assert {name: grid.shape for name, grid in grids.items()} == shapes
     assert all(grid.dtype == jnp.float32 for grid in grids.values())
+    np.testing.assert_allclose(grids["map3"][:, 1, 2], grids["map"][:, 1:3, 2:].mean((1, 2)), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(grids["crops1"][:, 0, 0], encoder.pooled(photos), atol=1e-5)
     crop = photos[:, 16:32, 32:48]  # row 1, column 2 of 4 x 4
     np.testing.assert_allclose(grids["crops4"][:, 1, 2], encoder.pooled(crop), atol=1e-5)
@@ -77,6 +79,24 @@ def test_resizing_is_antialiased():
     np.testing.assert_allclose(inside, 0.0, atol=1e-5)  # interpolation alone would see white: 127 / 128
 
 
+def test_what_is_not_asked_is_not_run(encoder, monkeypatch):
+    calls = []
+    run = efficientnet.EfficientNetLite0._run
+
+    def counting(self, images, names):
+        calls.append((images.shape[1], names))
+        return run(self, images, names)
+
+    monkeypatch.setattr(efficientnet.EfficientNetLite0, "_run", counting)
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    encoder.features(images)
+    assert calls == [(64, ("stage4", "pool"))] + [(32, ("pool",))] * 4 + [(16, ("pool",))] * 16
+    calls.clear()
+    assert dataclasses.replace(encoder, feature_names=()).features(images) == {}
+    dataclasses.replace(encoder, feature_names=("map2",)).features(images)
+    assert calls == [(64, ("stage4",))]
+
+
 def test_crops_must_divide_the_image(encoder):
     only_crops = dataclasses.replace(encoder, feature_names=("crops4",))
     with pytest.raises(ValueError, match=r"30x32 do not divide into 4x4 crops"):
@@ -91,6 +111,7 @@ def test_crops_must_divide_the_image(encoder):
         ({"map": "stage9"}, r"encoder.map: 'stage9' given; choose from 'stage4', 'stage6', 'head'"),
         ({"vector": "cls"}, r"encoder.vector: 'cls' given; choose from 'pool'"),
         ({"features": ("crops3",)}, r"encoder.features: 'crops3' given; choose from 'crops1'"),
+        ({"features": ("map", "map02")}, r"encoder.features: 'map02' given; choose from .* or 'mapN', 'codecN' for"),
     ],
 )
 def test_refuses_options(options, message):

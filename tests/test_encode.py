@@ -13,7 +13,7 @@ from toy_encoding import CODEC, CONFIG, IMAGES, LEVELS, Killed, Source, Toy, bat
 
 from input_pipeline import latents as records
 from nested import encode, encoding, latents
-from nested.encoders import compress, efficientnet
+from nested.encoders import compress, efficientnet, grids
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,90 @@ def test_json_says_what_made_it(finished):
 
 
 def test_fit_images_limits_the_basis_not_the_statistics(tmp_path, finished):
-    run(tmp_path, config=dataclasses.replace(CONFIG, fit_images=20))
+    run(tmp_path, config=dataclasses.replace(CONFIG, fit_images=20, shard_images=11))
     basis = encoding.load(tmp_path / "statistics.npz", compress.Basis, "basis/")["map"]
-    rows = np.asarray(Toy().features(Source().images[:20])["map"], np.float64).reshape(-1, 9)
-    np.testing.assert_allclose(basis.mean, rows.mean(0), atol=1e-6)
+    fitted = np.r_[:11, 22:31]  # all of shard 0, a part of shard 2 of 4
+    rows = np.asarray(Toy().features(Source().images[fitted])["map"], np.float64).reshape(-1, 9)
+    np.testing.assert_allclose(basis.mean[0], rows.mean(0), atol=1e-6)
     z = latents.read(tmp_path, LEVELS).variables(batch(tmp_path), jax.random.key(0))["z2"]
     np.testing.assert_allclose(np.std(z, (0, 1, 2)), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("svd", ["shared", "per_position"])
+def test_pooled_maps_are_pooled_before_their_svd(tmp_path, svd, center):
+    """As in the ICLR version, 3.3; 4 x 4 positions into 3 x 3 overlap."""
+    config = dataclasses.replace(CONFIG, features=("map3", "map"), components=4, svd=svd, center=center)
+    run(tmp_path, config=config)
+    pool = grids.pooling_matrix(4, 3)
+    x = np.einsum("bhwc,ih,jw->bijc", np.asarray(Toy().features(Source().images)["map"], np.float64), pool, pool)
+    for rows, found in zip(*(per_basis(grid, svd) for grid in (x, batch(tmp_path)["map3"])), strict=True):
+        rows = rows - rows.mean(0) * center
+        right = np.linalg.svd(rows, full_matrices=False)[2]
+        np.testing.assert_allclose(np.abs(found), np.abs(rows @ right[:4].T), atol=5e-3)
+
+
+def per_basis(x_BhwC, svd):
+    """The rows that share a basis: all, or those of each position."""
+    rows = x_BhwC.reshape(len(x_BhwC), -1, x_BhwC.shape[-1])
+    return [rows.reshape(-1, rows.shape[-1])] if svd == "shared" else list(rows.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("svd, center", [("shared", True), ("shared", False), ("per_position", True), ("none", True)])
+def test_features_of_the_codec_are_made_of_its_latents(tmp_path, caplog, svd, center):
+    """Equal to encoding with the codec first, then pooling, then the SVD. No encoder is asked."""
+    codec = dataclasses.replace(CODEC, channels=6)
+    config = dataclasses.replace(CONFIG, features=("codec", "codec3"), components=9, svd=svd, center=center)
+    caplog.set_level("INFO")
+    run(tmp_path, encoder=Deaf(), config=config, codec=codec)
+    assert "each went through the encoder 0.00 times" in caplog.text
+    raw = batch(tmp_path)
+    assert raw["codec"].shape == (IMAGES, 4, 4, 6) and raw["codec3"].shape == (IMAGES, 3, 3, 6)
+    finest = latents.read(tmp_path, (latents.LevelSource("z1", "patch_pca", (4, 4, 6)),))
+    z = finest.variables(raw, jax.random.key(0))["z1"]
+    for name, grid in (("codec", z), ("codec3", grids.adaptive_pool(z, 3))):
+        sums = compress.CovarianceStream(svd == "per_position")
+        sums.add(grid, IMAGES)
+        if svd == "none":
+            expected = grid
+        else:
+            basis = compress.fit_basis(sums.result(), 6, center)
+            expected = compress.project(grid, np.float32(basis.mean), np.float32(basis.vectors))
+        np.testing.assert_allclose(np.abs(raw[name]), np.abs(expected), atol=5e-3)
+    summary = json.loads((tmp_path / "latents.json").read_text())["features"]["codec3"]
+    assert (summary["channels"], summary["components"]) == (6, 6)
+    assert summary["explained_variance"][-1] == pytest.approx(1.0)
+
+
+class Deaf:
+    name, fingerprint = "deaf", "f00d"
+
+
+def test_the_rate_is_said_and_what_would_save_time(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    run(tmp_path / "cached")
+    assert "encoded 44 images" in caplog.text and "each went through the encoder 1.00 times\n" in caplog.text
+    monkeypatch.setattr(encode, "FEATURE_CACHE_BYTES", 0)
+    run(tmp_path / "twice")
+    assert "each went through the encoder 2.00 times; a smaller encoder.fit_images saves time" in caplog.text
+    run(tmp_path / "part", config=dataclasses.replace(CONFIG, fit_images=10))
+    assert f"each went through the encoder {54 / 44:.2f} times\n" in caplog.text
+    caplog.clear()
+    run(tmp_path / "part", config=dataclasses.replace(CONFIG, fit_images=10))
+    assert "encoded" not in caplog.text
+
+
+def test_shards_of_the_fit_are_spread_over_the_data():
+    """Folders of images are sorted by class: the first ones are not what all look like."""
+
+    def shards(fit_images, count=44, size=4):
+        config = dataclasses.replace(CONFIG, fit_images=fit_images, shard_images=size)
+        return encoding.plan(Source(count), Toy(), config, CODEC, pathlib.Path(), 0, 1, 1.0).fit_shards
+
+    assert shards(0) == shards(44) == shards(99) == dict.fromkeys(range(11), 4)
+    assert shards(0, count=42) == dict.fromkeys(range(10), 4) | {10: 2}
+    assert shards(10) == {0: 4, 3: 4, 7: 2}
+    assert shards(1) == {0: 1}
 
 
 def test_real_encoder(tmp_path):
@@ -84,24 +162,29 @@ def test_complete_directory_returns_at_once(finished):
     assert content(finished) == before
 
 
-@pytest.mark.parametrize("killed_at", [3, 20, 43])
-def test_killed_run_resumes_to_the_same_bytes(tmp_path, finished, killed_at, monkeypatch):
+@pytest.mark.parametrize("killed_at, svd", [(3, "shared"), (20, "shared"), (43, "shared"), (20, "per_position")])
+def test_killed_run_resumes_to_the_same_bytes(tmp_path_factory, finished, killed_at, svd, monkeypatch):
     """Killed in pass 1, then in pass 2, then let finish; finished shards are not done again."""
+    tmp_path, whole = tmp_path_factory.mktemp("killed"), finished
+    config = CONFIG
+    if svd != "shared":
+        config = dataclasses.replace(CONFIG, svd=svd, features=("map", "codec2"))
+        run(whole := tmp_path_factory.mktemp("whole"), config=config)
     monkeypatch.setattr(encode, "FEATURE_CACHE_BYTES", 0)
     shard = killed_at // 16
     with pytest.raises(Killed):
-        run(tmp_path, Source(killed_at={killed_at: 1}))
+        run(tmp_path, Source(killed_at={killed_at: 1}), config=config)
     assert len(list(tmp_path.glob("statistics/covariance-*.npz"))) == shard
     source = Source(killed_at={killed_at: 2})
     with pytest.raises(Killed):
-        run(tmp_path, source)
+        run(tmp_path, source, config=config)
     assert min(source.reads[1 : IMAGES - 16 * shard]) == 16 * shard  # index 0 is first looked at for the image shape
     assert len(list(tmp_path.glob("*.array_record"))) == shard
     (tmp_path / f"latents-{shard:05d}-of-00003.array_record.tmp").write_bytes(b"half a shard")
     source = Source()
-    run(tmp_path, source)
+    run(tmp_path, source, config=config)
     assert min(source.reads[1:]) == 16 * shard
-    assert content(tmp_path) == content(finished)
+    assert content(tmp_path) == content(whole)
 
 
 def test_lost_or_cut_shard_is_made_again(copy, finished):
@@ -162,6 +245,8 @@ def test_waiting_ends(tmp_path):
     [
         ({"config": dataclasses.replace(CONFIG, input_size=64)}, "encoder.input_size 32, config says 64: use"),
         ({"config": dataclasses.replace(CONFIG, components=4)}, "encoder.components 5, config says 4"),
+        ({"config": dataclasses.replace(CONFIG, svd="per_position")}, "encoder.svd shared, config says per_position"),
+        ({"config": dataclasses.replace(CONFIG, center=False)}, "encoder.center True, config says False"),
         ({"encoder": Toy(fingerprint="beef")}, "encoder.weights_sha256 cafe, config says beef"),
         ({"source": Source(40)}, "data.num_images 44, config says 40"),
         ({"source": Source(size=4)}, r"data.image_shape \[8, 8, 3\], config says \[4, 4, 3\]"),
@@ -207,10 +292,40 @@ BAD_DATA = [
     ({"encoder": Toy(nan_at=int(IMAGE[21, 0, 0, 0]))}, "image 21: NaN or infinity in feature 'crops1'"),
     ({"config": dataclasses.replace(CONFIG, shard_images=0)}, "encoder.shard_images: 0 given"),
     ({"config": dataclasses.replace(CONFIG, fit_images=-1)}, "encoder.fit_images: -1 given"),
+    ({"config": dataclasses.replace(CONFIG, svd="pca")}, "encoder.svd: 'pca' given; choose from 'shared', 'per_posi"),
+    ({"config": dataclasses.replace(CONFIG, svd="none")}, "encoder.components: 5 given, but 'crops1' has 9 channels"),
+    (
+        {"config": dataclasses.replace(CONFIG, svd="none", center=False)},
+        "encoder.center: False given, but with encoder.svd 'none' nothing is centred",
+    ),
+    (
+        {"config": dataclasses.replace(CONFIG, svd="none", components=11, features=("codec",))},
+        "encoder.components: 11 given, but 'codec' has 12 channels",
+    ),
+    (
+        {"config": dataclasses.replace(CONFIG, features=("map5",))},
+        "encoder.features: 'map5' asks for 5x5 of a grid of 4x4, and pooling only makes it smaller; name 'map4' or l",
+    ),
+    ({"config": dataclasses.replace(CONFIG, features=("codec5",))}, "'codec5' asks for 5x5 of a grid of 4x4"),
+    ({"config": dataclasses.replace(CONFIG, features=("codec0",))}, "encoder.features: 'codec0' given; choose from"),
+    (
+        {"config": dataclasses.replace(CONFIG, features=("codec",)), "codec": encoding.CodecConfig("pixels", 0, 0)},
+        "encoder.features: 'codec' given, but codec.name 'pixels' has no latents",
+    ),
     ({"codec": dataclasses.replace(CODEC, name="jpeg")}, "codec.name: 'jpeg' given; choose from 'pixels', 'patch_pca'"),
     ({"codec": dataclasses.replace(CODEC, patch=3)}, "codec.patch: 3 does not divide the images' 8x8"),
     ({"codec": dataclasses.replace(CODEC, channels=13)}, "codec.channels: 13 given; a 2x2 patch .* has 1 to 12"),
 ]
+
+
+def test_refuses_covariances_that_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "COVARIANCE_BYTES", 8 * 16 * 81)
+    config = dataclasses.replace(CONFIG, svd="per_position")
+    run(tmp_path, config=config)
+    monkeypatch.setattr(encoding, "COVARIANCE_BYTES", 8 * 16 * 81 - 1)
+    with pytest.raises(ValueError, match="'per_position' given, but 'map' has 4x4 positions of 9 channels") as error:
+        run(tmp_path, config=config)
+    assert one_line(error) and "name it pooled ('mapN', 'codecN')" in str(error.value)
 
 
 @pytest.mark.parametrize("change, message", BAD_DATA, ids=[message[:24] for _, message in BAD_DATA])

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from nested import hierarchy, process, samplers, schedules, sigma_samplers
+from nested import build, hierarchy, process, samplers, schedules, sigma_samplers
 from nested.models import layers
 
 
@@ -148,13 +149,53 @@ def test_guidance_subtracts_the_null_conditions():
     np.testing.assert_allclose(middle, 4.0 + 0.5 * (4.0 - 100.0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("gamma, expected", [(math.inf, 0.0), (0.0, 0.5), (2.0, 0.5 * 0.25)])
-def test_generated_conditions_are_noised_by_time_to_the_gamma(gamma, expected):
-    _, middle, _ = make_levels(noise_gamma=gamma)
+def shown(level, *times, batch=2048):
+    """What `level` sees of zeros at these times, one after the other."""
     seen = []
-    denoise = hierarchy.noised_conditions(middle, lambda x, t, cond: seen.append(cond["top"]), draw(2048)[0])
-    denoise(None, jnp.full(2048, 0.25), {"top": jnp.zeros((2048, 1, 1, 2)), "keep_top": jnp.ones(2048, bool)})
-    assert abs(float(seen[0].std()) - expected) < 0.02  # variance (t/T)^gamma sigma^2, t/T = 1/4, sigma = 1/2
+    denoise = hierarchy.noised_conditions(level, lambda x, t, cond: seen.append(cond["top"]), draw(batch)[0])
+    for t in times:
+        denoise(None, jnp.full(batch, t), {"top": jnp.zeros((batch, 1, 1, 2)), "keep_top": jnp.ones(batch, bool)})
+    return seen
+
+
+@pytest.mark.parametrize(
+    "gamma, scale, expected",
+    [
+        (math.inf, "variance", 0.0),
+        (0.0, "variance", 0.5),
+        (2.0, "variance", 0.5 * 0.25),  # variance (t/T)^gamma sigma^2, t/T = 1/4, sigma = 1/2
+        (2.0, "std", 0.5 * 0.25**2),
+        (0.0, "std", 0.5),
+    ],
+)
+def test_generated_conditions_are_noised_by_time_to_the_gamma(gamma, scale, expected):
+    _, middle, _ = make_levels(noise_gamma=gamma, noise_scale=scale)
+    (z,) = shown(middle, 0.25)
+    assert abs(float(z.std()) - expected) < 0.1 * expected + 1e-6
+
+
+def test_the_noise_on_a_condition_is_one_per_sample_or_one_per_evaluation():
+    _, middle, _ = make_levels(noise_gamma=0.0)
+    first, second = shown(middle, 0.25, 0.5)
+    np.testing.assert_array_equal(first, second)
+    anew = dataclasses.replace(middle, noise_resample=True)
+    first, second, again = shown(anew, 0.25, 0.5, 0.25)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.06
+    np.testing.assert_array_equal(first, again)  # of the time: whatever the batch or the solver's order
+    np.testing.assert_array_equal(shown(anew, 0.25, batch=16)[0], first[:16])
+
+
+def test_two_levels_are_markovian_either_way():
+    """With one coarser level, 'all_higher' and 'next_higher' build the same hierarchy; with two they do not."""
+    for depth, same in (("L2", True), ("L3", False)):
+        configs = [tiny.get_config(depth), tiny.get_config(depth)]
+        configs[1].hierarchy.conditioning = "next_higher"
+        shapes = [
+            jax.eval_shape(lambda key, config=config: hierarchy.init(build.levels(config), key), jax.random.key(0))
+            for config in configs
+        ]
+        seen = [[level.conditions for level in build.levels(config)] for config in configs]
+        assert (seen[0] == seen[1]) == same == (jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1]))
 
 
 def test_noise_on_conditions_of_an_edm_level_falls_over_the_samplers_own_range():

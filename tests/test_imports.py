@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGES = ("nested", "input_pipeline", "configs")
-DRIVERS = ("nested.sample", "nested.evaluate", "nested.train")
+DRIVERS = ("nested.sample", "nested.evaluate", "nested.sweep", "nested.train", "nested.search", "nested.compare")
 MAX_FILE, MAX_FUNCTION, MAX_LONG_FUNCTION = 400, 60, 120
 LONG_FUNCTIONS = {"nested.train.loop", "configs.common.default"}  # the training loop and the configs
 
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "nested.encoders.text": ("nested.weights", "input_pipeline"),
     **dict.fromkeys(DRIVERS, ("nested", "input_pipeline")),
     "input_pipeline": ("input_pipeline",),
-    "configs": ("configs", "nested.models"),
+    "nested.presets": (),
+    "configs": ("configs", "nested.models", "nested.presets"),
     "main": ("nested",),
 }
 # What input_pipeline may import besides the standard library; array_record is grain's file format.
@@ -113,9 +114,9 @@ def test_the_data_pipeline_needs_neither_jax_nor_the_models():
         ("flax.linen", ("nested.models", "nested.encoders", "nested.hierarchy", "nested.summary")),
         ("optax", ("nested.optimizer",)),
         ("tensorboardX", ("nested.writers",)),
-        ("matplotlib", ("nested.pictures",)),
+        ("matplotlib", ("nested.pictures", "nested.plots", "nested.memorization")),
         ("grain", ("input_pipeline",)),
-        ("ml_collections", ("configs", "nested.build", "main")),
+        ("ml_collections", ("configs", "nested.build", "nested.compare", "main")),
         ("tensorflow", ()),
         ("torch", ()),
         ("jax.pmap", ()),
@@ -139,7 +140,7 @@ def test_no_pmap_and_no_mesh_context():
 @pytest.mark.parametrize("name", FILES)
 def test_files_and_functions_stay_small(name):
     lines = len(FILES[name].read_text().splitlines())
-    assert lines < (100 if name == "main" else MAX_FILE)
+    assert lines < (130 if name == "main" else MAX_FILE)
     for node in ast.walk(parse(name)):
         if isinstance(node, ast.FunctionDef):
             function = f"{name}.{node.name}"

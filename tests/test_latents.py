@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from toy_encoding import CONFIG, IMAGES, LEVELS, Source, batch, one_line, run
+from toy_encoding import CONFIG, IMAGES, LEVELS, Source, Toy, batch, one_line, run
 
 from input_pipeline import latents as records
 from nested import encoding, latents
@@ -64,7 +64,7 @@ def test_report(finished):
         (("z2", "map", (5, 4, 5)), r"level z2: shape 5x4x5 cannot come from 'map', which stores 4x4x5"),
         (("z2", "map", (4, 4, 6)), r"shape 4x4x6 cannot come from 'map'"),
         (("z2", "map", (0, 4, 5)), r"shape 0x4x5 cannot come from 'map'"),
-        (("z2", "crops4", (4, 4, 5)), r"source 'crops4' is not in these latents, only pixels, crops1, map, patch_pca"),
+        (("z2", "crops4", (4, 4, 5)), r"source 'crops4' is not in these latents, only pixels, patch_pca, crops1, map"),
         (("z2", "pixels", (3, 3, 3)), r"level z2: shape 3x3x3 given, but images of 8x8x3 are only averaged"),
         (("z2", "patch_pca", (4, 4, 13)), r"shape 4x4x13 given; 'patch_pca' of the patches here is 4x4x12"),
     ],
@@ -72,6 +72,66 @@ def test_report(finished):
 def test_refuses_levels_that_do_not_fit(finished, level, message):
     with pytest.raises(ValueError, match=message) as error:
         latents.read(finished, (latents.LevelSource(*level), *LEVELS[2:]))
+    assert one_line(error)
+
+
+def test_levels_of_a_basis_per_position_are_not_pooled(tmp_path):
+    run(tmp_path, config=dataclasses.replace(CONFIG, svd="per_position"))
+    z = latents.read(tmp_path, (LEVELS[0], latents.LevelSource("z2", "map", (4, 4, 3)), LEVELS[2]))
+    z = z.variables(batch(tmp_path), jax.random.key(0))["z2"]
+    np.testing.assert_allclose(np.std(z, (0, 1, 2)), 1.0, atol=1e-5)
+    message = r"level z2: shape 2x3x3 given, but with encoder.svd 'per_position' 'map' is not pooled: give 4x4 pos"
+    with pytest.raises(ValueError, match=message) as error:
+        latents.read(tmp_path, LEVELS)
+    assert one_line(error)
+
+
+def test_levels_without_an_svd_are_the_features_and_may_be_standardised_by_image(tmp_path):
+    """The per-image mean and variance are those of RCG, rdm/models/diffusion/ddpm.py:573-581 (torch.std: unbiased)."""
+    run(tmp_path, config=dataclasses.replace(CONFIG, svd="none", components=9))
+    raw = batch(tmp_path)
+    features = Toy().features(Source().images)
+    levels = [
+        latents.LevelSource("z3", "crops1", (1, 1, 9), standardize="none"),
+        latents.LevelSource("z2", "map", (2, 2, 9), standardize="sample"),
+        LEVELS[2],
+    ]
+    made = latents.read(tmp_path, levels)
+    z = jax.jit(made.variables)(raw, jax.random.key(0))
+    np.testing.assert_array_equal(z["z3"], features["crops1"].astype(np.float16))
+    x = np.asarray(features["map"], np.float64).reshape(IMAGES, 2, 2, 2, 2, 9).mean((2, 4))
+    expected = (x - x.mean((1, 2, 3), keepdims=True)) / x.std((1, 2, 3), keepdims=True, ddof=1)
+    np.testing.assert_allclose(z["z2"], expected, atol=2e-3)  # stored in float16
+    np.testing.assert_allclose(np.mean(z["z2"], (1, 2, 3)), 0.0, atol=1e-6)
+    np.testing.assert_allclose(np.var(z["z2"], (1, 2, 3), ddof=1), 1.0, atol=1e-5)
+    rows = made.report({"z3": 1.0, "z2": 1.0})
+    assert "bits_per_image" not in rows[0] and rows[1]["bits_per_image"] == pytest.approx(18 / np.log(2))
+    assert latents.format_report(rows).startswith("z3: 1x1x9 from crops1, 100.0 % of the variance\n")
+    levels[1] = dataclasses.replace(levels[1], shape=(2, 2, 8))
+    with pytest.raises(ValueError, match="'none' the channels of 'map' have no order to cut them by") as error:
+        latents.read(tmp_path, levels)
+    assert one_line(error)
+
+
+def test_an_image_that_does_not_vary_becomes_zero(finished):
+    level = latents.LevelSource("z2", "map", (2, 3, 3), standardize="sample")
+    transform = latents.read(finished, (level, LEVELS[2])).transforms[0]
+    np.testing.assert_array_equal(transform.encode(np.full((2, 4, 4, 5), 3.0, np.float16)), np.zeros((2, 2, 3, 3)))
+
+
+@pytest.mark.parametrize(
+    "level, message",
+    [
+        (("map", (1, 1, 3), "image"), r"level z2 \(map\): standardize 'image' given; choose from 'channel', 's"),
+        (("map", (1, 1, 1), "sample"), r"level z2 \(map\): standardize 'sample' of a single number leaves nothing"),
+        (("pixels", (8, 8, 3), "none"), r"level z2: standardize 'none' given; 'pixels' has a scale of its own: leave"),
+        (("patch_pca", (4, 4, 12), "sample"), r"level z2: standardize 'sample' given; 'patch_pca' has a scale of its"),
+    ],
+)
+def test_refuses_standardisations(finished, level, message):
+    source, shape, standardize = level
+    with pytest.raises(ValueError, match=message) as error:
+        latents.read(finished, (latents.LevelSource("z2", source, shape, standardize=standardize), LEVELS[2]))
     assert one_line(error)
 
 

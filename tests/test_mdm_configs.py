@@ -1,13 +1,12 @@
 """configs/mdm.py and its kin: the paper's numbers, and one real training step of each, shrunk in place."""
 
-import jax
 import numpy as np
 import pytest
+from shrunk import check_two_steps, on_random_data
 from test_configs import get_config
 
 from configs import mdm
-from input_pipeline.loader import collate
-from nested import build, build_data, samplers, train
+from nested import build, samplers
 
 # --- the numbers of the paper ----------------------------------------------------------------------------------------
 
@@ -104,30 +103,13 @@ def shrink(config, factor):
                  attention=tuple(min(count, 1) for count in net["attention"]))
             for net in level.backbone.nets
         )  # fmt: skip
-    config.data.update(source="synthetic", num_examples=4, flip=False)
-    config.text.update(max_tokens=3, width=8)
-    config.train.update(batch_size=4, remat=False)
-    config.optimizer.warmup_steps = 0
-    return config
+    return on_random_data(config)
 
 
 @pytest.mark.parametrize("name, argument", SHRUNK)
 def test_a_step_of_every_kind(name, argument, tmp_path):
     config = shrink(get_config(name, argument), 1 if name.startswith("fashion") else 8)
-    source, latents = build_data.latents(config, str(tmp_path))
-    run = train.make_run(config, latents)
-    config.init_from.phase = ""
-    state = train.fresh_state(run, str(tmp_path))
-    before = jax.tree.map(np.asarray, state.params)
-    # It runs twice: optimising its machine code costs more than it saves.
-    options = {"xla_backend_optimization_level": 0}
-    update = jax.jit(lambda *inputs: train.train_step(run.step, *inputs), compiler_options=options)
-    raw = collate([source[i] for i in range(4)])
-    for _ in range(2):  # the networks give zero at first, so only their last layers move in the first step
-        state, metrics = update(state, raw, run.key)
-    assert metrics["finite"] and int(state.step) == 2
-    moved = jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), before, state.params)
-    assert np.mean(jax.tree.leaves(moved)) > 0.1  # those that the zeros of the start let the loss reach in two steps
+    check_two_steps(config, tmp_path)
 
 
 def test_every_architecture_has_a_config():

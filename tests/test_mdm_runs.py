@@ -11,7 +11,7 @@ from test_build import refused
 from test_sample import Pooler
 from tiny import start_main
 
-from nested import build, build_data, evaluate, partition, sample, train
+from nested import build, build_data, evaluate, partition, sample, sweep, train
 from nested.writers import read_metrics
 
 
@@ -36,11 +36,6 @@ def pooler(monkeypatch):
     return pooler
 
 
-def swept_config(option, *values):
-    return config_of("cascade", ("evaluate.num_samples", 8), ("evaluate.sweep", option),
-                     ("evaluate.sweep_values", values))  # fmt: skip
-
-
 # --- a cascade and its sweeps ----------------------------------------------------------------------------------------
 
 
@@ -51,54 +46,27 @@ def test_a_cascade_trains_both_nets(cascade):
     assert first["gradient_norm/x2"] > 0 and last["gradient_norm/x4"] > 0 and last["skipped_steps"] == 0
 
 
-def test_a_sweep_of_the_noise_level_writes_its_table_and_curve(cascade, pooler, capsys):
-    evaluate.evaluate(swept_config("hierarchy.cond_level", 0, 900), str(cascade))
+def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, capsys):
+    config = config_of("cascade", ("evaluate.num_samples", 8))
+    config.evaluate.sweep = (("hierarchy.cond_level", (0, 900)),)
+    evaluate.evaluate(config, str(cascade))
     paths = [cascade / f"sweep.{kind}" for kind in ("json", "md", "png")]
     assert capsys.readouterr().out.splitlines() == [f"sweep:   {path}" for path in paths]
-    result = json.loads(paths[0].read_text())
-    assert result["option"] == "hierarchy.cond_level" and [row["value"] for row in result["scores"]] == [0, 900]
-    clean, noisy = result["scores"]
+    clean, noisy = json.loads(paths[0].read_text())["rows"]
+    assert [row["values"] for row in (clean, noisy)] == [{"hierarchy.cond_level": level} for level in (0, 900)]
     assert clean["fd"] != noisy["fd"] and clean["num_samples"] == 8 and clean["guidance"] == [0.5, 0.5]
     head, _, *rows = paths[1].read_text().splitlines()
     assert head == "| hierarchy.cond_level | FD-EffLite0 | KID |"
-    expected = [f"| {row['value']} | {row['fd']:.2f} | {row['kid']:.4f} |" for row in result["scores"]]
+    expected = [f"| {level} | {row['fd']:.2f} | {row['kid']:.4f} |" for level, row in ((0, clean), (900, noisy))]
     assert rows == expected
     assert min(Image.open(paths[2]).size) > 100
     assert not (cascade / "scores.json").exists()
 
 
-@pytest.mark.parametrize(
-    "option, values, message",
-    [
-        ("sampler.stesp", (2, 3), "config.evaluate.sweep: 'sampler.stesp' given; choose guidance, hierarchy.cond_"),
-        ("sampler.name", ("ddpm", "ddim"), "config.evaluate.sweep: 'sampler.name' given"),
-        ("cond_level", (0, 1), "config.evaluate.sweep: 'cond_level' given"),
-        ("hierarchy.cond_drop", (0.1, 0.2), "config.evaluate.sweep: 'hierarchy.cond_drop' given"),
-        ("hierarchy.conditioning", ("all_higher", "next_higher"), "config.evaluate.sweep: 'hierarchy.conditioning'"),
-        ("train.steps", (1, 2), "config.evaluate.sweep: 'train.steps' given"),
-        ("hierarchy.cond_level", (0, 2000), "noise augmentation: level 2000 is outside 0 to 1000"),
-        ("sampler.eta", (0.0, 2.0), "config.levels[0].sampler: sampler.eta = 2.0: expected a number from 0 to 1"),
-        ("guidance", (0.5,), "config.evaluate.sweep_values (0.5,): give two or more values of guidance"),
-    ],
-)
-def test_sweeps_are_refused_before_anything_is_drawn(option, values, message, monkeypatch):
-    monkeypatch.setattr(evaluate, "measurement", None)
-    gen = generator(swept_config(option, *values))
-    refused(evaluate.sweep, gen, None, None, "unused", 2, "unused", match=message)
-
-
-def generator(config):
-    return sample.generator(config, build.levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
-
-
-def test_a_sweep_changes_one_option_of_every_level():
-    gen = generator(config_of("cascade"))
-    level = evaluate.swept(gen, "hierarchy.cond_level", 7).levels[1]
-    assert level.augmentation.level == 7 and gen.levels[1].augmentation.level == 100
-    assert level.sampler == gen.levels[1].sampler and level.guidance == 0.5
-    assert [level.sampler.steps for level in evaluate.swept(gen, "sampler.steps", 5).levels] == [5, 5]
-    assert [level.guidance for level in evaluate.swept(gen, "guidance", 2).levels] == [2.0, 2.0]
-    assert gen.config == config_of("cascade") and [level.sampler.steps for level in gen.levels] == [2, 2]
+def test_a_noise_level_that_there_is_not_is_refused():
+    config = config_of("cascade", ("evaluate.sweep", (("hierarchy.cond_level", (0, 2000)),)))
+    gen = sample.generator(config, build.levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
+    refused(sweep.combinations, gen, match="noise augmentation: level 2000 is outside 0 to 1000")
 
 
 # --- main.py ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """nested/sample.py and nested/evaluate.py: which sample is which, and what its score is."""
 
 import dataclasses
+import functools
 import json
 import types
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import common
@@ -116,6 +118,29 @@ def test_with_guidance_changes_the_weights_of_every_level(drawn, params):
     assert difference(unguided.images(params, 4, "tests"), images[:4]) > 2
     with pytest.raises(ValueError):
         generator.with_guidance((0.0,))
+
+
+def test_levels_of_equal_programs_are_compiled_once(mesh):
+    """z_b sees z_a and z_c sees z_b, both 2x2x4 with one network: three programs for three levels and the decoder."""
+    config = tiny_config()
+    config.hierarchy.conditioning = "next_higher"
+    net = dict(common.uvit(width=8, depth=0, num_heads=1), patch_size=1)
+    equal = dict(config.levels[0], shape=(2, 2, 4), guidance=0.3, backbone=net)
+    config.levels = tuple(ConfigDict(dict(equal, name=name)) for name in ("za", "zb", "zc"))
+    config.hierarchy.label_levels = ("za", "zb", "zc")
+    levels = build.levels(config)
+    generator = sample.generator(config, levels, types.SimpleNamespace(decode=compress.to_images), mesh)
+    init = jax.jit(lambda key: hierarchy.init(levels, key), compiler_options={"xla_backend_optimization_level": 0})
+    params = init(jax.random.key(0))
+    images = generator.images(params, 4, "tests")
+    assert len(generator.programs) == 3
+    keys = dict.fromkeys(("za", "zb", "zc"), sample.sample_keys(config.seed, range(4)))
+    draw = jax.jit(functools.partial(hierarchy.sample, levels), compiler_options={"xla_backend_optimization_level": 0})
+    expected = draw(params, keys, generator.given(range(4)))["zc"]
+    assert difference(images, np.asarray(compress.to_images(expected))) <= 1
+    same = [dataclasses.replace(levels[0], guidance=0.7), *levels[1:]]
+    generator.with_levels(same).images(params, 4, "tests")
+    assert len(generator.programs) == 4
 
 
 # --- the figure of the hierarchy -------------------------------------------------------------------------------------

@@ -229,11 +229,11 @@ def test_captions_come_without_decoding(tmp_path):
     (tmp_path / "images" / "a.png").write_bytes(b"not an image")
     transformed = Transformed(source, 2, crop="center", channels=3)
     assert text.captions(source) == text.captions(transformed) == list(CAPTIONS)
-    assert text.captions(Part(transformed, 1, 3)) == list(CAPTIONS[1:3])
+    assert text.captions(Part(transformed, (1, 2))) == list(CAPTIONS[1:3])
     (tmp_path / "images" / "captions.jsonl").unlink()
     assert ImageFolder(tmp_path / "images").captions is None
-    assert Part(Records(CAPTIONS), 0, 2).captions is None
-    assert text.captions(Part(Records(CAPTIONS), 1, 3)) == list(CAPTIONS[1:3])
+    assert Part(Records(CAPTIONS), (0, 1)).captions is None
+    assert text.captions(Part(Records(CAPTIONS), (1, 2))) == list(CAPTIONS[1:3])
 
 
 def test_absent_captions_are_named(encoder, tmp_path):

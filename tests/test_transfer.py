@@ -67,7 +67,7 @@ def straight(tmp_path_factory):
 def grafted(straight):
     """(config of the phase s2, its EMA, config of the nest, the nest's state before its first step)."""
     (_, first), (_, second), _ = build.phases(config_of())
-    _, latents = build_data.latents(second, "unused")
+    _, latents = build_data.latents(second, str(straight))
     state = train.fresh_state(train.make_run(second, latents), str(straight))
     return first, state_of(folder(straight, "s2"), first)["ema"]["x"], second, state
 

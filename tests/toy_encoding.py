@@ -7,12 +7,12 @@ import numpy as np
 
 from input_pipeline import latents as records
 from nested import encode, encoding, latents
-from nested.encoders import compress
+from nested.encoders import compress, grids
 
 IMAGES = 44  # 3 shards of 16, 16, 12; batches of 6: every shard ends in a padded batch
 CONFIG = encoding.EncoderConfig(
     name="toy", weights="", input_size=32, map="stage4", vector="pool", features=("crops1", "map"), components=5,
-    fit_images=0, batch_size=6, shard_images=16,
+    svd="shared", center=True, fit_images=0, batch_size=6, shard_images=16,
 )  # fmt: skip
 CODEC = encoding.CodecConfig(name="patch_pca", patch=2, channels=12)
 LEVELS = (
@@ -53,27 +53,32 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """A random linear encoder of the mean and of 2 x 2 patches; NaN or huge features for images that begin with
-    the value given."""
+    """A random linear encoder of 2 x 2 patches, its vector the mean of their tanh; NaN or huge features for images that
+    begin with the value given."""
 
     name: str = "toy"
     fingerprint: str = "cafe"
     nan_at: int = -1
     huge_at: int = -1
+    feature_names: tuple = ("crops1", "map")
 
     def features(self, images):
-        x = images.astype(jnp.float32) / 127.5
+        return grids.of_images(self._outputs, images, self.feature_names)
+
+    def _outputs(self, images, parts):
+        x = jnp.asarray(images).astype(jnp.float32) / 127.5
         bad = jnp.where(images[:, 0, 0, 0] == self.nan_at, jnp.nan, 1.0)
         bad = jnp.where(images[:, 0, 0, 0] == self.huge_at, 3e4, bad)[:, None, None, None]
         weights = np.random.default_rng(1).normal(size=(12, 9)).astype(np.float32)
-        patches = compress.patchify(x, 2)
-        maps = patches @ weights * bad
-        return {"map": maps, "crops1": jnp.tanh(maps).mean((1, 2), keepdims=True) * bad}
+        maps = compress.patchify(x, 2) @ weights * bad
+        outputs = {"map": maps, "vector": (jnp.tanh(maps).mean((1, 2), keepdims=True) * bad)[:, 0, 0]}
+        return {part: outputs[part] for part in parts}
 
 
 def run(directory, source=None, encoder=None, config=CONFIG, codec=CODEC, **processes):
     source = Source() if source is None else source
-    return encode.encode(source, encoder or Toy(), config, codec, directory, **processes)
+    encoder = encoder or Toy(feature_names=tuple(name for name in config.features if not grids.of_codec(name)))
+    return encode.encode(source, encoder, config, codec, directory, **processes)
 
 
 def content(directory):

@@ -16,11 +16,15 @@ m, s of ANY pooling and truncation follow in closed form from the second moments
 so a level's shape can change without encoding again. Both kinds of sums merge: any number of shards gives one result.
 
 The paper does not say whether CVPR's basis is shared between positions or whether features are centred, nor repeats
-the standardisation of the ICLR version; here the basis is shared, features are centred and standardised, because
-sigma in {0, .5, 1} presupposes unit variance. Host arithmetic is numpy float64 throughout.
+the standardisation of the ICLR version. All three are options: a basis per position is a group of its own in the sums
+(G groups: 1, or as many as positions), without centring the SVD is of the second moment about zero, and without SVD the
+channels stay as they are. The default is shared, centred and standardised, because sigma in {0, .5, 1} presupposes unit
+variance. RCG standardises each image's vector by itself (ddpm.py:573-581: unbiased variance, no epsilon). Host
+arithmetic is numpy float64 throughout.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 
@@ -28,12 +32,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested.encoders.grids import pooling_matrix
+
+STANDARDIZE = ("channel", "sample", "none")
+
 # --- pass 1: covariance and basis --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Covariance:
-    """Sums over n vectors of C channels: n, mean [C] and scatter [C, C] = sum (x - mean)(x - mean)^T, float64."""
+    """Sums over n vectors of C channels in each of G groups, float64: n, mean [G, C] and
+    scatter [G, C, C] = sum (x - mean)(x - mean)^T."""
 
     n: int
     mean: np.ndarray
@@ -43,79 +52,134 @@ class Covariance:
         """The same sums over both sets (Chan, Golub & LeVeque 1979)."""
         n = self.n + other.n
         delta = other.mean - self.mean
-        between = np.outer(delta, delta) * (self.n * other.n / n)
+        between = _outer(delta) * (self.n * other.n / n)
         return Covariance(n, self.mean + delta * (other.n / n), self.scatter + other.scatter + between)
 
+    def through(self, mean_C, vectors_CK):
+        """The sums of (x - mean) @ vectors in place of x."""
+        return Covariance(self.n, (self.mean - mean_C) @ vectors_CK, vectors_CK.T @ self.scatter @ vectors_CK)
 
-@jax.jit
-def _gram(x_BhwC, shift_C, mask_B):
-    """Sum [C] and Gram matrix [C, C] of x - shift over the images of mask 1, float32; whether each image is finite."""
-    finite = jnp.isfinite(x_BhwC).all((1, 2, 3))
-    keep = mask_B[:, None, None, None] > 0  # a padding image adds 0, also where its features are not finite
-    x = jnp.where(keep, x_BhwC - shift_C[None, None, None], 0.0).reshape(-1, x_BhwC.shape[-1])
-    gram = jnp.einsum("nc,nd->cd", x, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return x.sum(0), gram, finite
+
+def _outer(x_GC):
+    return x_GC[:, :, None] * x_GC[:, None, :]
+
+
+def _groups(x_BhwC, per_position):
+    """[B, h, w, C] -> [G, N, C]: one group of all vectors, or one per position."""
+    channels = x_BhwC.shape[-1]
+    if per_position:
+        return x_BhwC.reshape(len(x_BhwC), -1, channels).swapaxes(0, 1)
+    return x_BhwC.reshape(1, -1, channels)
+
+
+@functools.partial(jax.jit, static_argnames=("per_position",))
+def _gram(x_BhwC, shift_GC, mask_B, per_position):
+    """Sum [G, C] and Gram matrix [G, C, C] of x - shift over the images of mask 1, float32; which of them are finite.
+    """
+    finite = jnp.isfinite(x_BhwC).all((1, 2, 3)) | (mask_B == 0)
+    mask = jnp.broadcast_to(mask_B[:, None, None, None], (*x_BhwC.shape[:3], 1))
+    # a padding image adds 0, also where its features are not finite
+    x = jnp.where(_groups(mask, per_position) > 0, _groups(x_BhwC, per_position) - shift_GC[:, None], 0.0)
+    gram = jnp.einsum("gnc,gnd->gcd", x, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return x.sum(1), gram, finite
 
 
 class CovarianceStream:
-    """Adds batches of features up to a Covariance: Gram matrices on the device, sums in float64 on the host."""
+    """Adds batches of features up to a Covariance: Gram matrices on the device, sums in float64 on the host, which
+    takes a batch's when the next one is on its way. per_position: a group for every position."""
 
-    def __init__(self):
-        self._shift = None
-        self._positions, self._sum, self._gram = 0, 0.0, 0.0
+    def __init__(self, per_position=False):
+        self._per_position, self._shift = per_position, None
+        self._vectors, self._sum, self._gram = 0, 0.0, 0.0
+        self._on_device = None
 
     def add(self, x_BhwC, valid):
-        """x_BhwC: features [B, h, w, C], of which the first `valid` images count. Returns finite: bool [valid]."""
+        """x_BhwC: features [B, h, w, C], of which the first `valid` images count. Returns which of those are finite:
+        bool [B], true for the others, still on the device."""
         if self._shift is None:
-            mean = np.asarray(x_BhwC[:valid], np.float64).mean((0, 1, 2))
+            mean = _groups(np.asarray(x_BhwC[:valid], np.float64), self._per_position).mean(1)
             self._shift = np.where(np.isfinite(mean), mean, 0.0).astype(np.float32)
         mask = (np.arange(x_BhwC.shape[0]) < valid).astype(np.float32)
-        total, gram, finite = _gram(x_BhwC, self._shift, mask)
-        self._positions += valid * x_BhwC.shape[1] * x_BhwC.shape[2]
-        self._sum = self._sum + np.asarray(total, np.float64)
-        self._gram = self._gram + np.asarray(gram, np.float64)
-        return np.asarray(finite)[:valid]
+        total, gram, finite = _gram(x_BhwC, self._shift, mask, self._per_position)
+        self._collect()
+        self._on_device = total, gram
+        self._vectors += valid * (1 if self._per_position else x_BhwC.shape[1] * x_BhwC.shape[2])
+        return finite
+
+    def _collect(self):
+        if self._on_device:
+            total, gram = self._on_device
+            self._sum = self._sum + np.asarray(total, np.float64)
+            self._gram = self._gram + np.asarray(gram, np.float64)
+            self._on_device = None
 
     def result(self):
-        n = self._positions
-        mean = self._sum / n
-        return Covariance(n, self._shift.astype(np.float64) + mean, self._gram - n * np.outer(mean, mean))
+        self._collect()
+        n, mean = self._vectors, self._sum / self._vectors
+        return Covariance(n, self._shift.astype(np.float64) + mean, self._gram - n * _outer(mean))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Basis:
-    """mean [C], vectors [C, K] (orthonormal columns, leading first), eigenvalues [C] of the covariance; float64."""
+    """A linear map of features (x - mean) @ vectors in each of G groups, float64.
+
+    mean [G, C]; vectors [G, C, K], orthonormal columns, leading first (of a codec's latents: of the latents);
+    variances [G, D]: along all of the D >= K axes, the kept ones first (about zero where features are not centred).
+    """
 
     mean: np.ndarray
     vectors: np.ndarray
-    eigenvalues: np.ndarray
+    variances: np.ndarray
+
+    @property
+    def components(self):
+        return self.vectors.shape[2]
 
     def explained_variance(self):
         """Share of the variance kept by the first 1, 2, ..., K channels, [K]; 1 for data that do not vary at all."""
-        total = self.eigenvalues.sum()
-        kept = np.cumsum(self.eigenvalues[: self.vectors.shape[1]])
+        total = self.variances.sum()
+        kept = np.cumsum(self.variances.sum(0)[: self.components])
         return kept / total if total > 0 else np.ones_like(kept)
+
+    def after(self, mean_C, vectors_CD):
+        """The basis of D channels made from (x - mean) @ vectors, as one of x. vectors: of full column rank."""
+        mean = mean_C + self.mean @ np.linalg.pinv(vectors_CD)
+        return Basis(mean, vectors_CD @ self.vectors, self.variances)
 
     def sha256(self):
         digest = hashlib.sha256()
-        for array in (self.mean, self.vectors, self.eigenvalues):
+        for array in (self.mean, self.vectors, self.variances):
             digest.update(np.ascontiguousarray(array, "<f8").tobytes())
         return digest.hexdigest()
 
 
-def fit_basis(covariance, components):
+def fit_basis(covariance, components, center=True):
     """The leading min(components, C) eigenvectors; the largest entry of each is positive, so that signs are fixed."""
-    eigenvalues, vectors = np.linalg.eigh(covariance.scatter / covariance.n)
-    eigenvalues, vectors = np.maximum(eigenvalues[::-1], 0.0), vectors[:, ::-1][:, :components]
-    largest = vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])]
-    return Basis(covariance.mean, vectors * np.where(largest < 0, -1.0, 1.0), eigenvalues)
+    mean = covariance.mean if center else np.zeros_like(covariance.mean)
+    moment = covariance.scatter / covariance.n
+    eigenvalues, vectors = np.linalg.eigh(moment if center else moment + _outer(covariance.mean))
+    eigenvalues, vectors = np.maximum(eigenvalues[:, ::-1], 0.0), vectors[:, :, ::-1][:, :, :components]
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], 1)
+    return Basis(mean, vectors * np.where(largest < 0, -1.0, 1.0), eigenvalues)
+
+
+def identity_basis(covariance):
+    """All channels as they are: no rotation, no mean."""
+    groups, channels = covariance.mean.shape
+    vectors = np.tile(np.eye(channels), (groups, 1, 1))
+    return Basis(np.zeros_like(covariance.mean), vectors, np.einsum("gcc->gc", covariance.scatter) / covariance.n)
 
 
 @jax.jit
-def project(x_BhwC, mean_C, vectors_CK):
+def project(x_BhwC, mean_GC, vectors_GCK):
     """(x - mean) @ vectors in float32: [B, h, w, C] -> [B, h, w, K]."""
-    x = x_BhwC.astype(jnp.float32) - mean_C[None, None, None]
-    return jnp.einsum("bhwc,ck->bhwk", x, vectors_CK, precision=jax.lax.Precision.HIGHEST)
+    batch, height, width, channels = x_BhwC.shape
+    x = x_BhwC.astype(jnp.float32).reshape(batch, -1, channels) - mean_GC[None]
+    if len(mean_GC) == 1:
+        z = jnp.einsum("bpc,ck->bpk", x, vectors_GCK[0], precision=jax.lax.Precision.HIGHEST)
+    else:
+        z = jnp.einsum("bpc,pck->bpk", x, vectors_GCK, precision=jax.lax.Precision.HIGHEST)
+    return z.reshape(batch, height, width, -1)
 
 
 # --- pass 2: moments between positions ---------------------------------------------------------------------------
@@ -150,7 +214,7 @@ def standardisation(moments, pooling, channels):
     if dead.size:
         raise ValueError(
             f"channel {dead[0]} of {channels} has no variance left after pooling to {len(pooling)} position(s); "
-            f"use at most {dead[0]} channels"
+            f"use at most {dead[0]} channels (without an SVD: standardize 'sample' or 'none')"
         )
     return mean, np.sqrt(variance)
 
@@ -158,41 +222,48 @@ def standardisation(moments, pooling, channels):
 # --- pooling -----------------------------------------------------------------------------------------------------
 
 
-def pooling_matrix(size, pooled):
-    """One dimension of adaptive average pooling, [pooled, size]: output i is the mean of the inputs
-    floor(i size / pooled) ... ceil((i + 1) size / pooled) - 1 (torch.nn.AdaptiveAvgPool2d)."""
-    matrix = np.zeros((pooled, size))
-    for i in range(pooled):
-        start, stop = i * size // pooled, -(-(i + 1) * size // pooled)
-        matrix[i, start:stop] = 1.0 / (stop - start)
-    return matrix
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LevelTransform:
-    """A stored projected grid [B, h, w, K] -> the standardised level variable [B, h', w', d], float32.
+    """A stored projected grid [B, h, w, K] -> the level variable [B, h', w', d], float32. Made by fit_level.
 
-    rows [h', h], columns [w', w]: pooling; mean, std [d]. All float64, made by fit_level.
+    rows [h', h], columns [w', w]: pooling; mean, std [d]: all float64. per_sample: each image's variable is brought to
+    mean 0 and (unbiased) variance 1 by itself at the end; one that does not vary becomes 0.
     """
 
     rows: np.ndarray
     columns: np.ndarray
     mean: np.ndarray
     std: np.ndarray
+    per_sample: bool
 
     def encode(self, grid_BhwK):
         """[B, h, w, K], as stored -> [B, h', w', d]."""
         x = jnp.asarray(grid_BhwK)[..., : len(self.mean)].astype(jnp.float32)
         rows, columns = np.float32(self.rows), np.float32(self.columns)
         x = jnp.einsum("bhwk,ih,jw->bijk", x, rows, columns, precision=jax.lax.Precision.HIGHEST)
-        return (x - np.float32(self.mean)[None, None, None]) / np.float32(self.std)[None, None, None]
+        x = (x - np.float32(self.mean)[None, None, None]) / np.float32(self.std)[None, None, None]
+        if not self.per_sample:
+            return x
+        x = x - x.mean((1, 2, 3), keepdims=True)
+        std = jnp.std(x, (1, 2, 3), keepdims=True, ddof=1)
+        return x / jnp.where(std > 0, std, 1.0)
 
 
-def fit_level(moments, grid, shape):
-    """LevelTransform from a stored grid (h, w) to a level's shape (h', w', d), with h' <= h, w' <= w, d <= K."""
+def fit_level(moments, grid, shape, standardize="channel"):
+    """LevelTransform from a stored grid (h, w) to a level's shape (h', w', d), with h' <= h, w' <= w, d <= K.
+
+    standardize: 'channel' (over images and positions) | 'sample' (over each image's own numbers) | 'none'.
+    Raises ValueError in one line: another word, a channel that does not vary, 'sample' of a single number.
+    """
+    if standardize not in STANDARDIZE:
+        raise ValueError(f"standardize {standardize!r} given; choose from {', '.join(map(repr, STANDARDIZE))}")
+    if standardize == "sample" and math.prod(shape) == 1:
+        raise ValueError("standardize 'sample' of a single number leaves nothing; use 'channel'")
     rows, columns = pooling_matrix(grid[0], shape[0]), pooling_matrix(grid[1], shape[1])
-    mean, std = standardisation(moments, np.kron(rows, columns), shape[2])
-    return LevelTransform(rows, columns, mean, std)
+    mean, std = np.zeros(shape[2]), np.ones(shape[2])
+    if standardize == "channel":
+        mean, std = standardisation(moments, np.kron(rows, columns), shape[2])
+    return LevelTransform(rows, columns, mean, std, standardize == "sample")
 
 
 # --- information -------------------------------------------------------------------------------------------------
@@ -301,15 +372,15 @@ class PatchPCA:
 
     @classmethod
     def from_basis(cls, basis, patch, channels):
-        variance = basis.eigenvalues[:channels].mean()
+        variance = basis.variances[:, :channels].mean()
         if variance <= 0:
             raise ValueError("codec.patch_pca: the images do not vary: nothing to encode; check the data")
-        vectors = basis.vectors[:, :channels].astype(np.float32)
-        return cls(patch, basis.mean.astype(np.float32), vectors, float(1.0 / np.sqrt(variance)))
+        vectors = basis.vectors[0, :, :channels].astype(np.float32)
+        return cls(patch, basis.mean[0].astype(np.float32), vectors, float(1.0 / np.sqrt(variance)))
 
     def encode(self, images):
         """uint8 [B, H, W, C] -> float32 [B, H/f, W/f, K]."""
-        return project(patchify(normalise(images), self.patch), self.mean, self.vectors) * self.scale
+        return project(patchify(normalise(images), self.patch), self.mean[None], self.vectors[None]) * self.scale
 
     def decode(self, z_BhwK):
         """[B, H/f, W/f, K] -> uint8 [B, H, W, C]."""

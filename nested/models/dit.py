@@ -1,7 +1,7 @@
 """DiT (Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, arXiv 2212.09748, Sec. 3.2).
 
     x = patches + positions                                      positions: sin and cos of column and row, a constant
-    c = mlp(sinusoids of the time) + label
+    c = mlp(sinusoids of the time) + label + sum_m (W_m z_m + b_m)           z_m: coarser levels of one vector each
     block:  s1, a1, g1, s2, a2, g2 = W silu(c) + b               "adaLN-Zero": W and b start at 0
             x += g1 attention((1 + a1) norm(x) + s1)
             x += g2 mlp((1 + a2) norm(x) + s2)
@@ -12,9 +12,13 @@ Names and numerics are those of the authors' code (models.py of facebookresearch
 nested.weights.from_torch: LayerNorm without parameters and eps 1e-6, tanh GELU, 256 sinusoids with cosines first.
 Initial values as there: linear layers Xavier uniform, time and label embedding N(0, .02^2), biases and what ends a
 residual branch or the network 0. The patch embedding's bias, which some versions leave to torch, is 0 too.
+Coarser levels enter as in RCG's pixel generator (arXiv 2312.03701; pixel_generator/dit/models.py of LTH14/rcg): through
+a linear layer (Xavier uniform, bias 0) into c. One that is dropped becomes a learnable vector of its channels before
+that layer. RCG leaves the label out where it has a vector; here both are added. Its networks have the exact GELU
+(`tanh_gelu` False).
 Departures from the authors' code: grids need not be square; without classes there is no label; `num_classes` does not
-count the null class, which is the last row of the label embedding. The time, the label, the adaptive scales and the
-norms are float32 (or float64 where the input is) in every compute dtype.
+count the null class, which is the last row of the label embedding. The time, the label, the adaptive scales, the
+coarser levels' vectors and the norms are float32 (or float64 where the input is) in every compute dtype.
 """
 
 import types
@@ -26,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested.models import layers
+from nested.models.injection import check_empty, kept_or_empty
 
 SINUSOIDS = 256  # width of the time's sinusoidal embedding
 
@@ -96,6 +101,7 @@ class Block(nn.Module):
 
     num_heads: int
     mlp_ratio: float
+    tanh_gelu: bool
     attention: str
     dtype: jnp.dtype | None
 
@@ -104,7 +110,7 @@ class Block(nn.Module):
         shift1_BD, scale1_BD, gate1_BD, shift2_BD, scale2_BD, gate2_BD = adaptive(c_BD, 6)
         init = layers.torch_xavier
         attend = layers.SelfAttention(self.num_heads, True, self.attention, self.dtype, init, name="attn")
-        mlp = layers.Mlp(int(x_BLD.shape[-1] * self.mlp_ratio), self.dtype, init, tanh_gelu=True, name="mlp")
+        mlp = layers.Mlp(int(x_BLD.shape[-1] * self.mlp_ratio), self.dtype, init, self.tanh_gelu, name="mlp")
         y_BLD = attend(modulated_norm(x_BLD, shift1_BD, scale1_BD, "norm1"))
         x_BLD = (x_BLD + gate1_BD[:, None] * y_BLD).astype(x_BLD.dtype)
         y_BLD = mlp(modulated_norm(x_BLD, shift2_BD, scale2_BD, "norm2"))
@@ -126,9 +132,12 @@ class FinalLayer(nn.Module):
 class DiT(layers.Backbone):
     """The backbone of a level whose variable is one array [B, h, w, c].
 
-    width: a multiple of 4 and of num_heads. mlp_ratio: hidden width of the MLP over `width`. num_classes: labels
-        0..num_classes-1, null = num_classes; 0: no label.
-    conditions: must be (), DiT takes no coarser levels. attention: 'xla' or 'cudnn'. learn_variance: twice the output
+    width: a multiple of 4 and of num_heads. mlp_ratio: hidden width of the MLP over `width`. tanh_gelu: its GELU is the
+        approximation by tanh (DiT) or exact (RCG). num_classes: labels 0..num_classes-1, null = num_classes; 0: no
+        label.
+    conditions: (name, patch size, not used) of each coarser level, a variable of shape (1, 1, c). empty: what stands
+        for one that is dropped: 'variable', a learnable vector of its channels, before its linear layer (RCG's fake
+        latent), or 'token', one of `width`, after it. attention: 'xla' or 'cudnn'. learn_variance: twice the output
         channels. remat: recompute each block in the backward pass. dtype: of matrix products and the residual stream,
         None for that of the input; parameters are float32.
     """
@@ -138,8 +147,10 @@ class DiT(layers.Backbone):
     depth: int
     num_heads: int
     mlp_ratio: float = 4
+    tanh_gelu: bool = True
     num_classes: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
+    empty: str = "variable"
     attention: str = "xla"
     learn_variance: bool = False
     remat: bool = False
@@ -155,11 +166,12 @@ class DiT(layers.Backbone):
     def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
         """[B, h, w, c] like x; with learn_variance [B, h, w, 2c], the prediction and then, per channel, where the log
         variance lies between its bounds (-1 to 1: Improved DDPM's). c_noise_B: the time (DiT: 0..1000).
-        cond: 'label' [B] int where num_classes.
+        cond: 'label' [B] int where num_classes, each condition by its name [B, 1, 1, c] and, optional, 'keep_NAME' [B]
+        bool.
 
         `train` is part of the contract of backbones; DiT has no dropout and does the same either way.
-        ValueError: coarser levels, a label that is missing, anything else in cond, a shape that does not divide,
-        pos_embed of another grid.
+        ValueError: a coarser level of more than one vector, something missing in cond or unknown there, a shape that
+        does not divide, pos_embed of another grid.
         """
         self.check(x_BHWC, cond)
         p, (_, height, width, channels) = self.patch_size, x_BHWC.shape
@@ -170,14 +182,29 @@ class DiT(layers.Backbone):
         c_BD = TimeEmbedder(self.width, name="t_embedder")(c_noise_B)
         if self.num_classes:
             c_BD = c_BD + LabelEmbedder(self.num_classes, self.width, name="y_embedder")(cond["label"])
+        c_BD = sum(self.embedded_conditions(cond), c_BD)
 
         block = nn.remat(Block) if self.remat else Block
-        config = (self.num_heads, self.mlp_ratio, self.attention, self.dtype)
+        config = (self.num_heads, self.mlp_ratio, self.tanh_gelu, self.attention, self.dtype)
         for i in range(self.depth):
             x_BLD = block(*config, name=f"blocks_{i}")(x_BLD, c_BD)
         features = p * p * channels * (2 if self.learn_variance else 1)
         pixels_BLP = FinalLayer(features, self.dtype, name="final_layer")(x_BLD, c_BD)
         return layers.unpatchify(pixels_BLP, grid, p).astype(x_BHWC.dtype)
+
+    def embedded_conditions(self, cond) -> list[jax.Array]:
+        """Each coarser level's vector as [B, D], float32 or better; the empty one's where keep_NAME is False."""
+        embedded = []
+        for name, _ in self.conditions:
+            embed = nn.Dense(self.width, kernel_init=layers.torch_xavier, name=f"rep_{name}")
+            z_BC = cond[name][:, 0, 0]
+            size = z_BC.shape[1] if self.empty == "variable" else self.width
+            empty = self.param(f"empty_{name}", nn.initializers.normal(0.02), (1, size))
+            if self.empty == "variable":
+                embedded.append(embed(kept_or_empty(z_BC, empty, cond, name)))
+            else:
+                embedded.append(kept_or_empty(embed(z_BC), empty, cond, name))
+        return embedded
 
     def positions(self, grid: tuple[int, int]) -> jax.Array:
         """[1, L, D]: a constant that is kept with the parameters, as in the authors' code."""
@@ -194,9 +221,6 @@ class DiT(layers.Backbone):
 
     def check(self, x_BHWC, cond) -> None:
         """One line about what does not fit, before flax or XLA say it at length."""
-        if self.conditions:
-            names = [name for name, _ in self.conditions]
-            raise ValueError(f"DiT takes no coarser levels, conditions has {names}; use uvit or hdit for this level")
         if self.width % self.num_heads or self.width % 4:
             raise ValueError(f"DiT: width {self.width} must be divisible by 4 and by num_heads {self.num_heads}")
         shape = getattr(x_BHWC, "shape", type(x_BHWC).__name__)
@@ -204,6 +228,16 @@ class DiT(layers.Backbone):
         if not hasattr(x_BHWC, "ndim") or x_BHWC.ndim != 4 or shape[1] % p or shape[2] % p:
             raise ValueError(f"DiT: its input has shape {shape}, expected one array (batch, height, width, channels), "
                              f"height and width divisible by patch_size {p}")  # fmt: skip
-        expected = ["label"] if self.num_classes else []
-        if sorted(cond) != expected:
-            raise ValueError(f"DiT: cond has {sorted(cond)}, expected {expected} with num_classes {self.num_classes}")
+        names = [name for name, _ in self.conditions]
+        required = ["label"] * (self.num_classes > 0) + names
+        missing = [name for name in required if name not in cond]
+        unknown = sorted(set(cond) - set(required) - {f"keep_{name}" for name in names})
+        if missing or unknown:
+            raise ValueError(f"DiT: cond has {sorted(cond)}, expected {required} (keep_NAME optional): missing "
+                             f"{missing}, unknown {unknown}; see num_classes, conditions")  # fmt: skip
+        for name in names:
+            shape = getattr(cond[name], "shape", type(cond[name]).__name__)
+            if not hasattr(cond[name], "ndim") or cond[name].ndim != 4 or shape[1:3] != (1, 1):
+                raise ValueError(f"DiT: {name} has shape {shape}, expected one vector (batch, 1, 1, channels); "
+                                 "for a level that sees maps use uvit or hdit")  # fmt: skip
+        check_empty("DiT", self.empty)

@@ -8,7 +8,9 @@
 Numerics of the authors' code: LayerNorm eps 1e-5, erf GELU, cosines first; initial values as there (everything
 N(0, .02^2) with zero bias, label embedding N(0, 1), both convolutions as torch leaves them).
 Nested Diffusion (CVPR 2025, Sec. 3.3) appends the noised variables of coarser levels as tokens, each through its own
-patch embedding; one that is dropped becomes a learnable empty token, repeated, before the position is added.
+patch embedding; one that is dropped becomes a learnable empty token, repeated, before the position is added. Its first
+draft (ICLR) joins them to the patch tokens every few blocks instead: nested/models/injection.py.
+With text all its tokens are attended to, the padding of short captions included, as in the authors' t2i model.
 Departures from the authors' code: grids need not be square; norm and decoder_pred run on the patch tokens only (the
 rest was discarded); `num_classes` does not count the null class, which is the last row of the label embedding.
 An odd depth gives 2 (depth // 2) + 1 blocks, as there.
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nested.models import layers
+from nested.models.injection import Deconvolution, Injection, check_empty, kept_or_empty
 
 VARIANTS = types.MappingProxyType({
     "S": types.MappingProxyType(dict(width=512, depth=12, num_heads=8)),
@@ -31,6 +34,8 @@ VARIANTS = types.MappingProxyType({
     "L": types.MappingProxyType(dict(width=1024, depth=20, num_heads=16)),
     "H": types.MappingProxyType(dict(width=1152, depth=28, num_heads=16, final_conv=False)),
 })  # fmt: skip
+
+INJECTIONS = ("append_tokens", "deconv_concat")  # CVPR, the ICLR draft
 
 
 class Block(nn.Module):
@@ -66,6 +71,10 @@ class UViT(layers.Backbone):
 
     num_classes: labels 0..num_classes-1, null = num_classes; 0: no label token. text_dim, text_tokens: size and number
         of the text encoder's vectors; 0: no text. conditions: (name, patch size) of each coarser level, in token order.
+    injection: 'append_tokens' or 'deconv_concat', how they enter; the latter joins them to the patch tokens after every
+        `inject_every`-th block by `inject_layers` linear layers (the draft: 2 and 2; both 0 with 'append_tokens') and
+        makes no use of their patch sizes. empty: what stands for one that is dropped: 'token', a learnable vector of
+        `width`, after its embedding; 'variable', a learnable vector of its channels, before it (RCG's fake latent).
     mlp_ratio: hidden width of the MLP over `width`. time_mlp: two layers after the time embedding. skip: long skips.
     final_conv: 3x3 convolution at the end. attention: 'xla' or 'cudnn'. remat: recompute each block in the backward
         pass. dtype: of matrix products and activations, None for that of the input; parameters are float32.
@@ -81,6 +90,10 @@ class UViT(layers.Backbone):
     text_dim: int = 0
     text_tokens: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
+    injection: str = "append_tokens"
+    inject_every: int = 0
+    inject_layers: int = 0
+    empty: str = "token"
     time_mlp: bool = False
     skip: bool = True
     final_conv: bool = True
@@ -97,29 +110,42 @@ class UViT(layers.Backbone):
         """Tokens of a variable of this shape (h, w, c), without those of its conditions."""
         return shape[0] * shape[1] // self.patch_size**2
 
+    def check_shape(self, shape) -> None:
+        """As every backbone's, and what can be said of the options before there are inputs."""
+        super().check_shape(shape)
+        self.check_options()
+
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
         """[B, h, w, c] like x. c_noise_B: the time as the network is told it (U-ViT: 0..1000). cond: 'label' [B] int,
-        'text' [B, T, C], each condition by its name [B, h, w, c] and, optional, 'keep_NAME' [B] bool.
+        'text' [B, T, C], each condition by its name [B, h, w, c] and, optional, 'keep_NAME' [B] bool. A 'text_mask'
+        beside 'text' is allowed and not looked at.
 
         `train` is part of the contract of backbones; U-ViT has no dropout and does the same either way.
-        ValueError: a condition is missing or unknown, a shape does not divide, the tokens are not those of the params.
+        ValueError: a condition is missing or unknown, a shape does not divide, a condition's grid is larger than the
+        tokens' (deconv_concat), the tokens are not those of the params, options that contradict each other.
         """
         self.check(x_BHWC, cond)
         patches_BND = layers.PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(x_BHWC)
-        x_BLD = jnp.concatenate([*self.extra_tokens(c_noise_B, cond, patches_BND.dtype), patches_BND,
-                                 *self.condition_tokens(cond)], axis=1)  # fmt: skip
+        tokens = [*self.extra_tokens(c_noise_B, cond, patches_BND.dtype), patches_BND]
+        conditions, c_BNE = self.embedded_conditions(cond, x_BHWC.shape), None
+        if self.injection == "append_tokens":
+            tokens += conditions
+        elif conditions:
+            c_BNE = jnp.concatenate(conditions, axis=-1)
+        x_BLD = jnp.concatenate(tokens, axis=1)
         x_BLD = x_BLD + self.position_embedding(x_BLD.shape[1], x_BHWC.shape).astype(x_BLD.dtype)
 
         block = nn.remat(Block) if self.remat else Block
         config = (self.num_heads, self.mlp_ratio, self.qkv_bias, self.attention, self.dtype)
-        skips = []
-        for i in range(self.depth // 2):
-            x_BLD = block(*config, name=f"in_blocks_{i}")(x_BLD)
+        skips, half = [], self.depth // 2
+        for i in range(half):
+            x_BLD = self.injected(block(*config, name=f"in_blocks_{i}")(x_BLD), i + 1, c_BNE)
             skips.append(x_BLD)
-        x_BLD = block(*config, name="mid_block")(x_BLD)
-        for i in range(self.depth // 2):
+        x_BLD = self.injected(block(*config, name="mid_block")(x_BLD), half + 1, c_BNE)
+        for i in range(half):
             x_BLD = block(*config, name=f"out_blocks_{i}")(x_BLD, skips.pop() if self.skip else None)
+            x_BLD = self.injected(x_BLD, half + 2 + i, c_BNE)
 
         start = self.num_extra_tokens
         patches_BND = layer_norm(self.dtype, "norm")(x_BLD[:, start : start + patches_BND.shape[1]])
@@ -142,16 +168,31 @@ class UViT(layers.Backbone):
             tokens.append(self.dense(self.width, "context_embed")(cond["text"].astype(dtype)))
         return tokens
 
-    def condition_tokens(self, cond) -> list[jax.Array]:
-        """The tokens of each coarser level, [B, its patches, D]; the empty token where keep_NAME is False."""
-        tokens = []
+    def embedded_conditions(self, cond, shape) -> list[jax.Array]:
+        """Each coarser level as [B, its own patches, D], or with deconv_concat as [B, this level's patches, D]."""
+        embedded, grid = [], (shape[1] // self.patch_size, shape[2] // self.patch_size)
         for name, patch_size in self.conditions:
-            empty_11D = self.param(f"empty_{name}", nn.initializers.normal(0.02), (1, 1, self.width))
-            z_BMD = layers.PatchEmbed(patch_size, self.width, self.dtype, name=f"cond_embed_{name}")(cond[name])
-            if f"keep_{name}" in cond:
-                z_BMD = jnp.where(cond[f"keep_{name}"][:, None, None], z_BMD, empty_11D.astype(z_BMD.dtype))
-            tokens.append(z_BMD)
-        return tokens
+            if self.injection == "append_tokens":
+                embed = layers.PatchEmbed(patch_size, self.width, self.dtype, name=f"cond_embed_{name}")
+            else:
+                embed = Deconvolution(grid, self.width, self.dtype, name=f"cond_deconv_{name}")
+            z_BHWC = cond[name]
+            empty_shape = (1, 1, 1, z_BHWC.shape[-1]) if self.empty == "variable" else (1, 1, self.width)
+            empty = self.param(f"empty_{name}", nn.initializers.normal(0.02), empty_shape)
+            if self.empty == "variable":
+                embedded.append(embed(kept_or_empty(z_BHWC, empty, cond, name)))
+            else:
+                embedded.append(kept_or_empty(embed(z_BHWC), empty, cond, name))
+        return embedded
+
+    def injected(self, x_BLD, blocks_done: int, c_BNE: jax.Array | None) -> jax.Array:
+        """The tokens after `blocks_done` blocks, with the conditions' features joined to the patches in their turn."""
+        if c_BNE is None or blocks_done % self.inject_every:
+            return x_BLD
+        injection = nn.remat(Injection) if self.remat else Injection
+        inject = injection(self.inject_layers, self.dtype, name=f"inject_{blocks_done // self.inject_every - 1}")
+        extras_BSD, patches_BND = jnp.split(x_BLD, [self.num_extra_tokens], axis=1)
+        return jnp.concatenate([extras_BSD, inject(patches_BND, c_BNE)], axis=1)
 
     def position_embedding(self, num_tokens: int, shape) -> jax.Array:
         if self.has_variable("params", "pos_embed"):
@@ -180,27 +221,45 @@ class UViT(layers.Backbone):
 
     def check(self, x_BHWC, cond) -> None:
         """One line about what does not fit, before flax or XLA say it at length."""
-        if self.width % self.num_heads:
-            raise ValueError(f"U-ViT: width {self.width} is not divisible by num_heads {self.num_heads}")
-        if (self.text_dim > 0) != (self.text_tokens > 0):
-            raise ValueError(f"U-ViT: text_dim {self.text_dim} and text_tokens {self.text_tokens} go together: "
-                             "set both or neither")  # fmt: skip
+        self.check_options()
         names = [name for name, _ in self.conditions]
         required = ["label"] * (self.num_classes > 0) + ["text"] * (self.text_tokens > 0) + names
         missing = [name for name in required if name not in cond]
-        unknown = sorted(set(cond) - set(required) - {f"keep_{name}" for name in names})
+        optional = {f"keep_{name}" for name in names} | ({"text_mask"} if self.text_tokens else set())
+        unknown = sorted(set(cond) - set(required) - optional)
         if missing or unknown:
             raise ValueError(f"U-ViT: cond has {sorted(cond)}, expected {required} (keep_NAME optional): missing "
                              f"{missing}, unknown {unknown}; see num_classes, text_tokens, conditions")  # fmt: skip
         if self.text_tokens and cond["text"].shape[1:] != (self.text_tokens, self.text_dim):
             raise ValueError(f"U-ViT: text has shape {cond['text'].shape}, expected (batch, {self.text_tokens}, "
                              f"{self.text_dim}) from text_tokens and text_dim")  # fmt: skip
-        grids = [("its input", x_BHWC, self.patch_size)] + [(name, cond[name], p) for name, p in self.conditions]
-        for name, z_BHWC, p in grids:
+        appended = self.injection == "append_tokens"
+        seen = [(name, cond[name], p if appended else 1) for name, p in self.conditions]
+        for name, z_BHWC, p in [("its input", x_BHWC, self.patch_size), *seen]:
             shape = getattr(z_BHWC, "shape", type(z_BHWC).__name__)
             if not hasattr(z_BHWC, "ndim") or z_BHWC.ndim != 4 or shape[1] % p or shape[2] % p:
                 raise ValueError(f"U-ViT: {name} has shape {shape}, expected one array (batch, height, width, "
                                  f"channels), height and width divisible by the patch size {p}")  # fmt: skip
+        grid = (x_BHWC.shape[1] // self.patch_size, x_BHWC.shape[2] // self.patch_size)
+        for name, z_BHWC, _ in () if appended else seen:
+            if z_BHWC.shape[1] > grid[0] or z_BHWC.shape[2] > grid[1]:
+                raise ValueError(f"U-ViT: {name} has a grid of {z_BHWC.shape[1:3]}, larger than the {grid} patches "
+                                 "that deconv_concat joins it to; give this level a smaller patch_size")  # fmt: skip
+
+    def check_options(self) -> None:
+        """What can be said of the options alone."""
+        if self.width % self.num_heads:
+            raise ValueError(f"U-ViT: width {self.width} is not divisible by num_heads {self.num_heads}")
+        if (self.text_dim > 0) != (self.text_tokens > 0):
+            raise ValueError(f"U-ViT: text_dim {self.text_dim} and text_tokens {self.text_tokens} go together: "
+                             "set both or neither")  # fmt: skip
+        check_empty("U-ViT", self.empty)
+        if self.injection not in INJECTIONS:
+            raise ValueError(f"U-ViT: injection is {self.injection!r}, expected one of {INJECTIONS}")
+        numbers, appended = (self.inject_every, self.inject_layers), self.injection == "append_tokens"
+        if any(numbers) if appended else min(numbers) < 1:
+            raise ValueError(f"U-ViT: inject_every and inject_layers are {numbers} with injection {self.injection!r}: "
+                             f"set them to {0 if appended else 'at least 1 (the draft: 2)'}")  # fmt: skip
 
 
 def resize_position_embedding(

@@ -1,0 +1,83 @@
+"""How a network takes coarser variables: what stands in for a dropped one, and the injection of the ICLR draft.
+
+Nested Diffusion's first draft (an anonymous ICLR submission, Sec. 4.1) upsamples each condition to the level's token
+grid by a transposed convolution, and every two blocks concatenates the features with the tokens, followed by two fully
+connected layers:
+
+    c_m = deconv_m(z_m)                                 [B, H W, D], once per forward pass
+    x   = x + mlp_j([x, c_1, ..., c_n])                 of the patch tokens, j = 0, 1, ... counts the places
+
+The draft gives neither kernel sizes nor initial values, and does not say whether the places share their layers or keep
+a residual. Here each place has its own layers and the residual is kept; GELU (erf) stands between the layers; linear
+layers start at N(0, .02^2) as all of U-ViT's do, transposed convolutions as torch leaves them.
+"""
+
+import math
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nested.models import layers
+
+EMPTIES = ("token", "variable")
+
+
+def check_empty(network: str, empty: str) -> None:
+    """ValueError unless `empty` is one of EMPTIES."""
+    if empty not in EMPTIES:
+        raise ValueError(f"{network}: empty is {empty!r}, expected one of {', '.join(map(repr, EMPTIES))}")
+
+
+def kept_or_empty(z: jax.Array, empty: jax.Array, cond: Mapping[str, jax.Array], name: str) -> jax.Array:
+    """z [B, ...], and `empty` (of z's rank, broadcast against it) in the rows where cond['keep_NAME'] is False.
+
+    All of z where cond has no 'keep_NAME'."""
+    if f"keep_{name}" not in cond:
+        return z
+    keep = cond[f"keep_{name}"].reshape(-1, *[1] * (z.ndim - 1))
+    return jnp.where(keep, z, empty.astype(z.dtype))
+
+
+class Deconvolution(nn.Module):
+    """[B, h, w, c] -> features [B, H W, width] of the grid (H, W), rows first, by one transposed convolution.
+
+    Stride s = H // h and kernel k = H - (h - 1) s per axis make (h - 1) s + k = H, also where h does not divide H.
+    The grid must be at least h x w.
+    """
+
+    grid: tuple[int, int]
+    width: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, z_BhwC: jax.Array) -> jax.Array:
+        sizes = z_BhwC.shape[1:3]
+        strides = tuple(wanted // size for wanted, size in zip(self.grid, sizes, strict=True))
+        kernel = tuple(
+            wanted - (size - 1) * stride for wanted, size, stride in zip(self.grid, sizes, strides, strict=True)
+        )
+        init = layers.torch_uniform(self.width * math.prod(kernel))  # torch takes its fan-in from the output channels
+        c_BHWD = nn.ConvTranspose(
+            self.width, kernel, strides=strides, padding="VALID", dtype=self.dtype, kernel_init=init, bias_init=init,
+            name="proj",
+        )(z_BhwC)  # fmt: skip
+        return c_BHWD.reshape(c_BHWD.shape[0], -1, self.width)
+
+
+class Injection(nn.Module):
+    """x + mlp([x, c]): `num_layers` linear layers of x's width with GELU between them."""
+
+    num_layers: int
+    dtype: jnp.dtype | None
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, c_BNE: jax.Array) -> jax.Array:
+        y = jnp.concatenate([x_BND, c_BNE], axis=-1)
+        for i in range(self.num_layers):
+            dense = nn.Dense(
+                x_BND.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=f"fc{i + 1}"
+            )
+            y = dense(nn.gelu(y, approximate=False) if i else y)
+        return x_BND + y
