@@ -58,6 +58,8 @@ def run() -> None:
     from nested.files import check_writable
 
     config, mode = FLAGS.config, FLAGS.mode
+    if FLAGS.runs and mode != "compare":
+        raise ValueError(f"--runs is of --mode=compare, not of {mode}: leave it out")
     if mode == "summary":
         print(summary.summary(build.levels(config), train.abstract_state(config), FLAGS.out))
         return

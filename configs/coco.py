@@ -6,7 +6,7 @@
 Arguments: L2 (default), L1, L3; clip (default), mae, mocov3, dino: whose vectors of the image (1x256 after the SVD) and
 of its 2x2 crops (4x128) are the semantic levels; data (default), synthetic. COCO is a folder of images with a file
 captions.jsonl, a line {"file": ..., "caption": ...} for every caption: five lines an image, so that an epoch here is
-five of U-ViT's, which draws one caption of an image each time.
+five of U-ViT's, which draws one caption of an image each time, and the image is encoded and stored five times.
 
 CLIP ViT-L/14's 77 x 768 text features at every level, 10 % dropped with the coarser levels (which then are the caption
 of nothing, ''), guidance 1 with SD's latents (scale .23010 there). Every level is the 12-deep, 768-wide U-ViT of

@@ -17,8 +17,7 @@ Every level is U-ViT-S with an MLP on the time, as in the paper all levels share
 By arithmetic, not measured: 12.2, 12.4, 14.0 GMACs an image at L = 1, 2, 3 (17.4 with text); at 35 % of 989 TFLOP/s L3
 trains 4,100 images/s (text 3,300), so 15,000 steps of 256 take 16 (19) minutes of one H200-class GPU; the rest of 25 is
 for encoding, compiling, samples and scores. That is 1,230 times each of 3,116 images: samples may repeat them, hence
-memorization.json. The last 256 records are held out; the folders are sorted, so they are not like the rest: compare
-with the training images among themselves as well.
+memorization.json. 256 records, evenly spaced, are held out.
 Not run on a GPU. On two CPU cores the whole path ran with networks of width 128 and depth 4: L3,class for 206 steps of
 16 images (blobs of colour on white) with scores, memorisation and neighbours; L3,text for 8. 20-NN accuracy of the nine
 classes, which needs no network: z1x1 80.2 %, z4x4 81.9 %, x and pixels 74.5 %.

@@ -43,8 +43,8 @@ def get_config(arg: str = "L3"):
         )
     finest = common.level("x", "patch_pca", (7, 7, 8), 1, backbone=base, **how)
     config.levels = upper[: depth - 1] + (finest,)
-    if preset == "iclr":
-        common.use_preset(config, "iclr")
+    if (preset, features) != ("cvpr", "codec"):  # CVPR has no levels of the codec's latents
+        common.use_preset(config, preset)
     for i, level in enumerate(config.levels):
         level.guidance = 0.8 if conditional or i else 0.0
     config.hierarchy.update(

@@ -14,8 +14,10 @@ sigma 1, the best of Table 1b from L = 2 on.
 
 `vae` builds the levels from the autoencoder's own latents by the same compression; they have four channels, so that
 their SVD keeps at most four: the draft does not say how it kept 16 to 32.
-Not in the draft, ours: patches of one token above the latent, whose finer grid the transposed convolution needs; batch
-1024; steps for 1,000 epochs of 50,000 images ("all 50K training images") counted with both flips, as U-ViT counts.
+Not in the draft, ours: SD's discrete schedule and DPM-Solver++ as in configs/imagenet.py, where U-ViT's M and L configs
+have VPSDE and the older solver; patches of one token above the latent, whose finer grid the transposed convolution
+needs; batch 1024; steps for 1,000 epochs of 50,000 images ("all 50K training images") counted with both flips, as U-ViT
+counts.
 
 Published FID-50k, unconditional, sigma 1: L1 44.40, L2 15.31, L3 11.12, L4 11.21; ImageNet-1k, class, L2: 3.2.
 The frozen networks come with the published weights: until then `summary` and `synthetic` work. Not trained by us.

@@ -67,9 +67,9 @@ def get_config(arg: str = "rdm"):
         config.init_from.levels = ("rep",)
         config.train.update(batch_size=2048, steps=250_000, sample_every=10_000)
         config.optimizer.update(learning_rate=1e-4, b2=0.95, weight_decay=0.0)
-    if data == "synthetic":
-        config.data.update(source="synthetic", num_examples=100_000)
-        config.train.sample_every = 0
-    if part == "rdm" or data == "synthetic":  # the representation alone makes no pictures
+    if part == "rdm":  # the representation alone makes no pictures
         config.sample.num_samples = config.evaluate.num_samples = 0
+    if data == "synthetic":
+        config.init_from.levels = ()
+        return common.synthetic(config, 100_000)
     return config

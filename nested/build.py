@@ -74,6 +74,11 @@ def levels(config, null_text=None) -> tuple[hierarchy.Level, ...]:
             f"config.hierarchy.noise_scale {some.noise_scale!r}, noise_resample {some.noise_resample}: with gamma "
             "infinity conditions are shown without noise; set them to 'variance' and False, or give a noise_gamma"
         )
+    if not some.noise_gamma >= 0:
+        raise ValueError(f"config.hierarchy.noise_gamma: found {some.noise_gamma}, expected at least 0, or infinity")
+    for i, level in enumerate(config.levels):
+        if not level.sigma >= 0:
+            raise ValueError(f"config.levels[{i}].sigma: found {level.sigma}, expected at least 0")
     presets.check(config)
     if not 0 <= some.cond_drop < 1:
         raise ValueError(f"config.hierarchy.cond_drop: found {some.cond_drop}, expected a number in [0, 1)")
@@ -253,7 +258,8 @@ def shared_levels(other: dict, config) -> tuple[str, ...]:
         choose_seen = choose("hierarchy.conditioning", some_hierarchy["conditioning"], CONDITIONINGS)
         for level in some["levels"]:
             classes = some["data"]["num_classes"] if level["name"] in some_hierarchy["label_levels"] else 0
-            text = some["text"]["width"] if level["name"] in some_hierarchy.get("text_levels", ()) else 0
+            text = some["text"] if level["name"] in some_hierarchy.get("text_levels", ()) else {}
+            text = [text.get(key) for key in ("encoder", "max_tokens", "width")]
             told = some_hierarchy.get("cond_noise", "sigma")
             seen = choose_seen(coarser)
             result[level["name"]] = (level["shape"], level["backbone"], seen, classes, text, told if seen else "")
@@ -321,6 +327,11 @@ def check_init_from(config) -> None:
     choose("init_from.weights", config.init_from.weights, dict.fromkeys(("ema", "params")))
     if config.init_from.path and config.init_from.phase:
         raise ValueError(f"config.init_from: path {config.init_from.path} and phase {config.init_from.phase}; give one")
+    if config.init_from.levels and not config.init_from.path and not config.init_from.phase:
+        raise ValueError(
+            f"config.init_from.levels {tuple(config.init_from.levels)} without a run to take them from: give "
+            "config.init_from.path, the --workdir of one, or set levels to ()"
+        )
     for name in config.init_from.levels:
         choose("init_from.levels", name, dict.fromkeys(level.name for level in config.levels))
 

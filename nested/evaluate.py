@@ -139,16 +139,19 @@ def write_scores(workdir: str, results: list[Score]) -> str:
 
 
 def evaluate(config, workdir: str) -> None:
-    """The mode `evaluate`: scores the newest checkpoint, prints the scores and writes scores.json; or makes a sweep."""
+    """The mode `evaluate`: scores the newest checkpoint, prints the scores and writes scores.json, with the report on
+    memorisation that the config asks for; or makes a sweep and nothing else."""
     if not config.evaluate.num_samples:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
+    memorization.check(config)
     gen, ema, step = sample.restored(config, workdir)
     source, _ = build_data.latents(config, workdir, gen.text)
     cache_dir = build_data.latents_dir(config, workdir)
     if config.evaluate.sweep:
         todo = sweep.combinations(gen)  # all are checked before the first is drawn
         paths = sweep.score(gen, ema, todo, measurement(config, source, cache_dir), step, workdir)
-        print("\n".join(f"sweep:   {path}" for path in paths))
+        if jax.process_index() == 0:
+            print("\n".join(f"sweep:   {path}" for path in paths))
         return
     lines = report(gen, ema, source, cache_dir, step, workdir)
     if jax.process_index() == 0:

@@ -8,7 +8,7 @@
 Distances are of pixels (root mean square, in grey levels of 255) and of the features that the scores use (Euclidean).
 Beside the held-out images stand training images, each against all others. Where many training images have near copies
 (skin tones of one emoji) the ratio says little. All images are compared as the finest level's codec decodes them, which
-is the nearest that a sample can come.
+is the nearest that a sample can come; and as they are, not mirrored where training mirrors them (config.data.flip).
 """
 
 import dataclasses
@@ -54,6 +54,11 @@ class Distances:
 
 def check(config) -> None:
     """ValueError where a report is asked for that cannot be made."""
+    if config.evaluate.memorization and not config.evaluate.num_samples:
+        raise ValueError(
+            f"config.evaluate.memorization {config.evaluate.memorization}: comes with the scores, and "
+            "config.evaluate.num_samples is 0; set that, or memorization to 0"
+        )
     if config.evaluate.memorization and not config.data.holdout:
         raise ValueError(
             f"config.evaluate.memorization {config.evaluate.memorization}: needs images that are not trained on to "

@@ -151,4 +151,5 @@ def neighbors(config, workdir: str) -> None:
     if jax.process_index() == 0:
         pictures.save_png(picture(found, queries, results, options.k), paths[0])
         atomic_write(paths[1], json.dumps(content, indent=1) + "\n")
-    print(*(describe(result, options.k) for result in results), *(f"neighbors: {path}" for path in paths), sep="\n")
+        lines = [describe(result, options.k) for result in results] + [f"neighbors: {path}" for path in paths]
+        print("\n".join(lines))

@@ -53,7 +53,8 @@ class Programs:
         def flat(*leaves):  # without the names of levels, which are those of parameters and conditions too
             return jax.tree.leaves(function(*structure.unflatten(leaves)))
 
-        lowered = jax.jit(flat, out_shardings=out_shardings).lower(*leaves)
+        # keep_unused: what a function reads of its arguments is a part of its text then
+        lowered = jax.jit(flat, out_shardings=out_shardings, keep_unused=True).lower(*leaves)
         key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
         if key not in self._compiled:
             self._compiled[key] = lowered.compile()

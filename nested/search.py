@@ -13,7 +13,9 @@ coarsest levels (CVPR Sec. 4.2: the first of the list). At every depth the newes
 A level's own network does not depend on its sigma, so that the newest one trains once per depth; a level's training
 does not depend on what trains beside it. The value of the smallest FD-EffLite0 is kept, guided where guidance is on.
 Every run is an ordinary one in a folder of its own, with its pictures and scores.json. A repeated command goes on where
-an earlier one stopped: search.json names the runs that are scored, the one under way resumes from its checkpoint.
+an earlier one stopped: search.json names the runs that are scored, the one under way resumes from its checkpoint. Give
+all values from the start: where a value added later wins at one depth, the folders of the next depth hold runs with the
+earlier winner, and are refused.
 
 The paper's Table 1 has unguided and guided scores side by side; so has search.md. Scores of few samples are noisy, and
 so is the choice between close ones.
@@ -31,7 +33,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from nested import build, build_data, evaluate, plots, sweep, train
+from nested import build, build_data, plots, sweep, train
 from nested.checkpoint import latest_step
 from nested.files import atomic_write
 
@@ -153,11 +155,9 @@ def scored(run: Run, config, workdir: str, known: Mapping[str, dict]) -> dict | 
         return known.get(made_from, {})
     logging.info("%s", run)
     os.makedirs(folder, exist_ok=True)
-    train.train(config, folder)
+    train.train(config, folder)  # which ends with the scores
     if (latest_step(folder) or 0) < config.train.steps:
         return None
-    if not config.sample.num_samples:  # else training ends with the scores
-        evaluate.evaluate(config, folder)
     if jax.process_index():
         return {}
     with open(os.path.join(folder, "scores.json"), encoding="utf-8") as file:

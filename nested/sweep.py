@@ -60,6 +60,7 @@ def combinations(gen: sample.Generator) -> list[Combination]:
     pairs = checked_pairs(gen.config)
     options = [option for option, _ in pairs]
     check_places(gen.config, options)
+    check_effects(gen.levels, options)
     null_text, result = gen.text and gen.text.null(), []
     for values in itertools.product(*(values for _, values in pairs)):
         config = copy.deepcopy(gen.config)
@@ -74,14 +75,15 @@ def checked_pairs(config) -> list[tuple[str, tuple]]:
     """config.evaluate.sweep, each option with two or more different values."""
     pairs = config.evaluate.sweep
     for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], (tuple, list)):
+        kinds = (str, (tuple, list))
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(isinstance, pair, kinds)):
             raise ValueError(
                 f"config.evaluate.sweep: {pair!r} is no pair (option, values); give pairs, as "
                 '(("guidance", (0.0, 0.5)), ("sampler.steps", (10, 25)))'
             )
-        if len(set(pair[1])) < max(2, len(pair[1])):
+        if len(set(map(str, pair[1]))) < max(2, len(pair[1])):
             raise ValueError(f"config.evaluate.sweep: {pair[0]} has values {pair[1]}; give two or more different ones")
-    return [(option, tuple(values)) for option, values in pairs]
+    return [(option, tuple(tuple(v) if isinstance(v, list) else v for v in values)) for option, values in pairs]
 
 
 def check_places(config, options: Sequence[str]) -> None:
@@ -96,6 +98,16 @@ def check_places(config, options: Sequence[str]) -> None:
                 other = taken[id(place), key]
                 raise ValueError(f"config.evaluate.sweep: {other} and {option} both set a level's {key}; give one")
             taken[id(place), key] = option
+
+
+def check_effects(levels: Sequence[hierarchy.Level], options: Sequence[str]) -> None:
+    """ValueError for an option that changes nothing in this hierarchy."""
+    for option in options:
+        what = option.rpartition(".")[2]
+        if what == "guidance" and not any(map(can_be_guided, levels)):
+            raise ValueError(f"config.evaluate.sweep: {option} changes nothing, as nothing conditions any level")
+        if what.startswith("noise_") and not any(any(level.cond_sigmas) for level in levels):
+            raise ValueError(f"config.evaluate.sweep: {option} changes nothing, as no level sees one with a sigma")
 
 
 def places(config, option: str) -> list[tuple[Any, str]]:
@@ -135,7 +147,7 @@ def can_be_guided(level: hierarchy.Level) -> bool:
 
 def typed(option: str, value, kind: type):
     """The value as `kind`; ValueError where it is of another one."""
-    if kind is float and value == "inf":
+    if option == "hierarchy.noise_gamma" and value == "inf":
         return math.inf
     allowed = (int, float) if kind is float else kind
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):

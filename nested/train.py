@@ -276,13 +276,13 @@ def train_phase(config, workdir: str, root: str) -> bool:
 
 
 def finish(run: Run, state: TrainState, source, workdir: str) -> None:
-    """After the last step: pictures and, where the config asks for them, scores; prints where they are."""
-    config = run.config
-    if not config.sample.num_samples:
+    """After the last step: the pictures and scores that the config asks for; prints where they are."""
+    config, lines = run.config, []
+    if not config.sample.num_samples and not config.evaluate.num_samples:
         return
     gen = sample.generator(config, run.step.levels, run.step.latents, run.mesh, run.text)
-    paths = sample.show(gen, state.ema, workdir)
-    lines = [f"picture: {path}" for path in paths]
+    if config.sample.num_samples:
+        lines += [f"picture: {path}" for path in sample.show(gen, state.ema, workdir)]
     if config.evaluate.num_samples:
         cache_dir = build_data.latents_dir(config, workdir)
         lines += evaluate.report(gen, state.ema, source, cache_dir, int(state.step), workdir)

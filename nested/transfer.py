@@ -42,6 +42,8 @@ def places(config, other: Mapping, donors: Mapping[str, Mapping], abstract: Mapp
     ours = {level["name"]: level["backbone"] for level in build.plain(config)["levels"]}
     result = {}
     for name in asked or tuple(abstract):
+        if asked and name not in theirs:
+            raise ValueError(f"init_from {where}: no level {name}, only {', '.join(theirs)}; change init_from.levels")
         place = (name,) if name in whole else graft_place(abstract, name, donors.get(name) or {})
         if place is not None and (name in whole or same_inside(ours[name], theirs[name], len(place) - 1)):
             result[name] = place

@@ -1,12 +1,18 @@
-"""Shared by all tests: one CPU device, a persistent compilation cache, absl flags parsed (grain reads them)."""
+"""Shared by all tests: one CPU device, a persistent compilation cache, absl flags parsed (grain reads them).
+
+Most programs here run once or twice, so optimising their machine code, in the processes that tests start too, would
+cost more than it saves. JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest runs them as users do, in twice the time.
+"""
 
 import contextlib
+import gc
 import io
 import os
 import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -22,6 +28,8 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+gc.set_threshold(100_000, 50, 50)  # tracing makes many small objects and few cycles
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()

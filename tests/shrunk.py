@@ -15,6 +15,7 @@ def on_random_data(config):
     config.text.update(max_tokens=3, width=8)
     config.train.update(batch_size=ROWS, remat=False)
     config.optimizer.warmup_steps = 0
+    config.init_from.levels = ()
     return config
 
 

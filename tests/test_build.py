@@ -7,7 +7,7 @@ import pytest
 import tiny
 import tiny_mdm
 
-from configs import common, imagenet
+from configs import common, imagenet, rcg
 from nested import build, train
 
 
@@ -157,6 +157,34 @@ def test_the_presets_options_make_its_hierarchy():
     assert (bottom.backbone.injection, bottom.backbone.inject_every) == ("append_tokens", 0)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("hierarchy.noise_gamma", -1.0), "config.hierarchy.noise_gamma: found -1.0, expected at least 0, or infinity"),
+        (("hierarchy.noise_gamma", float("nan")), "config.hierarchy.noise_gamma: found nan, expected at least 0"),
+        (("levels[1].sigma", -0.5), "config.levels[1].sigma: found -0.5, expected at least 0"),
+    ],
+)
+def test_noise_on_conditions_is_not_negative(change, message):
+    refused(build.levels, changed(change), match=message)
+
+
+def test_levels_to_take_need_a_run_to_take_them_from():
+    """A run of configs/rcg.py:dit that forgets init_from.path would sample from a network that never trained."""
+    message = "config.init_from.levels ('rep',) without a run to take them from: give config.init_from.path, the --work"
+    refused(build.check_init_from, rcg.get_config("dit"), match=message)
+    build.check_init_from(rcg.get_config("rdm"))
+    build.check_init_from(rcg.get_config("dit,synthetic"))
+
+
+def test_levels_that_see_other_text_do_not_fit():
+    config = changed(("text.encoder", "minilm"), ("hierarchy.text_levels", ("x",)))
+    other = build.plain(config)
+    assert build.shared_levels(other, config) == ("z1x1", "z2x2", "x")
+    for key, value in (("encoder", "t5"), ("max_tokens", 7), ("width", 8)):
+        assert build.shared_levels({**other, "text": {**other["text"], key: value}}, config) == ("z1x1", "z2x2")
+
+
 @pytest.mark.parametrize("option, value", [("noise_scale", "std"), ("noise_resample", True)])
 def test_how_conditions_are_noised_is_refused_where_they_are_not(option, value):
     config = changed(("hierarchy.noise_gamma", float("inf")), (f"hierarchy.{option}", value))
@@ -284,4 +312,5 @@ def test_a_changed_network_does_not_fit(change, fitting):
 
 def test_init_from_names_what_there_is():
     for key, value, found in (("weights", "both", "both"), ("levels", ("z9",), "z9")):
-        refused(build.check_init_from, changed((f"init_from.{key}", value)), match=f"init_from.{key}: '{found}' given")
+        config = changed(("init_from.path", "run"), (f"init_from.{key}", value))
+        refused(build.check_init_from, config, match=f"init_from.{key}: '{found}' given")

@@ -34,7 +34,7 @@ def make_config(shape=(4, 4, 1)):
     config.data.holdout = HOLDOUT
     backbone = common.uvit(width=16, depth=1, num_heads=2)
     config.levels = (common.level("x", "pixels", shape, 1, backbone=backbone),)
-    config.evaluate.memorization = SAMPLES
+    config.evaluate.update(num_samples=SAMPLES, memorization=SAMPLES)
     return config
 
 
@@ -149,6 +149,10 @@ def test_reports_that_cannot_be_made_are_refused():
     memorization.check(config)
     config.data.holdout = 0
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: needs images that are not trained on"):
+        memorization.check(config)
+    config = make_config()
+    config.evaluate.num_samples = 0
+    with pytest.raises(ValueError, match="^config.evaluate.memorization 12: comes with the scores, and config.eval"):
         memorization.check(config)
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: it compares still images, not clips"):
         memorization.check(make_config(shape=(2, 4, 4, 1)))

@@ -84,14 +84,14 @@ def test_the_picture_has_a_block_of_rows_for_each_query(encoded, monkeypatch, tm
                 np.testing.assert_array_equal(shown, source[i]["image"])
 
 
-def test_resolutions_are_compared_one_by_one_and_whole_images_once(monkeypatch):
+def test_resolutions_are_compared_one_by_one_and_whole_images_once(monkeypatch, tmp_path):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
     source = sources.ImagesInMemory(images, random.integers(0, 2, 50), 2, (), "toy")
     levels = (latents.LevelSource("y", "pixels", (2, 2, 1)), latents.LevelSource("x", "pixels", ((4, 4, 1), (8, 8, 1))))
     made = latents.of_images(levels, (8, 8, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir: (source, made))
-    found = neighbors.compared(make_config(levels, num_classes=2), "unused")
+    found = neighbors.compared(make_config(levels, num_classes=2), str(tmp_path))
     assert {name: x.shape for name, x in found.values.items()} == {
         "y": (40, 2, 2, 1), "x.0": (40, 4, 4, 1), "pixels": (40, 8, 8, 1),
     }  # fmt: skip

@@ -120,6 +120,12 @@ def test_with_guidance_changes_the_weights_of_every_level(drawn, params):
         generator.with_guidance((0.0,))
 
 
+def test_programs_that_read_different_arguments_differ():
+    programs, values = sample.Programs(), {name: np.float32(i + 1) for i, name in enumerate("abc")}
+    add = {name: programs.program(lambda v, n=name: v["a"] + v[n], values, out_shardings=None) for name in "bc"}
+    assert [float(add[name](values)) for name in "bc"] == [3.0, 4.0] and len(programs) == 2
+
+
 def test_levels_of_equal_programs_are_compiled_once(mesh):
     """z_b sees z_a and z_c sees z_b, both 2x2x4 with one network: three programs for three levels and the decoder."""
     config = tiny_config()

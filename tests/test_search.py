@@ -10,7 +10,7 @@ from test_build import refused
 from test_train import assert_equal
 from tiny import start_main
 
-from nested import checkpoint, evaluate, search, train
+from nested import checkpoint, search, train
 
 SIGMAS = (0.0, 0.5, 1.0)
 # FD by run: depth 2 keeps .5, depth 3 keeps 0; unguided scores are 200 less these, so that they would choose otherwise.
@@ -24,20 +24,11 @@ class Runs:
     def __init__(self, monkeypatch):
         self.configs, self.stop_in = {}, None
         monkeypatch.setattr(train, "train", self.train)
-        monkeypatch.setattr(evaluate, "evaluate", self.evaluate)
         monkeypatch.setattr(search, "latest_step", lambda folder: None if self.stop_in in folder else 1)
 
     def train(self, config, folder):
         self.configs[os.path.basename(folder)] = config
         self.stop_in = self.stop_in or "nowhere"
-        if config.sample.num_samples:  # training ends with pictures and scores
-            self.score(config, folder)
-
-    def evaluate(self, config, folder):
-        assert self.configs[os.path.basename(folder)] is config and not config.sample.num_samples
-        self.score(config, folder)
-
-    def score(self, config, folder):
         fd, guided = FD[os.path.basename(folder)], any(level.guidance for level in config.levels)
         scores = [dict(guided=guided, fd=fd), dict(guided=False, fd=200 - fd)][: 1 + guided]
         with open(os.path.join(folder, "scores.json"), "w") as file:

@@ -114,6 +114,8 @@ def test_noise_options_reach_the_levels():
         ((("guidance", 0.5),), "config.evaluate.sweep: ('guidance', 0.5) is no pair (option, values)"),
         ((("guidance", (0.5,)),), "config.evaluate.sweep: guidance has values (0.5,); give two or more different ones"),
         ((("guidance", (0.5, 0.5)),), "guidance has values (0.5, 0.5); give two or more different ones"),
+        (((3, (1, 2)),), "config.evaluate.sweep: (3, (1, 2)) is no pair (option, values)"),
+        ((("guidance", (0.5, "inf")),), "config.evaluate.sweep: 'inf' given for guidance, expected float"),
         ((("guidance", (0.5, "1")),), "config.evaluate.sweep: '1' given for guidance, expected float; choose from gui"),
         ((("guidance", (0.5, True)),), "config.evaluate.sweep: True given for guidance, expected float"),
         ((("guidance", ((0.5,), (1.0,))),), "config.evaluate.sweep: guidance (0.5,) is for 1 of 2 levels"),
@@ -139,6 +141,19 @@ def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (None, None))
     monkeypatch.setattr(evaluate, "measurement", None)
     refused(evaluate.evaluate, config, "unused", match=message)
+
+
+@pytest.mark.parametrize(
+    "pair, message",
+    [
+        (("guidance", (0, 1)), "config.evaluate.sweep: guidance changes nothing, as nothing conditions any level"),
+        (("hierarchy.noise_gamma", (0, 1)), "hierarchy.noise_gamma changes nothing, as no level sees one with a sigma"),
+    ],
+)
+def test_sweeps_of_what_changes_nothing_are_refused(pair, message):
+    config = unlabelled(config_of(1, evaluate__sweep=(pair,)))
+    gen = types.SimpleNamespace(config=config, levels=build.levels(config), text=None)
+    refused(sweep.combinations, gen, match=message)
 
 
 def test_a_level_that_nothing_conditions_is_not_guided_by_name():

@@ -41,12 +41,17 @@ def copied(tree):
     return jax.tree.map(np.array, jax.device_get(tree))
 
 
+def on_mesh(run, state):
+    """A copy of a state where a run has its own, so that its step is not traced once more."""
+    return jax.device_put(jax.tree.map(jnp.array, state), run.shardings)
+
+
 def steps(update, run, state, batches):
     """Takes steps -> ([state after each, as numpy arrays], [metrics of each])."""
     states, metrics = [], []
-    state = jax.tree.map(jnp.array, state)
+    state = on_mesh(run, state)
     for batch in batches:
-        state, values = update(state, batch, run.key)
+        state, values = update(state, train.to_device(run, batch), run.key)
         states.append(copied(state))
         metrics.append(jax.device_get(values))
     return states, metrics
@@ -65,8 +70,8 @@ def assert_close(a, b, atol):
 
 def test_loss_goes_down(base):
     run, source, update, state = base
-    batch, metrics = batch_of(source), []
-    state = jax.tree.map(jnp.array, state)
+    batch, metrics = train.to_device(run, batch_of(source)), []
+    state = on_mesh(run, state)
     for _ in range(200):
         state, values = update(state, batch, run.key)
         metrics.append(jax.device_get(values))
@@ -194,7 +199,7 @@ def test_validation_is_the_loss_at_its_times_without_drops(base):
 
 def test_the_state_is_donated(base):
     run, source, update, _ = base
-    compiled = update.lower(run.abstract, batch_of(source), run.key).compile()
+    compiled = update.lower(run.abstract, train.to_device(run, batch_of(source)), run.key).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == summary.state_bytes(run.abstract)
 
 
@@ -244,6 +249,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_state(base, tmp
     run, source, update, state = base
     config = get_config("synthetic,L2")
     config.train.update(steps=50, max_bad_steps=3, save_every=3)
+    monkeypatch.setattr(train, "compiled_step", lambda other: update)  # of the same levels and optimizer
     monkeypatch.setattr(train.loader, "batches", Spoilt(source, 4).batches)
     with pytest.raises(train.NonFiniteError, match="3 steps in a row"):
         train.train(config, str(tmp_path))
@@ -280,5 +286,5 @@ def test_a_deeper_run_takes_the_levels_of_a_shallower_one(tmp_path):
             train.fresh_state(bad)
         assert "\n" not in str(caught.value)
 
-    refused([("init_from.levels", ("x",))], ValueError, "level x fits nowhere: no part of this config's network")
+    refused([("init_from.levels", ("x",))], ValueError, "no level x, only z1x1; change init_from.levels")
     refused([("init_from.path", str(tmp_path / "absent"))], FileNotFoundError, "give the --workdir of a run")
