@@ -45,18 +45,20 @@ class Tokenizer:
     max_tokens: int
     fingerprint: str
 
-    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, captions: Sequence[str], *, silent: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """silent: whoever calls has said how many are cut."""
         ids_NL = np.zeros((len(captions), self.max_tokens), np.int32)
         mask_NL = np.zeros((len(captions), self.max_tokens), bool)
         for row, caption in enumerate(captions):
             ids = self.tokenizer.encode(caption).ids
             if len(ids) > self.max_tokens:
-                logging.log_first_n(
-                    logging.WARNING,
-                    "a caption has %d tokens and is cut to max_tokens %d, others are too (said once): %r",
-                    1,
-                    *(len(ids), self.max_tokens, caption[:80]),
-                )
+                if not silent:
+                    logging.log_first_n(
+                        logging.WARNING,
+                        "a caption has %d tokens and is cut to max_tokens %d, others are too (said once): %r",
+                        1,
+                        *(len(ids), self.max_tokens, caption[:80]),
+                    )
                 ids = ids[: self.max_tokens - 1] + ids[-1:]
             ids_NL[row, : len(ids)] = ids
             mask_NL[row, : len(ids)] = True

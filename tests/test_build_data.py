@@ -115,6 +115,43 @@ def test_latents_are_encoded_once_and_split(toy, tmp_path):
     refused(build_data.split, config, records, match="config.data.holdout 44 of 44 records: keep it below that")
 
 
+class Lengths:
+    """A stand-in for a text encoder of three tokens of width 2: a caption is its length, in its first token."""
+
+    name, fingerprint, max_tokens, width = "lengths", "f", 3, 2
+
+    def tokenize(self, texts, silent=False):
+        ids = np.array([[len(text), 0, 0] for text in texts], np.int32)
+        return ids, np.arange(3)[None] < np.ones((len(texts), 1))
+
+    tokenize.lengths = lambda texts: np.ones(len(texts), int)
+    tokenize.fingerprint = "t"
+
+    def features(self, ids, mask):
+        return np.repeat(ids[..., None], 2, axis=2) * mask[..., None].astype(np.float32)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_encoded_latents_have_the_text_of_their_images(toy, tmp_path, monkeypatch, stored):
+    config, made = toy
+    config.text.update(encoder="minilm", stored=stored, max_tokens=3, width=2)
+    made["source"].captions = tuple("a" * (i + 1) for i in range(44))
+    monkeypatch.setattr(build_data, "load_text", lambda config: build_data.Text(Lengths()))
+    records, latents = build_data.latents(config, str(tmp_path))
+    for i in (0, 43, 7):
+        found = records[i]
+        said = found["text"][:, 0] if stored else found["text_ids"]
+        np.testing.assert_array_equal(said, [i + 1, 0, 0])
+        np.testing.assert_array_equal(found["image"], made["source"].images[i])
+    assert set(latents.fields) < set(records[0])
+    made["source"].captions = made["source"].captions[:-1]
+    refused(build_data.latents, config, str(tmp_path), match="43 captions for 44 records (44 encoded images")
+    made["source"].captions = ("",) * 44
+    refused(build_data.latents, config, str(tmp_path), match="44 of 44 examples have no caption or an empty one")
+    config.data.max_bad_images = 1
+    refused(build_data.latents, config, str(tmp_path), match="config.data.max_bad_images 1 with captions and encoded l")
+
+
 def test_latents_of_another_encoder_or_another_config_are_refused(toy, tmp_path):
     config, made = toy
     build_data.latents(config, str(tmp_path))

@@ -264,9 +264,13 @@ def test_tokenized_records(encoder, tmp_path):
     assert len({tokenized.fingerprint, source.fingerprint, text.Tokenized(source, longer).fingerprint}) == 3
 
 
-def test_store_round_trip(encoder, tmp_path, capsys):
+def test_store_round_trip(encoder, tmp_path, capsys, monkeypatch):
     source = image_folder(tmp_path / "images", CAPTIONS)
+    said = []
+    monkeypatch.setattr(text.logging, "log_first_n", lambda *values: said.append(values))
+    monkeypatch.setattr(text_store.logging, "warning", lambda message, *values: said.append(message % values))
     index = text_store.store(encoder, text.captions(source), tmp_path / "store", batch_size=3)
+    assert said == ["1 of 4 captions are cut to max_tokens 5"]  # counted, and said once
     assert index["distinct"] == 4 and index["cut"] == 1  # with the empty caption
     tokens = 4 + 3 + 5 + 1
     assert index["bytes"] == {"keys": 128 + 4 * 32, "starts": 128 + 5 * 8, "features": 128 + tokens * 48 * 2}
