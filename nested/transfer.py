@@ -38,19 +38,22 @@ def places(config, other: Mapping, donors: Mapping[str, Mapping], abstract: Mapp
     run, for errors. Raises ValueError where nothing fits, or where a level that config.init_from.levels names does not.
     """
     asked, whole = tuple(config.init_from.levels), build.shared_levels(other, config)
-    theirs = {level["name"]: level["backbone"] for level in other["levels"]}
-    ours = {level["name"]: level["backbone"] for level in build.plain(config)["levels"]}
+    theirs, ours = ({level["name"]: level for level in some["levels"]} for some in (other, build.plain(config)))
     result = {}
     for name in asked or tuple(abstract):
         if asked and name not in theirs:
             raise ValueError(f"init_from {where}: no level {name}, only {', '.join(theirs)}; change init_from.levels")
         place = (name,) if name in whole else graft_place(abstract, name, donors.get(name) or {})
-        if place is not None and (name in whole or same_inside(ours[name], theirs[name], len(place) - 1)):
+        if place is not None and (
+            name in whole or same_inside(ours[name]["backbone"], theirs[name]["backbone"], len(place) - 1)
+        ):
             result[name] = place
         elif asked:
+            shapes = [some[name]["shape"] for some in (theirs, ours) if name in some]
+            differ = f" (its shape is {shapes[0]} there, {shapes[-1]} here)" if shapes[0] != shapes[-1] else ""
             raise ValueError(
-                f"init_from {where}: level {name} fits nowhere: no part of this config's network has the names, shapes "
-                "and options of that run's; check the backbones, or leave the level out of config.init_from.levels"
+                f"init_from {where}: level {name} fits nowhere{differ}: no part of this config's network has the names "
+                "and shapes and options of that run's; check the level, or leave it out of config.init_from.levels"
             )
     if not result:
         raise ValueError(

@@ -10,6 +10,7 @@ from nested.process import Process
 from nested.sampler_tables import Row, run
 
 MEAN, STD = 0.7, 0.3
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # not as in conftest.py
 
 
 def padded(table, rows=50, depth=3):
@@ -28,7 +29,7 @@ def padded(table, rows=50, depth=3):
     return table._replace(rows=new)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIMIZED)  # thousands of evaluations, compiled once
 def run_exact(schedules, tables, keys, x_T):
     """One leaf per schedule, each with the posterior mean of its own process."""
 
