@@ -66,6 +66,7 @@ def start_main(arguments, config="tests/tiny.py", devices=1, env=None):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as users run it, unlike the tests' own process (conftest.py)
         "NPROC": "8",  # threads of XLA: with one per fake device, programs under way can wait for each other for ever
         "OPENBLAS_NUM_THREADS": "1",  # two threads on busy cores wait for each other in a loop: 30 times slower
         **(env or {}),
