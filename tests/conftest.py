@@ -1,7 +1,7 @@
 """Shared by all tests: one CPU device, a persistent compilation cache, absl flags parsed (grain reads them).
 
-Most programs here run once or twice, so optimising their machine code, in the processes that tests start too, would
-cost more than it saves. JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest runs them as users do, in twice the time.
+Most programs here run once or twice, so optimising their machine code would cost more than it saves; runs of main.py
+(tiny.py) are optimised. JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest optimises all, and takes longer.
 """
 
 import contextlib

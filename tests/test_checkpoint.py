@@ -306,11 +306,11 @@ def test_only_abandoned_reads_are_hushed_and_only_after_a_failure(monkeypatch):
     read = types.SimpleNamespace(object=types.SimpleNamespace(cr_code=code), exc_value=GeneratorExit())
     callback = types.SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed"))
     other = types.SimpleNamespace(object=None, exc_value=RuntimeError("of the user"))
-    with checkpoint._hushed_abandoned_reads():
+    with checkpoint._hushed_abandoned_reads("the folder"):
         pass
     sys.unraisablehook(read)
     assert reported == [read]
-    with pytest.raises(KeyError), checkpoint._hushed_abandoned_reads():
+    with pytest.raises(KeyError), checkpoint._hushed_abandoned_reads("the folder"):
         raise KeyError
     for unraisable in (read, callback, other):
         sys.unraisablehook(unraisable)
@@ -331,7 +331,7 @@ def test_asyncio_is_quiet_about_reads_that_a_failed_restore_left_and_about_nothi
     asyncio_logger = logging.getLogger("asyncio")
     monkeypatch.setattr(asyncio_logger, "filters", [])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    with pytest.raises(KeyError), checkpoint._hushed_abandoned_reads():
+    with pytest.raises(KeyError), checkpoint._hushed_abandoned_reads("the folder"):
         raise KeyError("damaged")
     for file, message in (("orbax/reads.py", "future exception was never retrieved"), ("user.py", "never retrieved"),
                           ("orbax/reads.py", "slow callback")):  # fmt: skip
@@ -339,6 +339,7 @@ def test_asyncio_is_quiet_about_reads_that_a_failed_restore_left_and_about_nothi
             exec(compile("raise ValueError('bad read')", file, "exec"))
         except ValueError as error:
             asyncio_logger.error(message, exc_info=error)
+    asyncio_logger.error("never retrieved", exc_info=ValueError("read of the folder/state"))  # tensorstore's own
     asyncio_logger.error("no exception, never retrieved")
     heard = [record.getMessage() for record in caplog.records]
     assert heard == ["never retrieved", "slow callback", "no exception, never retrieved"]
