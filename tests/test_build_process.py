@@ -41,7 +41,7 @@ def test_every_schedule_by_its_name(name):
     expected = dict(
         sd_scaled_linear=schedules.sd_scaled_linear(), cosine=schedules.cosine(), linear_vp=schedules.LinearVP(),
         ddpm_linear=schedules.PiecewiseVP(tuple(np.linspace(1e-4, 0.02, 1000).tolist())),
-        ldm_linear=schedules.PiecewiseVP(tuple((np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2).tolist())),
+        ldm_linear=schedules.ldm_linear(),
         cosine_log_snr=schedules.cosine_log_snr(), exponential_ve=schedules.ExponentialVE(1e-3, 1e3),
     )  # fmt: skip
     built = build_process.build_process(dict(common.sd_process("v"), schedule=name), (8, 8, 3), "levels[0].process")[0]
