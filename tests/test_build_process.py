@@ -49,7 +49,7 @@ def test_every_schedule_by_its_name(name):
 
 
 def test_the_betas_of_rcgs_representations():
-    """config/rdm/mocov3vitb_simplemlp_l12_w1536.yaml of LTH14/rcg: linear_start .0015, linear_end .0195, 1,000 steps."""
+    """mocov3vitb_simplemlp_l12_w1536.yaml of LTH14/rcg: linear_start .0015, linear_end .0195, 1,000 steps."""
     betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
     alpha, _ = schedules.ldm_linear()(np.arange(1, 1001) / 1000)
     np.testing.assert_allclose(alpha**2, np.cumprod(1 - betas), rtol=1e-9)
