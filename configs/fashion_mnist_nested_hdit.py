@@ -18,6 +18,8 @@ def get_config(arg: str = "class"):
     config = fashion_mnist.get_config(f"L3,{kind}")
     finest = fashion_mnist_hdit.get_config("hdit")
     config.codec.update(name="pixels")
+    config.encoder.features = ("map",)  # pixels have no latents to make levels of
+    config.hierarchy.preset = ""  # CVPR's networks are U-ViTs
     guidance = 0.5 if kind == "class" else 0.8
     config.levels = (*config.levels[:-1], finest.levels[0].copy_and_resolve_references())
     config.levels[-1].guidance = guidance
