@@ -48,10 +48,12 @@ class Programs:
     def program(self, function: Callable, *arguments, out_shardings):
         """`function` compiled for these arguments (arrays in trees, always of the same shapes and shardings)."""
         leaves, structure = jax.tree.flatten(arguments)
-        shape = jax.tree.structure(jax.eval_shape(function, *arguments))
+        shapes = []
 
         def flat(*leaves):  # without the names of levels, which are those of parameters and conditions too
-            return jax.tree.leaves(function(*structure.unflatten(leaves)))
+            results, shape = jax.tree.flatten(function(*structure.unflatten(leaves)))
+            shapes.append(shape)
+            return results
 
         # keep_unused: what a function reads of its arguments is a part of its text then
         lowered = jax.jit(flat, out_shardings=out_shardings, keep_unused=True).lower(*leaves)
@@ -59,7 +61,7 @@ class Programs:
         if key not in self._compiled:
             self._compiled[key] = lowered.compile()
         compiled = self._compiled[key]
-        return lambda *arguments: shape.unflatten(compiled(*jax.tree.leaves(arguments)))
+        return lambda *arguments: shapes[0].unflatten(compiled(*jax.tree.leaves(arguments)))
 
 
 @dataclasses.dataclass(frozen=True)
