@@ -1,6 +1,7 @@
 """Weight files of other code, read safely and without their frameworks, and the mapping between torch and linen names.
 
-`read` returns flat public names for .npz, .safetensors and .pth files; nothing in a file is ever executed.
+`read` returns flat public names for .npz, .safetensors and .pth files; nothing in a file is ever executed. `load` finds
+one network among them, whatever wraps it, and `checked` accounts for every tensor of it.
 `from_torch` and `to_torch` rest on one rule. A linen module carries the public module's name; a list index is joined
 to it with an underscore ('in_blocks.0' is 'in_blocks_0', 'down_levels.0.1' is 'down_levels_0_1'). The leaf names differ
 by layer:
@@ -18,10 +19,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 
 from nested import torch_pickle
 
@@ -58,6 +60,75 @@ def read(path: str | os.PathLike, prefix: str = "") -> dict[str, np.ndarray]:
         having = f"it has {_some(names)}" if names else "it has no tensors"
         raise ValueError(f"{path}: no tensor's name starts with {prefix!r}; {having}")
     return {name.removeprefix(prefix): array for name, array in found.items()}
+
+
+# Weights that were averaged while training, by the words that public files have for them.
+AVERAGED = ("model_ema", "nnet_ema", "ema", "teacher", "momentum_encoder")
+
+
+def load(
+    paths: Sequence[str | os.PathLike],
+    anchor: str,
+    *,
+    prefix: str = "",
+    prefer: Sequence[str] = AVERAGED,
+    unused: tuple[str, ...] = (),
+) -> dict[str, np.ndarray]:
+    """The tensors of one network by its own names, from the file or the shards `paths`.
+
+    anchor: a name that the network has, such as 'cls_token'; what stands before it in the file ('state_dict.module.
+    momentum_encoder.') is the wrapper, and only what stands behind the same wrapper is returned, without it.
+    prefix: the wrapper to take; '' finds it. Of several, the one is taken that has a word of `prefer` among its parts,
+    the earlier word first. unused: starts of names (without the wrapper) that the network does not need.
+    Raises, in one line: as read(); ValueError where nothing is called like the anchor, or two networks are and none is
+    preferred (named, to choose from).
+    """
+    tensors, where = {}, os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    for path in paths:
+        part = read(path)
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise ValueError(f"{where}: {_some(twice)} in more than one shard; the files are not of one download")
+        tensors |= part
+    wrapper = _wrapper(list(tensors), anchor, prefix, prefer, where)
+    inside = {name.removeprefix(wrapper): array for name, array in tensors.items() if name.startswith(wrapper)}
+    return {name: array for name, array in inside.items() if not name.startswith(unused)}
+
+
+def _wrapper(names: list[str], anchor: str, prefix: str, prefer: Sequence[str], where: str) -> str:
+    found = [name.removesuffix(anchor) for name in names if f".{name}".endswith(f".{anchor}")]
+    if prefix:
+        wanted = prefix if prefix.endswith(".") else f"{prefix}."
+        if wanted not in found:
+            raise ValueError(f"{where}: no {wanted + anchor!r}; the file has it behind {_some(map(repr, found))}")
+        return wanted
+    if not found:
+        raise ValueError(f"{where}: no tensor is called {anchor!r}, with or without a prefix; it has {_some(names)}")
+    for word in prefer:
+        preferred = [wrapper for wrapper in found if word in wrapper.split(".")]
+        if len(preferred) == 1 and len(found) > 1:
+            logging.info("%s: takes the weights behind %r, of %s", where, *preferred, _some(map(repr, found)))
+            return preferred[0]
+    if len(found) > 1:
+        raise ValueError(f"{where}: holds more than one such network: give one of {_some(map(repr, found))} as prefix")
+    return found[0]
+
+
+def checked(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple], what: str) -> dict[str, np.ndarray]:
+    """The tensors in the order of `shapes`, {name: shape} of all that the network has.
+
+    Raises ValueError, one line that begins with `what`, where a tensor is missing, unknown or of another shape: the
+    first is named with what was expected, and all are counted."""
+    problems = [f"tensor {name!r} {tuple(shapes[name])} is missing" for name in shapes if name not in tensors]
+    problems += [f"tensor {name!r} {tensors[name].shape} is unknown" for name in tensors if name not in shapes]
+    problems += [
+        f"tensor {name!r} has shape {tensors[name].shape}, expected {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != tuple(shape)
+    ]
+    if problems:
+        more = f" ({len(problems)} such problems)" if len(problems) > 1 else ""
+        raise ValueError(f"{what}: {problems[0]}{more}; give the file of the network that the config names")
+    return {name: tensors[name] for name in shapes}
 
 
 def sha256(path: str | os.PathLike) -> str:

