@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.transforms import random_flip
+from input_pipeline.latents import MIRRORED, unflipped
 
 SCALE = 2**0.2  # s
 TRANSLATION = 1 / 8  # of the side
@@ -149,17 +149,27 @@ def augment(image_HWC: np.ndarray, generator: np.random.Generator, prob: float) 
     return image, condition(a)
 
 
+def flipped(record: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
+    """The record, or with probability 1/2 that of the mirrored image, by one draw of the generator."""
+    kept = unflipped(record)
+    if generator.random() >= 0.5:
+        return kept
+    kept |= {name: record[name + MIRRORED] for name in kept if name + MIRRORED in record}
+    return kept | {"image": kept["image"][..., ::-1, :]} if "image" in kept else kept
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """For loader.batches: what is done to each record of the training data, drawn anew each time it is read.
 
     prob > 0: "image" is warped as by augment() and float32, and "augment" (float32 [9]) is added.
     flip: "image" is mirrored left to right with probability 1/2, stays uint8, and the network is not told; of a clip
-      [T, H, W, C] all frames are, or none.
+      [T, H, W, C] all frames are, or none. What was encoded of the mirrored image ('map.mirrored') then takes the place
+      of what was encoded of the image, in all fields at once.
     With neither a record is left as it is: prob 0 also turns off the mirroring of augment(), as in the authors' code.
 
-    Raises: ValueError for prob outside 0..1, for both (the warps hold a mirroring), for records without an image, and
-      for clips where prob > 0: the warps are of single images.
+    Raises: ValueError for prob outside 0..1, for both (the warps hold a mirroring), for records that have neither an
+      image nor mirrored fields, and for clips where prob > 0: the warps are of single images.
     """
 
     prob: float = 0.0
@@ -177,12 +187,13 @@ class Augmentation:
     def __call__(self, record: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
         if not (self.prob or self.flip):
             return record
-        if "image" not in record:
+        mirrored = any(name.endswith(MIRRORED) for name in record)
+        if "image" not in record and not (self.flip and mirrored):
             raise ValueError(
                 f"augmentation needs records with an 'image', found {sorted(record)}: set prob = 0 and flip = False"
             )
         if self.flip:
-            return {**record, "image": random_flip(record["image"], generator)}
+            return flipped(record, generator)
         if record["image"].ndim == 4:
             raise ValueError(
                 f"augmentation prob = {self.prob} warps single images, found clips {record['image'].shape}: expected "

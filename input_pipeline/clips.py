@@ -10,6 +10,7 @@ The field is called "image" so that crops, flips and batches are those of images
 
 import pathlib
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ from input_pipeline.transforms import DECODE_ERRORS, check_channels, to_array, t
 
 ANIMATION_FORMATS = ("WEBP", "GIF", "PNG")
 VIDEO_SUFFIXES = (".mp4", ".avi")  # others are handed to Pillow
+CLIP_ERRORS = (*DECODE_ERRORS, EOFError, IndexError, struct.error)  # the last three: Pillow's GIF and PNG readers
 
 
 def decode_clip(path: pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
@@ -26,7 +28,7 @@ def decode_clip(path: pathlib.Path, frames: int, stride: int, channels: int) -> 
 
     Transparency is laid over white.
 
-    Raises: ValueError where the file has fewer frames; one of ClipFolder.ERRORS for what is not a whole clip.
+    Raises: ValueError where the file has fewer frames; one of CLIP_ERRORS for what is not a whole clip.
     """
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return _decode_video(path, frames, stride, channels)
@@ -55,6 +57,26 @@ def _decode_video(path: pathlib.Path, frames: int, stride: int, channels: int) -
     return np.stack(clip)
 
 
+def check_frames(frames: int, stride: int) -> None:
+    """Raises ValueError unless both are 1 or more."""
+    for name, value in (("frames", frames), ("stride", stride)):
+        if value < 1:
+            raise ValueError(f"clips: {name} must be at least 1, found {value}")
+
+
+def require_opencv(files: Sequence[str], root: pathlib.Path) -> None:
+    """Raises ImportError (one line) where some of the files need OpenCV and it is not installed."""
+    videos = [file for file in files if pathlib.PurePath(file).suffix.lower() in VIDEO_SUFFIXES]
+    if videos:
+        try:
+            import cv2  # noqa: F401  optional, asked for before training starts
+        except ImportError as error:
+            raise ImportError(
+                f"{len(videos)} of {len(files)} clips in {root} need OpenCV to be read, such as {videos[0]}: "
+                "pip install opencv-python-headless"
+            ) from error
+
+
 def _length(frames: int, stride: int) -> int:
     """How many frames a file must have."""
     return (frames - 1) * stride + 1
@@ -67,7 +89,7 @@ def _too_short(found: int, frames: int, stride: int) -> ValueError:
 class ClipFolder(Folder):
     """The clips below a directory, in one of the layouts of image_files.Folder: with captions, plain, or in classes.
 
-    A file that is damaged or has fewer than (frames - 1) * stride + 1 frames is bad: see Folder.
+    A file that is damaged or has fewer than (frames - 1) * stride + 1 frames is bad: see decoded.py.
 
     Args:
       path: the directory. frames: T of a record, at least 1. stride: 1 takes successive frames, 4 every fourth.
@@ -78,7 +100,7 @@ class ClipFolder(Folder):
     """
 
     NOUN, A_NOUN = "clip", "a clip"
-    ERRORS = (*DECODE_ERRORS, EOFError, IndexError, struct.error)  # the last three: Pillow's GIF and PNG readers
+    ERRORS = CLIP_ERRORS
 
     def __init__(
         self,
@@ -90,27 +112,17 @@ class ClipFolder(Folder):
         max_bad_clips: int = 0,
     ):
         check_channels(channels)
-        for name, value in (("frames", frames), ("stride", stride)):
-            if value < 1:
-                raise ValueError(f"clips: {name} must be at least 1, found {value}")
+        check_frames(frames, stride)
         self.frames, self.stride, self.channels = frames, stride, channels
         reading = ("clips", str(frames), str(stride), str(channels))
         super().__init__(path, max_bad=max_bad_clips, reading=reading)
-        videos = [file for file in self._files if pathlib.PurePath(file).suffix.lower() in VIDEO_SUFFIXES]
-        if videos:
-            try:
-                import cv2  # noqa: F401  the one optional library, asked for before training starts
-            except ImportError as error:
-                raise ImportError(
-                    f"{len(videos)} of {len(self)} clips in {self.root} need OpenCV to be read, such as {videos[0]}: "
-                    "pip install opencv-python-headless"
-                ) from error
+        require_opencv(self._files, self.root)
 
     @property
     def image_shape(self) -> tuple[int, None, None, int]:
         return (self.frames, None, None, self.channels)
 
-    def decode(self, path: pathlib.Path) -> np.ndarray:
+    def decode_file(self, path: pathlib.Path) -> np.ndarray:
         return decode_clip(path, self.frames, self.stride, self.channels)
 
     def describe(self) -> str:

@@ -7,17 +7,16 @@ folders of images have in common with folders of clips (clips.py).
 import json
 import os
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 
 import numpy as np
-from absl import logging
 
+from input_pipeline.decoded import Decoded, choose_classes, some
 from input_pipeline.sources import fingerprint_of
+from input_pipeline.tars import kept
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
 CAPTIONS_FILE = "captions.jsonl"
-NAMES_PER_MESSAGE = 10
-CHECK_THREADS = 8
 
 
 def _read_captions(root: pathlib.Path) -> tuple[list[str], list[str]]:
@@ -58,129 +57,96 @@ def _size(path: pathlib.Path) -> int:
         return -1
 
 
-class Folder:
+def _read_pairs(root: pathlib.Path, files: list[str]) -> tuple[list[str], list[str]]:
+    """(files, captions) of a folder with a text file NAME.txt beside every NAME.jpg, NAME.mp4, ... What is not UTF-8 in
+    it becomes the sign for that."""
+    texts = {file.removesuffix(".txt") for file in files if file.endswith(".txt")}
+    others = [file for file in files if not file.endswith(".txt")]
+    stems = [os.path.splitext(file)[0] for file in others]
+    odd = [f"{file} (without its .txt)" for file, stem in zip(others, stems, strict=True) if stem not in texts]
+    odd += [f"{stem}.txt (of no other file)" for stem in sorted(texts - set(stems))]
+    odd += [f"{stem}.txt (of {count} files)" for stem, count in Counter(stems).items() if count > 1 and stem in texts]
+    if odd:
+        raise ValueError(
+            f"{root} holds .txt files, which are captions, but {len(odd)} files are without a partner: {some(odd)}; "
+            "give each one caption, or take the .txt files out"
+        )
+    return others, [(root / f"{stem}.txt").read_text(encoding="utf-8", errors="replace").strip() for stem in stems]
+
+
+class Folder(Decoded):
     """The files below a directory, which has the first of these layouts that fits:
 
       captions  a file captions.jsonl with lines {"file": path below the directory, "caption": text}: the lines are the
                 examples, in their order, and records get a "caption"; no classes.
+      pairs     NAME.txt beside every other file NAME.*, at any depth: its caption; no classes; sorted by path.
       plain     files only, no sub-folders: no classes, examples sorted by name.
       classes   sub-folders only: their sorted names are the labels 0, 1, ...; examples sorted by path, at any depth.
 
-    Every file is an example, except names with a leading dot. One that does not decode to a whole image is bad: record
-    i is then the record of the next good file (i + 1, ..., around the end), so that the length and all other records
-    stay what they are, for every reader. Each bad file is logged by name; once more than `max_bad` are known the
-    source refuses and lists them. check() decodes everything to know them all at once; without it they are found as
-    they are read, by each process for itself.
-
-    A subclass says what an example is: NOUN and A_NOUN for messages, decode(path) -> uint8 array, raising one of ERRORS
-    for a bad file, and image_shape.
+    Every file is an example, except names with a leading dot; bad ones are treated as decoded.py says. A subclass has
+    NOUN, A_NOUN, ERRORS, image_shape and decode_file(path) -> uint8 array.
 
     Args:
-      path: the directory. max_bad: as above. reading: what decode() depends on, for the fingerprint.
+      path: the directory. max_bad: see decoded.py. reading: what decode_file() depends on, for the fingerprint.
+      classes: names of the class folders to read; () for all of them.
 
     Raises: FileNotFoundError where there is no such directory, ValueError where there are no files, or files beside
-      class folders, or a line of captions.jsonl that is not as above; when reading, ValueError for bad files.
+      class folders, or captions that are not as above, or no such classes; when reading, ValueError for bad files.
     """
 
-    NOUN: str
-    A_NOUN: str
-    ERRORS: tuple[type[Exception], ...]
-
-    def __init__(self, path: str | pathlib.Path, *, max_bad: int, reading: tuple[str, ...]):
+    def __init__(
+        self, path: str | pathlib.Path, *, max_bad: int, reading: tuple[str, ...], classes: tuple[str, ...] = ()
+    ):
         where = f"set config.data.path to the directory of the {self.NOUN}s"
         self.root = pathlib.Path(path).expanduser().absolute()
         if not self.root.is_dir():
             raise FileNotFoundError(f"no directory {self.root}: {where}")
-        self.max_bad = max_bad
-        self.class_names: tuple[str, ...] = ()
-        self._captions = None
-        self._labels = None
-        self._bad: dict[int, str] = {}  # index -> reason, as far as known
+        captions, labels, class_names = None, None, ()
         if (self.root / CAPTIONS_FILE).is_file():
-            self._files, self._captions = _read_captions(self.root)
+            self._files, captions = _read_captions(self.root)
         else:
             self._files = _list_files(self.root)
-            self._read_classes()
+            if any(file.endswith(".txt") for file in self._files):
+                self._files, captions = _read_pairs(self.root, self._files)
+            else:
+                labels, class_names = self._read_classes()
         if not self._files:
             raise ValueError(f"no {self.NOUN}s in {self.root}: {where}")
+        if classes:
+            numbers, labels, class_names = choose_classes(class_names, labels or (), classes, str(self.root))
+            self._files = [self._files[i] for i in numbers]
         sizes = (f"{file}:{_size(self.root / file)}" for file in self._files)
-        self.fingerprint = fingerprint_of((*reading, *sizes, *(self._captions or ())))
+        self.fingerprint = fingerprint_of((*reading, *sizes, *(captions or ())))
+        super().__init__(
+            f"files in {self.root}", len(self._files), max_bad=max_bad, labels=labels, class_names=class_names,
+            captions=captions,
+        )  # fmt: skip
 
-    def _read_classes(self) -> None:
+    def _read_classes(self) -> tuple[list[int] | None, tuple[str, ...]]:
         loose = [file for file in self._files if "/" not in file]
         if len(loose) == len(self._files):
-            return
+            return None, ()
         if loose:
             raise ValueError(
                 f"{self.root} has files beside its class folders, such as {loose[0]} ({len(loose)} in all): "
                 "move each into the folder of its class"
             )
         folders = [file.split("/")[0] for file in self._files]
-        self.class_names = tuple(sorted(set(folders)))
-        label_of = {name: label for label, name in enumerate(self.class_names)}
-        self._labels = [label_of[folder] for folder in folders]
+        class_names = tuple(sorted(set(folders)))
+        label_of = {name: label for label, name in enumerate(class_names)}
+        return [label_of[folder] for folder in folders], class_names
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def name(self, index: int) -> str:
+        return self._files[index]
 
-    @property
-    def captions(self) -> tuple[str, ...] | None:
-        """The caption of every example, in order, without decoding; None in a folder without captions.jsonl."""
-        return None if self._captions is None else tuple(self._captions)
+    def decode(self, index: int) -> np.ndarray:
+        return self.decode_file(self.root / self._files[index])
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        for offset in range(len(self)):
-            i = (index + offset) % len(self)
-            if i not in self._bad:
-                try:
-                    image = self.decode(self.root / self._files[i])
-                except self.ERRORS as error:
-                    self._add_bad(i, str(error))
-                else:
-                    record = {"image": image, "label": np.int32(self._labels[i] if self._labels else 0)}
-                    return {**record, "caption": self._captions[i]} if self._captions else record
-            self._refuse_too_many()
-        raise ValueError(f"none of the {len(self)} files in {self.root} is {self.A_NOUN}")
-
-    def _add_bad(self, index: int, reason: str) -> None:
-        form = "%s is not a whole %s (%s): the next one takes its place"
-        logging.warning(form, self._files[index], self.NOUN, reason)
-        self._bad[index] = reason
-
-    def _refuse_too_many(self) -> None:
-        if len(self._bad) <= self.max_bad:
-            return
-        names = [f"{self._files[i]} ({self._bad[i]})" for i in sorted(self._bad)]
-        more = f" and {len(names) - NAMES_PER_MESSAGE} more" if len(names) > NAMES_PER_MESSAGE else ""
-        raise ValueError(
-            f"{len(names)} of {len(self)} files in {self.root} are not whole {self.NOUN}s, data.max_bad_images is "
-            f"{self.max_bad}: {', '.join(names[:NAMES_PER_MESSAGE])}{more}; repair or remove them"
-        )
-
-    def check(self) -> None:
-        """Decodes every file; ValueError lists the bad ones."""
-
-        def reason(index: int) -> str | None:
-            try:
-                self.decode(self.root / self._files[index])
-            except self.ERRORS as error:
-                return str(error)
-
-        with ThreadPoolExecutor(CHECK_THREADS) as pool:
-            for index, found in enumerate(pool.map(reason, range(len(self)))):
-                if found is not None:
-                    self._add_bad(index, found)
-        self._refuse_too_many()
+    def decode_file(self, path: pathlib.Path) -> np.ndarray:
+        raise NotImplementedError
 
     def describe(self) -> str:
-        kind = "captions" if self._captions else f"{self.num_classes} classes"
-        return f"{self.NOUN} folder {self.root}: {len(self)} files, {kind}"
+        return f"{self.NOUN} folder {self.root}: {len(self)} files, {self.kind}"
 
 
 class ImageFolder(Folder):
@@ -189,7 +155,8 @@ class ImageFolder(Folder):
     check() reads some 500 to 1,000 JPEGs of 500x375 a second and core.
 
     Args:
-      path: the directory. channels: 3 (RGB) or 1 (grey), whatever the files hold. max_bad_images: see Folder.
+      path: the directory. channels: 3 (RGB) or 1 (grey), whatever the files hold. max_bad_images: see decoded.py.
+      classes: see Folder.
 
     Raises: as Folder; ValueError for other channels.
     """
@@ -197,16 +164,18 @@ class ImageFolder(Folder):
     NOUN, A_NOUN = "image", "an image"
     ERRORS = DECODE_ERRORS
 
-    def __init__(self, path: str | pathlib.Path, *, channels: int = 3, max_bad_images: int = 0):
+    def __init__(
+        self, path: str | pathlib.Path, *, channels: int = 3, max_bad_images: int = 0, classes: tuple[str, ...] = ()
+    ):
         check_channels(channels)
         self.channels = channels
-        super().__init__(path, max_bad=max_bad_images, reading=(str(channels),))
+        super().__init__(path, max_bad=max_bad_images, reading=(str(channels),), classes=classes)
 
     @property
     def image_shape(self) -> tuple[None, None, int]:
         return (None, None, self.channels)
 
-    def decode(self, path: pathlib.Path) -> np.ndarray:
+    def decode_file(self, path: pathlib.Path) -> np.ndarray:
         return decode_image(path, self.channels)
 
 
@@ -218,13 +187,23 @@ class Tfds:
 
     Args:
       path: of the prepared version, DATA_DIR/NAME[/CONFIG]/VERSION. split: as TFDS spells it: "train", "train[:10%]".
-      channels: 3 (RGB) or 1 (grey), whatever the files hold.
+      channels: 3 (RGB) or 1 (grey), whatever the files hold. classes: names of a subset, whose labels are then 0, 1,
+      ... in sorted order; () for all. For these every record is read once, for its label. index_dir: where those
+      labels are kept (tars.py).
 
     Raises: FileNotFoundError where path is no prepared data set; ValueError for another file format, other features
-      and an unknown split; when reading, ValueError for an example without a label (-1, as in test splits).
+      and an unknown split or class; when reading, ValueError for an example without a label (-1, as in test splits).
     """
 
-    def __init__(self, path: str | pathlib.Path, split: str, *, channels: int = 3):
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        split: str,
+        *,
+        channels: int = 3,
+        classes: tuple[str, ...] = (),
+        index_dir: str = "",
+    ):
         import tensorflow_datasets as tfds  # slow to import
 
         check_channels(channels)
@@ -252,18 +231,30 @@ class Tfds:
         self.name = f"{builder.info.full_name} ({split})"
         self._data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         files = [f"{file.name}:{file.stat().length}" for file in builder.info.splits[split].filepaths]
-        self.fingerprint = fingerprint_of((self.name, str(self.image_shape), *files))
+        self.fingerprint = fingerprint_of((self.name, str(self.image_shape), *files, *sorted(classes)))
+        self._numbers = self._labels = None  # of the chosen classes
+        if classes:
+            made_from = ("tfds", self.name, str(root), *files)
+            labels = kept(index_dir, made_from, self._all_labels)["labels"]
+            chosen = choose_classes(self.class_names, labels, classes, self.name)
+            self._numbers, self._labels, self.class_names = chosen
+
+    def _all_labels(self) -> dict[str, np.ndarray]:
+        return {"labels": np.array([self._data[i]["label"] for i in range(len(self._data))], np.int32)}
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._data) if self._numbers is None else len(self._numbers)
 
     def __getitem__(self, index: int) -> dict:
-        record = self._data[index]
-        label = record["label"] if self.num_classes else 0
+        if self._numbers is None:
+            record = self._data[index]
+            label = record["label"] if self.num_classes else 0
+        else:
+            record, label = self._data[int(self._numbers[index])], self._labels[index]
         if label < 0:  # how TFDS marks a missing label
             raise ValueError(f"TFDS {self.name}: label {label} of example {index} is out of range: take another split")
         return {"image": decode_image(record["image"], self.image_shape[-1]), "label": np.int32(label)}

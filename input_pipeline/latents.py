@@ -1,7 +1,8 @@
 """Encoded images on disk: ArrayRecord shards of raw bytes, read back by random access.
 
 A record is the concatenation of its fields in the order of the layout (latents.json "fields": name, dtype, shape),
-little-endian, without padding: label first, then the feature grids, then the image, so every field is aligned. Shards
+little-endian, without padding: label first, then the feature grids, then the image, so every field is aligned. Where
+both flips are stored, a field of the mirrored image has the name of the image's with '.mirrored' behind it. Shards
 are written with 'group_size:1' (one record per block: random access reads that record only; 100 to 150 times faster
 than large groups) and np.frombuffer views replace any per-record decoding.
 """
@@ -21,6 +22,12 @@ from array_record.python import array_record_module
 WRITER_OPTIONS = "group_size:1"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 INDEX_FILE = "latents.json"
+MIRRORED = ".mirrored"  # behind the name of a field: that of the mirrored image
+
+
+def unflipped(record):
+    """The record, or batch of records, without the fields of mirrored images."""
+    return {name: value for name, value in record.items() if not name.endswith(MIRRORED)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +106,8 @@ def _attempt(path, call, *arguments):
 
 class LatentRecords:
     """Random access over the records of a finished latents directory: [i] -> {"label": int32, <feature>: float16
-    [h, w, K], "image": uint8 [H, W, C]} (read-only numpy views). Picklable; readers are opened on first use.
+    [h, w, K], "image": uint8 [H, W, C]} (read-only numpy views); in place of the image "sd_vae": float16 [h, w, 2 c],
+    the moments of its latents, where an autoencoder is the codec. Picklable; readers are opened on first use.
 
     fields: names to return; None = all. Raises FileNotFoundError / ValueError in one line where the directory is not
     finished, a shard is missing or its size differs from what was written, or a field is unknown.
@@ -125,6 +133,11 @@ class LatentRecords:
 
     def __len__(self):
         return self._ends[-1]
+
+    @property
+    def shard_ends(self):
+        """Where the records of each shard end (sources.py)."""
+        return np.array(self._ends)
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):

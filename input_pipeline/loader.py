@@ -9,8 +9,15 @@ so a batch may span two epochs. Host p of P holds the rows p*B/P <= r < (p+1)*B/
 others. Nothing else enters: threads, worker processes, the number of hosts and the step a run starts from change which
 process does the work, never a row. So there is no iterator state to save: resuming at step s is `start_step=s`.
 
-A `transform` of the records, such as augment.Augmentation, draws from a generator of its own for each row, seeded by
-(k, s * B + r): an example is changed in another way each time it comes, and the above stays true. No noise is drawn
+With a `shard_window` of W, pi_e is made for data that lie in shards (sources.shard_ends) and are read best one after
+the other: the shards of an epoch come in a random order; of the sequence of their records every stretch of W is
+shuffled (window w of epoch e by a generator seeded with (k, e, w)). A function of (k, e, j) as before, at a cost that
+grows with the number of shards and with W for the first row of a stretch. An example meets those of its own stretch
+alone, so W is to be many times the batch, and several shards.
+
+A caption of several texts (sources.draw) and a `transform` of the records, such as augment.Augmentation, draw from a
+generator of its own for each row, seeded by (k, s * B + r), in this order: an example is changed in another way each
+time it comes, and the above stays true. No noise is drawn
 here; that belongs into the jitted step, whose keys also depend on (seed, step, row) only.
 
 A batch is a dict of numpy arrays with the rows stacked on a new first axis. Numbers keep their dtype; a str becomes one
@@ -20,13 +27,14 @@ worker processes without pickling objects. They are to be tokenised before they 
 grain's own batching is not used: it acts on the rows of one shard, where here the rows of one host are wanted.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
 
-from input_pipeline.sources import Source
+from input_pipeline.sources import Source, draw, shard_ends
 
 Transform = Callable[[dict, np.random.Generator], dict]
 
@@ -53,17 +61,55 @@ def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
     return batch
 
 
+SHARDS, WINDOW = 1, 2  # which of the two shuffles a generator is for
+WINDOWS_KEPT = 8
+
+
+@functools.lru_cache(maxsize=WINDOWS_KEPT)
+def _permutation(seed: tuple[int, ...], size: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(size)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardOrder:
+    """position -> index of the example: shards in a random order, records shuffled within windows of their sequence.
+
+    ends: where the records of each shard end, int [shards]. seed, window: k and W. epochs: None for no end.
+    """
+
+    ends: np.ndarray
+    seed: int
+    window: int
+    epochs: int | None = None
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) * (2**31 if self.epochs is None else self.epochs)
+
+    def __getitem__(self, position: int) -> int:
+        size = int(self.ends[-1])
+        epoch, place = divmod(position, size)
+        window, row = divmod(place, self.window)
+        start = window * self.window
+        rows = _permutation((WINDOW, self.seed, epoch, window), min(self.window, size - start))
+        shards = _permutation((SHARDS, self.seed, epoch), len(self.ends))
+        starts = np.concatenate([[0], self.ends[:-1]])
+        ends = np.cumsum((self.ends - starts)[shards])  # of the shards in the epoch's order
+        place = start + rows[row]
+        at = np.searchsorted(ends, place, side="right")
+        return int(self.ends[shards[at]] - (ends[at] - place))
+
+
 @dataclass(frozen=True)
 class _HostRows:
     """step -> this host's rows of the global batch of that step."""
 
     source: Source
-    order: grain.MapDataset | range  # position in the repeated, shuffled data -> index of the example
+    order: grain.MapDataset | ShardOrder | range  # position in the repeated, shuffled data -> index of the example
     batch_size: int  # of the global batch
     first_row: int
     end_row: int
     offset: int = 0
-    seed: int = 0
+    seed: int | None = None  # None: nothing is drawn
     transform: Transform | None = None
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
@@ -73,10 +119,12 @@ class _HostRows:
         return collate([self.record(position) for position in positions])
 
     def record(self, position: int) -> dict:
-        record = self.source[int(self.order[position])]
-        if self.transform is None:
-            return record
-        return self.transform(record, np.random.default_rng((self.seed, position)))
+        index = int(self.order[position])
+        if self.seed is None:
+            return self.source[index]
+        generator = np.random.default_rng((self.seed, position))
+        record = draw(self.source, index, generator)
+        return record if self.transform is None else self.transform(record, generator)
 
 
 def _iterate(steps: range, read: _HostRows, threads: int, workers: int) -> grain.DatasetIterator:
@@ -97,6 +145,27 @@ def _check(source: Source, *bounds: tuple[str, int, int]) -> None:
             raise ValueError(f"{name} must be at least {least}, found {value}")
 
 
+def _check_processes(batch_size: int, process_index: int, process_count: int) -> None:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be in 0..{process_count - 1} (process_count - 1), found {process_index}")
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by the {process_count} processes: "
+            f"choose a multiple of {process_count}"
+        )
+
+
+def _order(source: Source, seed: int, shuffle: bool, window: int, epochs: int | None) -> grain.MapDataset | ShardOrder:
+    if not window:
+        order = grain.MapDataset.range(len(source)).seed(seed)
+        return (order.shuffle() if shuffle else order).repeat(epochs)
+    ends = shard_ends(source)
+    if ends is None or not shuffle:
+        reason = "they are not to be shuffled" if not shuffle else f"{source.describe()} has no shards"
+        raise ValueError(f"shard_window {window} (data.shuffle 'shards'): {reason}; set data.shuffle to 'global'")
+    return ShardOrder(ends, seed, window, epochs)
+
+
 def batches(
     source: Source,
     *,
@@ -110,13 +179,15 @@ def batches(
     threads: int = 2,
     workers: int = 0,
     shuffle: bool = True,
+    shard_window: int = 0,
     epochs: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's rows of the global batches of the steps start_step, start_step + 1, ...
 
     Args:
       source: random access to the examples; picklable when workers > 0.
-      seed: of the order of the examples and of the transform's draws, 0 or more. Nothing else is random.
+      seed: of the order of the examples, of the texts drawn and of the transform's draws, 0 or more. Nothing else is
+        random.
       batch_size: B, rows of the global batch; it may exceed len(source).
       transform: (record, numpy generator) -> record, applied to each row as it is read, drawing from the generator
         alone; picklable when workers > 0. None leaves the records as they are.
@@ -127,25 +198,20 @@ def batches(
       workers: processes that read, each with its own threads (0: this process reads). They are spawned, so a script
         needs `if __name__ == "__main__"`, absl's flags must have been parsed, and close() should be called at the end.
       shuffle: a new permutation each epoch; False keeps the source's order in every epoch.
+      shard_window: W of the module's docstring, for sources with shards; 0 for a permutation of all examples.
       epochs: passes over the data before the iterator ends, None for no end. Rows that do not fill the last global
         batch are dropped: every batch has B rows.
 
     Returns: an iterator of {name: [B/P, ...] array} with a method close().
 
     Raises: ValueError (one line) for an empty source, a batch size that process_count does not divide, fewer examples
-      than one batch with finite epochs, or a process, step, thread or worker number out of range.
+      than one batch with finite epochs, a process, step, thread or worker number out of range, a shard_window for a
+      source without shards or without a shuffle.
     """
     bounds = (("seed", seed, 0), ("batch_size", batch_size, 1), ("start_step", start_step, 0))
-    _check(source, *bounds, ("threads", threads, 0), ("workers", workers, 0))
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be in 0..{process_count - 1} (process_count - 1), found {process_index}")
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} is not divisible by the {process_count} processes: "
-            f"choose a multiple of {process_count}"
-        )
-    order = grain.MapDataset.range(len(source)).seed(seed)
-    order = (order.shuffle() if shuffle else order).repeat(epochs)
+    _check(source, *bounds, ("threads", threads, 0), ("workers", workers, 0), ("shard_window", shard_window, 0))
+    _check_processes(batch_size, process_index, process_count)
+    order = _order(source, seed, shuffle, shard_window, epochs)
     steps = range(start_step, (len(order) - offset) // batch_size)
     if not steps:
         raise ValueError(

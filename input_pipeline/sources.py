@@ -4,7 +4,12 @@ Every source is immutable, picklable (worker processes) and answers with the sam
 process. A label is in 0..num_classes - 1. A source without labels has num_classes 0 and label 0, which is then the null
 class (num_classes) of a model, so unconditional training needs no special case.
 
-Here are the sources that memory holds; image_files.py reads folders and prepared TFDS directories.
+A caption is a text, or a tuple of texts of one image. draw(source, i, generator) is record i as training sees it, with
+one of its texts drawn by the generator; source[i] has the first one (text.py). A source whose records lie in files of
+many has `shard_ends`, for an order that reads one file after the other (loader.py).
+
+Here are the sources that memory holds; image_files.py (folders, TFDS), imagenet.py, coco.py, webdataset.py, parquet.py
+and clips.py read files.
 
 `fingerprint` identifies the content, 16 hex digits of a SHA-256: of the bytes where the source holds them all, of file
 names and sizes where reading everything would cost hours. Latents keep it, to refuse another data set.
@@ -56,6 +61,23 @@ class ImageSource(Source, Protocol):
 
     def check(self) -> None:
         """Finds damaged records before a long job starts: ValueError names them. At once where all is in memory."""
+
+
+def draw(source: Source, index: int, generator: np.random.Generator) -> dict:
+    """Record `index` with what is random in it drawn by the generator; source[index] where nothing is."""
+    if hasattr(source, "draw"):
+        return source.draw(index, generator)
+    return source[index]
+
+
+def shard_ends(source: Source) -> np.ndarray | None:
+    """Where the records of each shard end, [shards], or None where the source has no shards. What wraps a source
+    (`source`) and keeps its order has its shards."""
+    while not hasattr(source, "shard_ends"):
+        if not hasattr(source, "source"):
+            return None
+        source = source.source
+    return source.shard_ends
 
 
 def fingerprint_of(parts: Iterable[bytes | str]) -> str:
@@ -251,7 +273,12 @@ class Fields:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.source[index]
+        return self._named(self.source[index])
+
+    def draw(self, index: int, generator: np.random.Generator) -> dict:
+        return self._named(draw(self.source, index, generator))
+
+    def _named(self, record: dict) -> dict:
         return {name: record[name] for name in self.names}
 
     @property
@@ -309,9 +336,22 @@ class Part:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict:
+        return self.source[self._number(index)]
+
+    def draw(self, index: int, generator: np.random.Generator) -> dict:
+        return draw(self.source, self._number(index), generator)
+
+    def _number(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return self.source[int(self.numbers[index])]
+        return int(self.numbers[index])
+
+    @property
+    def shard_ends(self) -> np.ndarray | None:
+        """Of the source's shards, what is left of them; None where the order is another."""
+        ends = shard_ends(self.source)
+        in_order = bool((np.diff(self.numbers) > 0).all())
+        return np.searchsorted(self.numbers, ends) if ends is not None and in_order else None
 
     @property
     def captions(self) -> tuple[str, ...] | None:

@@ -3,8 +3,12 @@
     Tokenized   record["caption"] -> "text_ids" int32 [L], "text_mask" bool [L]; the encoder runs on the device
     StoredText  record["caption"] -> "text" float16 [L, width], "text_mask" bool [L]; it ran once (nested/text.py)
 
-L is max_tokens; the mask is True on a text's tokens, which come first. The null text of classifier-free guidance is the
-empty caption "". A record without a caption, or with one of white space alone, is refused.
+A caption may be several texts of one image: records then have the first one's fields, and training (sources.draw, in
+loader.batches) those of one drawn at equal odds, U-ViT's recipe for COCO.
+
+L is max_tokens; the mask is True on a text's tokens, which come first (input_pipeline/tokens.py). The null text of
+classifier-free guidance is the empty caption "". A record without a caption, or with one of white space alone, is
+refused.
 
 A store is a folder of
     keys.npy      S32 [N]           hex digits of the SHA-256 of each distinct caption, sorted: a caption's row
@@ -21,92 +25,32 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from absl import logging
 
 from input_pipeline.sources import Source, fingerprint_of
+from input_pipeline.tokens import Tokenizer
 
 INDEX_FILE = "text.json"
 ARRAYS = ("keys", "starts", "features")
 NAMES_PER_MESSAGE = 5
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Tokenizer:
-    """Captions -> ids int32 [N, max_tokens] and mask bool [N, max_tokens]. Picklable; made by read_tokenizer.
-
-    A longer text keeps its first max_tokens - 1 tokens and its last one, the end of text; the first such text of a
-    process is logged. Padding is id 0. fingerprint: of the tokenizer's file and max_tokens.
-    """
-
-    tokenizer: object  # tokenizers.Tokenizer
-    max_tokens: int
-    fingerprint: str
-
-    def __call__(self, captions: Sequence[str], *, silent: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """silent: whoever calls has said how many are cut."""
-        ids_NL = np.zeros((len(captions), self.max_tokens), np.int32)
-        mask_NL = np.zeros((len(captions), self.max_tokens), bool)
-        for row, caption in enumerate(captions):
-            ids = self.tokenizer.encode(caption).ids
-            if len(ids) > self.max_tokens:
-                if not silent:
-                    logging.log_first_n(
-                        logging.WARNING,
-                        "a caption has %d tokens and is cut to max_tokens %d, others are too (said once): %r",
-                        1,
-                        *(len(ids), self.max_tokens, caption[:80]),
-                    )
-                ids = ids[: self.max_tokens - 1] + ids[-1:]
-            ids_NL[row, : len(ids)] = ids
-            mask_NL[row, : len(ids)] = True
-        return ids_NL, mask_NL
-
-    def lengths(self, captions: Sequence[str]) -> np.ndarray:
-        """Tokens of each caption before the cut, int64 [N]: (lengths > max_tokens).sum() captions are cut."""
-        return np.array([len(self.tokenizer.encode(caption).ids) for caption in captions], np.int64)
-
-
-def read_tokenizer(path: pathlib.Path, max_tokens: int, empty: Sequence[int], vocabulary: int) -> Tokenizer:
-    """The tokenizer of a file tokenizer.json, the format of the tokenizers library; its own padding and cut are undone.
-
-    empty: the ids that the empty text must have, the special tokens: the last ends every text. vocabulary: ids must be
-    below it (rows of the encoder's embedding). Raises, in one line: ImportError without the package tokenizers,
-    FileNotFoundError, ValueError for a damaged file, other special tokens, too many ids, or max_tokens too small.
-    """
-    try:
-        import tokenizers  # optional: runs without text do not need it
-    except ImportError as error:
-        raise ImportError("captions are tokenised by a package that is absent: pip install tokenizers") from error
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; the tokenizer is read from tokenizer.json alone, not spiece.model or vocab.txt: "
-            "copy it from where the weights come from, or save it with transformers' AutoTokenizer.save_pretrained"
-        )
-    content = path.read_bytes()
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises nothing more special
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a tokenizer ({reason}); get the file again") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    found = tokenizer.encode("").ids
-    if found != list(empty):
-        raise ValueError(f"{path}: the empty text has the ids {found}, expected {list(empty)}: another encoder's file")
-    if tokenizer.get_vocab_size() > vocabulary:
-        raise ValueError(f"{path}: {tokenizer.get_vocab_size()} ids, the encoder embeds {vocabulary}: another's file")
-    if max_tokens <= len(empty):
-        raise ValueError(f"max_tokens: {max_tokens} given, at least {len(empty) + 1} is needed for a text of one token")
-    return Tokenizer(tokenizer, max_tokens, fingerprint_of((content, str(max_tokens))))
-
-
 # --- captions ----------------------------------------------------------------------------------------------------
 
 
-def captions(source: Source) -> list[str]:
+Caption = str | tuple[str, ...]  # of a record: one text, or several of the same image
+
+
+def texts_of(caption: Caption) -> tuple[str, ...]:
+    """The texts of a caption; the first one is the caption wherever none is drawn."""
+    return (caption,) if isinstance(caption, str) else tuple(caption)
+
+
+def every_text(found: Iterable[Caption]) -> list[str]:
+    """All texts of captions, in order."""
+    return [text for caption in found for text in texts_of(caption)]
+
+
+def captions(source: Source) -> list[Caption]:
     """The caption of every record, in order; images are decoded only where the source has no `captions` of its own.
 
     Raises ValueError, one line that counts and names them, where records have none or an empty one.
@@ -123,8 +67,8 @@ def captions(source: Source) -> list[str]:
     return list(found)
 
 
-def _given(caption: str | None) -> bool:
-    return bool(caption) and not caption.isspace()
+def _given(caption: Caption | None) -> bool:
+    return bool(caption) and all(text and not text.isspace() for text in texts_of(caption))
 
 
 def _some(names: Sequence) -> str:
@@ -142,11 +86,20 @@ class _WithText:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
+        record, texts = self._read(index)
+        return {**record, **self._text(texts[0])}
+
+    def draw(self, index: int, generator: np.random.Generator) -> dict:
+        """The record with one of its texts; the generator is left alone where there is only one."""
+        record, texts = self._read(index)
+        return {**record, **self._text(texts[generator.integers(len(texts))] if len(texts) > 1 else texts[0])}
+
+    def _read(self, index: int) -> tuple[dict, tuple[str, ...]]:
         record = dict(self.source[index])
         caption = record.pop("caption", None)
         if not _given(caption):
             raise ValueError(f"example {index} has no caption, or an empty one: give it one ({self.source.describe()})")
-        return {**record, **self._text(caption)}
+        return record, texts_of(caption)
 
     @property
     def num_classes(self) -> int:
@@ -179,7 +132,7 @@ class Captioned:
     """
 
     source: Source
-    captions: Sequence[str]
+    captions: Sequence[Caption]
 
     def __post_init__(self):
         if len(self.captions) != len(self.source):
@@ -200,7 +153,8 @@ class Captioned:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of((self.source.fingerprint, *self.captions))
+        said = (caption if isinstance(caption, str) else repr(caption) for caption in self.captions)
+        return fingerprint_of((self.source.fingerprint, *said))
 
     def describe(self) -> str:
         return f"{self.source.describe()}, with captions"
@@ -241,7 +195,7 @@ class StoredText(_WithText):
             if found != expected:
                 state = "is missing" if found is None else f"has {found} bytes, {expected} were written"
                 raise ValueError(f"{file}: {state}; remove the folder {self._path} and make the features anew")
-        wanted = sorted(set(captions(self.source)))
+        wanted = sorted(set(every_text(captions(self.source))))
         missing = np.flatnonzero(~np.isin(keys_of(wanted), self._arrays["keys"]))
         if len(missing):
             raise ValueError(

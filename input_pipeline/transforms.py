@@ -1,4 +1,4 @@
-"""Images from files to arrays of one size: decoding, crops, resizing, channels, flips. numpy and Pillow only.
+"""Images from files to arrays of one size: decoding, crops, resizing, channels. numpy and Pillow only.
 
 An image is uint8 [H, W, C] with C = 1 (grey) or 3 (RGB), a clip (clips.py) uint8 [T, H, W, C]. Resampling is Pillow's,
 which filters before it reduces (antialiasing), on 8-bit values: the pictures that the papers' encoders and FID
@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from input_pipeline.sources import ImageSource, fingerprint_of
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 # Formats people keep pictures in. Pillow knows more, and runs Ghostscript for one of them (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-# What Pillow raises on files of these formats with random bytes changed or cut off, and on more than 178 Mpixels.
+MAX_PIXELS = 89_478_485  # of one image or frame, 1 GiB / 4 / 3: where Pillow begins to warn of decompression bombs
+# What Pillow raises on files of these formats with random bytes changed or cut off, and on more than 2 MAX_PIXELS.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
@@ -32,10 +33,11 @@ def check_channels(channels: int) -> None:
 def decode_image(file: str | pathlib.Path | bytes, channels: int = 3) -> np.ndarray:
     """A file, or a file's bytes, of one of FORMATS in any mode -> uint8 [H, W, channels].
 
-    The camera's EXIF rotation is applied, transparency is laid over white, 16-bit grey keeps its high byte, and of an
-    animation the first frame is taken.
+    The camera's EXIF rotation is applied; transparency, of palettes too, is laid over white; 16-bit grey keeps its high
+    byte; CMYK, which JPEG files hold inverted as Adobe writes it, becomes RGB by (255 - ink)(255 - black) / 255 without
+    a colour profile; of an animation the first frame is taken.
 
-    Raises: one of DECODE_ERRORS for what is not a whole image.
+    Raises: one of DECODE_ERRORS for what is not a whole image, and for one of more than MAX_PIXELS.
     """
     check_channels(channels)
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
@@ -44,7 +46,11 @@ def decode_image(file: str | pathlib.Path | bytes, channels: int = 3) -> np.ndar
 
 def to_array(opened: Image.Image, channels: int) -> np.ndarray:
     """The frame that an open file is at, in any mode -> uint8 [H, W, channels], as decode_image says."""
-    image = ImageOps.exif_transpose(opened)
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(f"{opened.width}x{opened.height} pixels, at most {MAX_PIXELS:,} are read: make it smaller")
+    opened.load()
+    upright = opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    image = opened if upright else ImageOps.exif_transpose(opened)  # which copies
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -52,7 +58,8 @@ def to_array(opened: Image.Image, channels: int) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return _to_array(image.convert(MODE_OF_CHANNELS[channels]))
+    mode = MODE_OF_CHANNELS[channels]
+    return _to_array(image if image.mode == mode else image.convert(mode))
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
@@ -67,6 +74,8 @@ def _to_pillow(image_HWC: np.ndarray) -> Image.Image:
 def to_channels(image_HWC: np.ndarray, channels: int) -> np.ndarray:
     """Grey [H, W, 1] to RGB by repetition, RGB to grey by ITU-R 601 luma (.299 R + .587 G + .114 B, Pillow's "L")."""
     check_channels(channels)
+    if image_HWC.shape[-1] == channels:
+        return image_HWC
     return _to_array(_to_pillow(image_HWC).convert(MODE_OF_CHANNELS[channels]))
 
 
@@ -91,12 +100,17 @@ def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
     return _to_array(image.crop((left, top, left + size, top + size)))
 
 
-def random_flip(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """An image, or all frames of a clip, mirrored left to right with probability 1/2, by one draw of the generator."""
-    return image[..., ::-1, :] if generator.random() < 0.5 else image
+def center_lanczos(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The central square of the image, cut first at floor((side - shorter side) / 2), then resized to [size, size, C]
+    by Lanczos' filter: U-ViT's crop for COCO (datasets.py, center_crop)."""
+    height, width, _ = image_HWC.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = _to_pillow(image_HWC[top : top + side, left : left + side])
+    return _to_array(square.resize((size, size), Image.Resampling.LANCZOS))
 
 
-CROPS = {"center": center_crop, "stretch": resize}
+CROPS = {"center": center_crop, "center_lanczos": center_lanczos, "stretch": resize}
 SMALL = ("resize", "refuse")
 
 
@@ -106,7 +120,8 @@ class Transformed:
 
     Of a source of clips [T, H, W, C] every frame is, so that they become [T, image_size, image_size, channels].
 
-    crop: "center" keeps the aspect ratio and loses the margins (ADM), "stretch" keeps the whole image.
+    crop: "center" keeps the aspect ratio and loses the margins (ADM), "center_lanczos" too (U-ViT on COCO), "stretch"
+    keeps the whole image.
     small: what becomes of an image with a side below image_size: "resize" enlarges it, and the first one of a process
     is logged; "refuse" is an error that names it.
     The fingerprint covers the transformation, as latents of other crops are other latents.

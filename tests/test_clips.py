@@ -166,7 +166,7 @@ def test_within_the_limit_the_next_good_clip_takes_the_place(tmp_path, warnings_
 def test_damaged_clips_are_bad_or_whole(tmp_path, kind):
     rng, whole = np.random.default_rng(0), encoded(noise(5, 12, 10), kind)
     source = ClipFolder(write(tmp_path, {"a": whole}), frames=3, stride=2)
-    expected, refused = source.decode(tmp_path / "a"), 0
+    expected, refused = source.decode_file(tmp_path / "a"), 0
     for attempt in range(120):
         cut = whole[: rng.integers(len(whole) - 1)]
         changed = bytearray(whole)
@@ -175,7 +175,7 @@ def test_damaged_clips_are_bad_or_whole(tmp_path, kind):
         for data in (cut, bytes(changed)):
             (tmp_path / "a").write_bytes(data)
             try:
-                found = source.decode(tmp_path / "a")
+                found = source.decode_file(tmp_path / "a")
             except ClipFolder.ERRORS:
                 refused += 1
             else:

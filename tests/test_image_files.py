@@ -10,7 +10,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from input_pipeline import image_files, loader
+from input_pipeline import decoded, loader
 from input_pipeline.image_files import ImageFolder, Tfds
 from input_pipeline.transforms import Transformed
 
@@ -94,6 +94,35 @@ def test_bad_captions(tmp_path, line, message):
     assert "\n" not in str(error.value)
 
 
+def test_captions_in_text_files(tmp_path):
+    files = {"b/1.png": png(1), "b/1.txt": b" one\n", "a.b.png": png(2), "a.b.txt": "zw\u00f6lf".encode()}
+    source = ImageFolder(write(tmp_path, files))
+    assert levels(source) == [2, 1] and source.captions == ("zw\u00f6lf", "one") and source.num_classes == 0
+    assert source[1]["caption"] == "one"
+    first = source.fingerprint
+    write(tmp_path, {"b/1.txt": b"tw\xff"})
+    assert ImageFolder(tmp_path).fingerprint != first and ImageFolder(tmp_path).captions[1] == "tw\ufffd"
+    write(tmp_path, {"c.png": png(3), "d.txt": b"d", "b/1.jpg": png(1)})
+    message = (
+        r"holds .txt files, which are captions, but 3 files are without a partner: c.png \(without its .txt\), "
+        r"d.txt \(of no other file\), b/1.txt \(of 2 files\); give each one caption"
+    )
+    with pytest.raises(ValueError, match=message):
+        ImageFolder(tmp_path)
+
+
+def test_some_of_the_class_folders(tmp_path):
+    files = {"dog/b.png": png(1), "cat/z.png": png(2), "ant/a.png": png(3), "dog/a.png": png(4)}
+    source = ImageFolder(write(tmp_path, files), classes=("dog", "ant"))
+    assert levels(source) == [3, 4, 1] and [int(source[i]["label"]) for i in range(3)] == [0, 1, 1]
+    assert source.class_names == ("ant", "dog") and source.fingerprint != ImageFolder(tmp_path).fingerprint
+    with pytest.raises(ValueError, match=f"{tmp_path}: 1 of 2 chosen classes are none of its 3: cow; correct"):
+        ImageFolder(tmp_path, classes=("cow", "cat"))
+    plain = write(tmp_path / "plain", {"a.png": png(1)})
+    with pytest.raises(ValueError, match="1 of 1 chosen classes are none of its 0: cat"):
+        ImageFolder(plain, classes=("cat",))
+
+
 def damaged_folder(root):
     """a 1, b truncated, c text, d 4, e a dangling link."""
     write(root, {"a.png": png(1), "b.png": png(2, 40, 40)[:-30], "c.png": b"not an image", "d.png": png(4)})
@@ -153,7 +182,8 @@ def test_long_lists_of_bad_images_are_cut(tmp_path):
 def test_the_check_does_not_depend_on_threads(tmp_path, monkeypatch):
     found = []
     for threads in (1, 7):
-        monkeypatch.setattr(image_files, "CHECK_THREADS", threads)
+        monkeypatch.setattr(decoded, "CHECK_THREADS", threads)
+        monkeypatch.setattr(decoded, "CHECKED_AT_ONCE", threads + 1)
         with pytest.raises(ValueError) as error:
             ImageFolder(damaged_folder(tmp_path / str(threads))).check()
         found.append(str(error.value).replace(str(tmp_path / str(threads)), ""))
@@ -223,6 +253,21 @@ def test_tfds(prepared):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[2]["image"], records[2]["image"])
     batch = next(loader.in_order(Transformed(source, 4, "center", 1), 7))
     assert batch["image"].shape == (7, 4, 4, 1) and "tensorflow" not in sys.modules
+
+
+def test_some_classes_of_tfds(prepared, tmp_path, monkeypatch):
+    index = str(tmp_path / "index")
+    whole, source = Tfds(prepared, "train"), Tfds(prepared, "train", classes=("odd",), index_dir=index)
+    kept = [i for i in range(7) if whole[i]["label"] == 1]
+    assert len(source) == 3 and source.class_names == ("odd",) and source.num_classes == 1
+    for i, number in enumerate(kept):
+        np.testing.assert_array_equal(source[i]["image"], whole[number]["image"])
+        assert source[i]["label"] == 0
+    assert source.fingerprint != whole.fingerprint
+    monkeypatch.setattr(Tfds, "_all_labels", lambda source: pytest.fail("the labels are there"))
+    assert len(pickle.loads(pickle.dumps(Tfds(prepared, "train", classes=("even", "odd"), index_dir=index)))) == 7
+    with pytest.raises(ValueError, match="chosen classes are none of its 2: prime; correct data.classes"):
+        Tfds(prepared, "train", classes=("prime",), index_dir=index)
 
 
 def copy_of(prepared, to, name, old, new):

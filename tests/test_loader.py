@@ -8,7 +8,7 @@ import pytest
 
 from input_pipeline import loader
 from input_pipeline.augment import Augmentation
-from input_pipeline.sources import ImagesInMemory, SyntheticLatents
+from input_pipeline.sources import Fields, ImagesInMemory, Part, SyntheticLatents, shard_ends
 
 
 class Numbers:
@@ -204,3 +204,98 @@ def test_batches_of_several_arrays():
     batch = next(loader.batches(source, seed=0, batch_size=5))
     assert {key: value.shape for key, value in batch.items()} == {"label": (5,), "z2": (5, 1, 1, 8), "z1": (5, 4, 4, 2)}
     assert batch["z1"].dtype == np.float32
+
+
+class Shards(Numbers):
+    """Numbers in shards of 3, 1, 4, 2."""
+
+    shard_ends = np.array([3, 4, 8, 10])
+
+    def __init__(self):
+        super().__init__(10)
+
+
+def take_shards(count, window=4, **options):
+    options = {"seed": 0, "batch_size": 5, "threads": 0, "shard_window": window, **options}
+    iterator = loader.batches(Shards(), **options)
+    result = np.stack([batch["number"] for batch in itertools.islice(iterator, count)])
+    iterator.close()
+    return result
+
+
+def test_shards_come_one_after_the_other_in_another_order_each_epoch():
+    one_by_one = take_shards(40, window=1).reshape(20, 10)  # epochs of 10; nothing is shuffled within
+    orders = set()
+    for epoch in one_by_one:
+        shards = np.searchsorted(Shards.shard_ends, epoch, side="right")
+        order = [int(shard) for i, shard in enumerate(shards) if i == 0 or shard != shards[i - 1]]
+        assert sorted(order) == [0, 1, 2, 3]
+        np.testing.assert_array_equal(epoch, np.concatenate([np.split(np.arange(10), [3, 4, 8])[i] for i in order]))
+        orders.add(tuple(order))
+    assert len(orders) > 10
+
+
+def test_records_are_shuffled_within_windows_of_the_shards_sequence():
+    sequence, shuffled = take_shards(40, window=1).reshape(20, 10), take_shards(40, window=4).reshape(20, 10)
+    for start, stop in ((0, 4), (4, 8), (8, 10)):
+        np.testing.assert_array_equal(np.sort(sequence[:, start:stop]), np.sort(shuffled[:, start:stop]))
+    moved = (sequence != shuffled).mean()
+    assert 0.55 < moved < 0.85  # 3/4 of the windows of four, 1/2 of that of two
+    assert len({tuple(row.argsort()) for row in shuffled[:, :4]}) > 8  # not one permutation for all
+    places = (sequence[:, :8, None] == shuffled[:, None, :8]).argmax(1).reshape(20, 2, 4) % 4  # where each came from
+    assert (places[:, 0] != places[:, 1]).any(1).sum() > 15  # nor one for the windows of an epoch
+    whole = take_shards(40, window=100).reshape(20, 10)
+    assert (np.sort(whole) == np.arange(10)).all()
+
+
+def test_the_order_of_shards_is_a_function_of_seed_and_position():
+    expected = take_shards(8)
+    np.testing.assert_array_equal(take_shards(5, start_step=3), expected[3:])
+    np.testing.assert_array_equal(take_shards(4, batch_size=10).reshape(8, 5), expected)
+    np.testing.assert_array_equal(take_shards(8, threads=3), expected)
+    hosts = [take_shards(4, batch_size=10, process_index=i, process_count=2) for i in range(2)]
+    np.testing.assert_array_equal(np.stack(hosts, axis=1).reshape(8, 5), expected)
+    assert (take_shards(8, seed=1) != expected).any()
+    assert len(list(loader.batches(Shards(), seed=0, batch_size=4, shard_window=3, epochs=2))) == 5
+    order = loader.ShardOrder(Shards.shard_ends, seed=0, window=4)
+    assert sorted(order[10**12 + i] for i in range(10)) == list(range(10))  # any epoch costs the same
+
+
+def test_a_part_has_what_is_left_of_the_shards():
+    part = Part(Fields(Shards(), ("number",)), np.array([0, 2, 3, 5, 8]))
+    assert shard_ends(part).tolist() == [2, 3, 4, 5]
+    batch = next(loader.batches(part, seed=0, batch_size=5, shard_window=2))
+    assert sorted(batch["number"]) == [0, 2, 3, 5, 8]
+    assert shard_ends(Part(Shards(), np.array([2, 0]))) is None and shard_ends(Part(Numbers(3), np.arange(2))) is None
+
+
+@pytest.mark.parametrize(
+    "source, options, message",
+    [
+        (Numbers(10), {}, r"shard_window 4 \(data.shuffle 'shards'\): 10 numbers has no shards; set data.shuffle to"),
+        (Shards(), {"shuffle": False}, "they are not to be shuffled; set data.shuffle to 'global'"),
+        (Shards(), {"shard_window": -1}, "shard_window must be at least 0, found -1"),
+    ],
+)
+def test_shard_windows_that_cannot_be(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader.batches(source, **{"seed": 0, "batch_size": 4, "shard_window": 4, **options})
+
+
+class Drawn(Numbers):
+    """A record that training sees with a number drawn for it."""
+
+    def draw(self, index, generator):
+        return {"number": np.int64(index), "first": generator.random()}
+
+
+def test_what_a_source_draws_comes_before_the_transform():
+    batches = loader.batches(Fields(Drawn(10), ("first",)), seed=0, batch_size=4, threads=0, transform=add_draw)
+    found = [next(batches) for _ in range(2)]
+    generators = [np.random.default_rng((0, position)) for position in range(8)]
+    expected = [(generator.random(), generator.random()) for generator in generators]
+    np.testing.assert_array_equal(np.concatenate([batch["first"] for batch in found]), [one for one, _ in expected])
+    np.testing.assert_array_equal(np.concatenate([batch["draw"] for batch in found]), [two for _, two in expected])
+    source = Drawn(10)
+    next(loader.in_order(source, 10))
+    assert source.read == list(range(10))  # nothing is drawn where records are read in order

@@ -66,6 +66,26 @@ def test_center_crop_halves_by_box_means_while_twice_the_size():
     assert np.abs(found.astype(int) - one_step).max() > 10
 
 
+def lanczos(values_N, size):
+    """sinc(x) sinc(x / 3) for |x| < 3, stretched by the reduction, as bicubic() is."""
+    scale = len(values_N) / size
+    x = ((np.arange(len(values_N)) + 0.5)[None] - (np.arange(size) + 0.5)[:, None] * scale) / max(scale, 1.0)
+    weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+    return np.tensordot(weights / weights.sum(1, keepdims=True), values_N, axes=1)
+
+
+@pytest.mark.parametrize("height, width, size", [(13, 20, 5), (20, 13, 6), (7, 7, 9)])
+def test_center_lanczos_cuts_then_resizes(height, width, size):
+    image = noise(height, width)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : (height + side) // 2, left : (width + side) // 2].astype(np.float64)  # U-ViT's slices
+    assert square.shape == (side, side, 3)
+    columns = np.clip(np.round(lanczos(square.swapaxes(0, 1), size)), 0, 255).swapaxes(0, 1)
+    expected = np.clip(np.round(lanczos(columns, size)), 0, 255)
+    assert_within_one_grey_level(transforms.center_lanczos(image, size), expected)
+
+
 def test_resize_keeps_the_whole_image():
     assert_within_one_grey_level(transforms.resize(noise(12, 7), 5), resampled(noise(12, 7), 5, 5))
 
@@ -78,25 +98,6 @@ def test_channels():
     np.testing.assert_array_equal(transforms.to_channels(grey, 1), grey)
     with pytest.raises(ValueError, match="channels must be 1 .grey. or 3 .RGB., found 4"):
         transforms.to_channels(grey, 4)
-
-
-def test_random_flip_follows_the_generator():
-    image = noise(2, 3)
-    flips = [
-        bool((transforms.random_flip(image, np.random.default_rng(seed)) == image[:, ::-1]).all()) for seed in range(50)
-    ]
-    assert flips == [np.random.default_rng(seed).random() < 0.5 for seed in range(50)]
-
-
-def test_all_frames_of_a_clip_are_flipped_or_none():
-    clip = np.stack([noise(2, 3), 255 - noise(2, 3)])
-    flips = set()
-    for seed in range(20):
-        flipped = np.random.default_rng(seed).random() < 0.5
-        found = transforms.random_flip(clip, np.random.default_rng(seed))
-        np.testing.assert_array_equal(found, clip[:, :, ::-1] if flipped else clip)
-        flips.add(flipped)
-    assert flips == {True, False}
 
 
 def test_decoding_applies_the_exif_rotation():
@@ -117,18 +118,46 @@ def test_decoding_lays_transparency_over_white():
     palette.putpalette([10, 20, 30])
     assert transforms.decode_image(encoded(palette)).tolist() == [[[10, 20, 30]]]
     assert transforms.decode_image(encoded(palette, transparency=0)).tolist() == [[[255, 255, 255]]]
+    clear = Image.merge("LA", (Image.new("L", (1, 1), 7), Image.new("L", (1, 1), 0)))
+    with_alpha = Image.new("PA", (1, 1))  # a palette's indices beside an alpha channel
+    with_alpha.putdata([(0, 0)])
+    for image in (clear, with_alpha):
+        assert transforms.to_array(image, 3).tolist() == [[[255, 255, 255]]]
 
 
 def test_decoding_of_modes():
     assert transforms.decode_image(encoded(Image.new("1", (2, 3), 1)), 1).tolist() == [[[255]] * 2] * 3
-    red = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
-    assert transforms.decode_image(encoded(red, "TIFF")).tolist() == [[[255, 0, 0]]]
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert transforms.decode_image(encoded(red, "TIFF"))[0, 0].tolist() == [255, 0, 0]
+    inks = Image.new("CMYK", (8, 8), (100, 50, 20, 60))
+    expected = [(255 - ink) * (255 - 60) / 255 for ink in (100, 50, 20)]
+    for kind, within in (("TIFF", 1), ("JPEG", 4)):  # inverted in a JPEG, as Adobe writes it
+        assert np.abs(transforms.decode_image(encoded(inks, kind))[3, 3] - expected).max() <= within
+    jpeg = encoded(red, "JPEG")
+    start = jpeg.index(b"\xff\xee")  # Adobe's own segment
+    assert b"Adobe" in jpeg[start : start + 16]
+    bare = jpeg[:start] + jpeg[start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big") :]
+    np.testing.assert_array_equal(transforms.decode_image(bare), transforms.decode_image(jpeg))
     sixteen = Image.fromarray(np.array([[0, 255, 256, 40000, 65535]], np.uint16))
     assert transforms.decode_image(encoded(sixteen), 1)[0, :, 0].tolist() == [0, 0, 1, 156, 255]
     with pytest.raises(ValueError, match="mode F .* no defined range"):
         transforms.decode_image(encoded(Image.fromarray(np.zeros((1, 1), np.float32)), "TIFF"))
     with pytest.raises(ValueError, match="channels must be"):
         transforms.decode_image(encoded(sixteen), 2)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bombs_are_refused(monkeypatch):
+    bomb = encoded(Image.new("1", (10_000, 9000)))  # 90 million pixels in a few kilobytes
+    assert len(bomb) < 20_000
+    with pytest.raises(ValueError, match="10000x9000 pixels, at most 89,478,485 are read: make it smaller"):
+        transforms.decode_image(bomb)
+    with pytest.raises(transforms.DECODE_ERRORS, match="decompression bomb"):  # Pillow's own limit, twice as many
+        transforms.decode_image(encoded(Image.new("1", (20_000, 9000))))
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 12)
+    assert transforms.decode_image(encoded(Image.new("RGB", (4, 3)))).shape == (3, 4, 3)
+    with pytest.raises(ValueError, match="4x4 pixels, at most 12"):
+        transforms.decode_image(encoded(Image.new("RGB", (4, 4))))
 
 
 def damaged_files():
@@ -198,7 +227,7 @@ def test_every_frame_of_a_clip_is_transformed_as_an_image(crop):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"crop": "centre"}, r"crop must be one of \['center', 'stretch'\], found 'centre'"),
+        ({"crop": "centre"}, r"crop must be one of \['center', 'center_lanczos', 'stretch'\], found 'centre'"),
         ({"channels": 2}, "channels must be 1 .grey. or 3 .RGB., found 2"),
         ({"image_size": 0}, "image_size must be at least 1, found 0"),
     ],

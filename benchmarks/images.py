@@ -1,0 +1,99 @@
+"""Rate of decoding images: JPEGs of 500 x 375 pixels to centre crops of 256, in one process and through the loader.
+
+    python -m benchmarks.images [--images=256] [--workers=0,1,2] [--out=FILE]
+
+The JPEGs are made here, of gradients and noise, at quality 90: some 110 kB each, as ImageNet's are. `alone`: one thread
+decodes and crops them (transforms.decode_image, center_crop); the rate per CPU second depends least on other work on
+the machine. `decoding_share`: of that time, the rest is the crop. `loader_by_workers`: batches of 32 from a folder of
+them by loader.batches with that many worker processes (0: this process reads, with two threads), after their start and
+the first batches, which are not counted; and what an image costs the process that is fed, in CPU milliseconds.
+"""
+
+import itertools
+import os
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from benchmarks.report import report
+from input_pipeline import image_files, loader, transforms
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("images", 256, "different JPEGs")
+flags.DEFINE_list("workers", ["0", "1", "2"], "numbers of the loader's worker processes")
+flags.DEFINE_integer("batches", 24, "of 32 images, that are timed with the loader")
+flags.DEFINE_string("out", "", "the figures as JSON")
+
+WIDTH, HEIGHT, SIZE, QUALITY, NOISE, BATCH, THREADS = 500, 375, 256, 90, 32, 32, 2
+
+
+def write_jpegs(folder: pathlib.Path, number: int) -> float:
+    """Writes the JPEGs; their mean size in bytes."""
+    rows, columns = np.mgrid[0:1:HEIGHT * 1j, 0:1:WIDTH * 1j]
+    for i in range(number):
+        generator = np.random.default_rng(i)
+        slopes, offsets = generator.normal(size=(2, 3)), generator.uniform(60, 200, 3)
+        gradients = 80 * (rows[..., None] * slopes[0] + columns[..., None] * slopes[1]) + offsets
+        noise = generator.normal(scale=NOISE, size=(HEIGHT, WIDTH, 1)) + generator.normal(size=(HEIGHT, WIDTH, 3))
+        pixels = np.clip(gradients + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:05}.jpg", "JPEG", quality=QUALITY)
+    return float(np.mean([path.stat().st_size for path in folder.iterdir()]))
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def alone(folder: pathlib.Path) -> dict:
+    """Images per second of one thread, and decoding's share of the time."""
+    files = [path.read_bytes() for path in sorted(folder.iterdir())]
+    transforms.center_crop(transforms.decode_image(files[0]), SIZE)
+    begin, cpu, decoding = time.perf_counter(), time.process_time(), 0.0
+    for data in files:
+        start = time.perf_counter()
+        image = transforms.decode_image(data)
+        decoding += time.perf_counter() - start
+        transforms.center_crop(image, SIZE)
+    took, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    rates = {"images_per_second": rounded(len(files) / took), "images_per_cpu_second": rounded(len(files) / cpu)}
+    return rates | {"decoding_share": rounded(decoding / took)}
+
+
+def through_loader(source, workers: int, number: int) -> dict:
+    """Images per second of loader.batches, once it runs, and what one image costs this process, in CPU milliseconds."""
+    batches = loader.batches(source, seed=0, batch_size=BATCH, threads=THREADS, workers=workers)
+    warm = 4 * THREADS * max(workers, 1)  # as many as may lie ready
+    for _ in itertools.islice(batches, warm):
+        pass
+    begin, cpu = time.perf_counter(), time.process_time()
+    for _ in itertools.islice(batches, number):
+        pass
+    took, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    batches.close()
+    images = number * BATCH
+    return {"images_per_second": rounded(images / took), "own_cpu_ms_per_image": rounded(1000 * cpu / images)}
+
+
+def main(argv):
+    del argv
+    workers = [int(count) for count in FLAGS.workers]
+    figures = {"command": f"python -m benchmarks.images --images={FLAGS.images} --workers={','.join(FLAGS.workers)}"}
+    figures["load_average_before"] = rounded(os.getloadavg()[0])
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        figures["bytes_per_image"] = round(write_jpegs(folder, FLAGS.images))
+        figures["alone"] = alone(folder)
+        source = transforms.Transformed(image_files.ImageFolder(folder), SIZE, "center", 3)
+        figures["loader_by_workers"] = {
+            str(count): through_loader(source, count, FLAGS.batches) for count in workers
+        }
+    figures["cpu_cores"] = os.cpu_count()
+    report(figures, FLAGS.out)
+
+
+if __name__ == "__main__":
+    app.run(main)

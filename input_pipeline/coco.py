@@ -1,0 +1,103 @@
+"""COCO's images with their captions: annotations/captions_SPLIT.json beside the folder SPLIT of JPEGs.
+
+One record per image, sorted by the image's id; "caption" is the tuple of its texts (five or more), in the order of the
+file. Training draws one of them each time, everything else takes the first (input_pipeline/text.py): U-ViT's recipe.
+"""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from input_pipeline.decoded import Decoded, some
+from input_pipeline.sources import fingerprint_of
+from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
+
+
+class Coco(Decoded):
+    """A split of COCO captions.
+
+    Args:
+      path: the folder of annotations/ and of the splits' folders. split: "train2014", "val2014" or another.
+      channels: 3 (RGB) or 1 (grey). max_bad_images: files that cannot be decoded, see decoded.py.
+
+    Raises: FileNotFoundError for an absent file or folder; ValueError, one line that counts and names them, for a file
+      that is not JSON of this form, ids that come twice, captions of no listed image, images without a caption, and
+      images that are listed but not in the folder.
+    """
+
+    NOUN, A_NOUN = "image", "an image"
+    ERRORS = DECODE_ERRORS
+
+    def __init__(self, path: str | pathlib.Path, split: str, *, channels: int = 3, max_bad_images: int = 0):
+        check_channels(channels)
+        root = pathlib.Path(path).expanduser().absolute()
+        self.file, self.folder = root / "annotations" / f"captions_{split}.json", root / split
+        self.channels, self.split = channels, split
+        for place, found in ((self.file, self.file.is_file()), (self.folder, self.folder.is_dir())):
+            if not found:
+                raise FileNotFoundError(
+                    f"no {place}: set config.data.path to the folder of annotations/ and {split}/, and data.split"
+                )
+        images, captions = _read(self.file)
+        self._files = [images[number] for number in sorted(images)]
+        there = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        absent = [file for file in self._files if file not in there]
+        _refuse(self.file, absent, f"images that are not in {self.folder}", "copy them there")
+        texts = [tuple(captions[number]) for number in sorted(images)]
+        sizes = (f"{file}:{there[file]}" for file in self._files)
+        said = (text for of_image in texts for text in (str(len(of_image)), *of_image))
+        self.fingerprint = fingerprint_of((str(channels), *sizes, *said))
+        super().__init__(f"images in {self.folder}", len(self._files), max_bad=max_bad_images, captions=texts)
+
+    @property
+    def image_shape(self) -> tuple[None, None, int]:
+        return (None, None, self.channels)
+
+    def name(self, index: int) -> str:
+        return self._files[index]
+
+    def decode(self, index: int) -> np.ndarray:
+        return decode_image(self.folder / self._files[index], self.channels)
+
+    def describe(self) -> str:
+        number = sum(len(texts) for texts in self._captions)
+        return f"COCO ({self.split}) {self.folder.parent}: {len(self)} images, {number} captions"
+
+
+def _read(file: pathlib.Path) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """({image id: file name}, {image id: captions})."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        listed = [(int(image["id"]), str(image["file_name"])) for image in content["images"]]
+        said = [(int(entry["id"]), int(entry["image_id"]), str(entry["caption"])) for entry in content["annotations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a file of COCO captions ({error!r}): get it again") from error
+    images = dict(listed)
+    repeated = _repeated([number for number, _ in listed]) + _repeated([name for _, name in listed])
+    _refuse(file, repeated, "images that come twice", "get the file again")
+    _refuse(file, _repeated([number for number, *_ in said]), "captions that come twice", "get the file again")
+    captions: dict[int, list[str]] = {number: [] for number in images}
+    lost = [str(number) for number, image, _ in said if image not in captions]
+    _refuse(file, lost, "captions of images that it does not list", "get the file again")
+    for _, image, text in said:
+        captions[image].append(text)
+    _refuse(file, [images[i] for i, texts in captions.items() if not texts], "images without a caption", "remove them")
+    if not images:
+        raise ValueError(f"{file} names no images; get the file again")
+    return images, captions
+
+
+def _repeated(values: list) -> list[str]:
+    seen, repeated = set(), []
+    for value in values:
+        if value in seen:
+            repeated.append(str(value))
+        seen.add(value)
+    return repeated
+
+
+def _refuse(file: pathlib.Path, names: list[str], what: str, advice: str) -> None:
+    if names:
+        raise ValueError(f"{file} names {len(names)} {what}: {some(names)}; {advice}")

@@ -1,0 +1,107 @@
+"""Tars as random access files: where the bytes of each member lie, found once and kept.
+
+A tar has no list of what it holds: its headers stand before each member, so that finding them all takes one seek per
+member. What was found is kept as one .npz in a folder of indexes, whose name covers the tars' names, sizes and times of
+change, so that 1.28 million records open in a moment, and a tar that has changed is walked again. After that a member
+is read at its place, without state: any thread or process reads any member.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from absl import logging
+
+BLOCK = 512
+VERSION = "1"  # of the indexes: those of another version are not read
+INDEX_ERRORS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)  # of a damaged .npz
+
+
+def members(path: str | pathlib.Path, start: int = 0, size: int | None = None) -> list[tuple[str, int, int]]:
+    """(name, offset, size in bytes) of the regular files of a tar, in its order; offsets are those of the file.
+
+    Args:
+      path: a file. start, size: of the tar in it, where it is itself a member; size None: up to the end.
+
+    Raises: ValueError, one line that names the file: not a tar (a compressed one is none), cut off or damaged, which is
+      noticed as the two blocks of zeros at the end are missing, or a member whose name leaves the folder that it would
+      be unpacked into.
+    """
+    with open(path, "rb") as file:
+        stop = os.fstat(file.fileno()).st_size if size is None else start + size
+        file.seek(start)
+        try:
+            with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="replace") as tar:
+                found = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+                end = tar.offset
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole tar ({error}): copy it again, uncompressed") from error
+        file.seek(end)
+        if file.read(BLOCK) != bytes(BLOCK) or end + BLOCK > stop:
+            raise ValueError(f"{path} is cut off or damaged at byte {end:,} of {stop:,}: copy the tar again")
+    for name, *_ in found:
+        parts = pathlib.PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"{path} has a member {name!r}, which is not a path below its folder: make the tar anew")
+    return found
+
+
+def read(path: str | pathlib.Path, offset: int, size: int) -> bytes:
+    """The bytes of a member. OSError where the file has become shorter."""
+    with open(path, "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise OSError(f"{path}: {len(data)} bytes at {offset:,}, expected {size}: it was changed while it was in use")
+    return data
+
+
+def names_array(names: Iterable[str]) -> np.ndarray:
+    """Names as bytes S[longest]: small, and pickled at once."""
+    return np.array([name.encode() for name in names], dtype=np.bytes_)
+
+
+def index_folder(given: str) -> pathlib.Path:
+    """The folder of indexes: the one given, or nested/ in the user's cache folder where that is ''."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (pathlib.Path(given) if given else pathlib.Path(cache) / "nested").expanduser().absolute()
+
+
+def state_of(path: str | pathlib.Path) -> str:
+    """Name, size and time of change of a file: what an index depends on."""
+    status = os.stat(path)
+    return f"{pathlib.Path(path).name}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def kept(folder: str, made_from: Sequence[str], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """make()'s arrays: read from the folder of indexes where they were made before from the same, else made and kept.
+
+    Args:
+      folder: data.index_dir, see index_folder. made_from: all that the arrays depend on. make: takes the time.
+
+    A folder that cannot be written is logged: the arrays are then made at every start. A damaged file is replaced.
+    """
+    key = hashlib.sha256("\n".join((VERSION, *made_from)).encode()).hexdigest()[:24]
+    path = index_folder(folder) / f"index-{key}.npz"
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except INDEX_ERRORS as error:
+            logging.warning("%s is damaged (%s) and is made again", path, error)
+    arrays = make()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        form = "%s: the index was not kept (%s) and is made at every start; set data.index_dir to a folder for it"
+        logging.warning(form, path, error.strerror)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return arrays

@@ -1,0 +1,218 @@
+"""WebDataset tars: successive members of one name before its first dot are a sample.
+
+    000123.jpg (jpeg, png, webp)  the image; or 000123.mp4 (avi, webp, gif), the clip
+    000123.json                   its "caption", or another key
+    000123.txt                    its caption, where there is no .json with that key
+
+What is not UTF-8 in a .txt becomes the sign for that; other members of a sample are passed over. The tars of a folder
+are its shards, in the order of their names; a record is read at its place in its tar, so that any order costs the same
+on a disk without a moving head. Places and captions are found once and kept (tars.py).
+"""
+
+import json
+import pathlib
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from absl import logging
+
+from input_pipeline import clips, tars
+from input_pipeline.decoded import Decoded, Texts, some
+from input_pipeline.sources import fingerprint_of
+from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
+
+WALK_THREADS = 8
+
+
+class _Shards(Decoded):
+    """Samples of the tars in a folder; a subclass says of which kind.
+
+    A sample without a medium or without a caption is left out and named in the log; more than max_bad of them are an
+    error, which counts and names them. Those that cannot be decoded have the same limit, see decoded.py.
+
+    Args:
+      path: the folder; tars are found in it, not below it. caption_key: of the .json. max_bad: as above. index_dir:
+      where the index is kept (tars.py). reading: what decode() depends on, for the fingerprint.
+
+    shard_ends: where each tar's examples end. captions: without decoding.
+
+    Raises: FileNotFoundError where there is no folder; ValueError for a folder without tars or samples, tars that are
+      cut off or damaged, members whose path leaves its folder, samples that come twice in a tar, too many incomplete.
+    """
+
+    SUFFIXES: tuple[str, ...]
+
+    def __init__(
+        self, path: str | pathlib.Path, *, caption_key: str, max_bad: int, index_dir: str, reading: tuple[str, ...]
+    ):
+        self.root = pathlib.Path(path).expanduser().absolute()
+        where = "set config.data.path to the folder of the tars"
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no directory {self.root}: {where}")
+        shards = sorted(self.root.glob("*.tar"))
+        if not shards:
+            raise ValueError(f"no *.tar in {self.root}: {where}")
+        self._shards = [shard.name for shard in shards]
+        made_from = ("webdataset", caption_key, *self.SUFFIXES, *map(tars.state_of, shards))
+        index = tars.kept(index_dir, made_from, lambda: _walk(shards, self.SUFFIXES, caption_key))
+        self._names, self._places = index["names"], index["places"]  # S[N], int64 [N, 3]: shard, offset, size
+        self._refuse_incomplete(index["incomplete"].astype(str).tolist(), max_bad)
+        if not len(self._names):
+            raise ValueError(f"no samples with a .{' or .'.join(self.SUFFIXES)} and a caption in {self.root}: {where}")
+        self.shard_ends = np.searchsorted(self._places[:, 0], np.arange(len(shards)), side="right")
+        sizes = (f"{shard.name}:{shard.stat().st_size}" for shard in shards)
+        self.fingerprint = fingerprint_of((*reading, caption_key, *sizes))
+        captions = Texts(index["text"], index["text_ends"])
+        super().__init__(f"samples in {self.root}", len(self._names), max_bad=max_bad, captions=captions)
+
+    def _refuse_incomplete(self, names: list[str], max_bad: int) -> None:
+        if len(names) > max_bad:
+            raise ValueError(
+                f"{len(names)} samples in {self.root} lack a part, data.max_bad_images is {max_bad}: {some(names)}; "
+                "complete or remove them"
+            )
+        if names:
+            logging.warning("%d samples in %s are left out: %s", len(names), self.root, some(names))
+
+    def name(self, index: int) -> str:
+        return f"{self._shards[self._places[index, 0]]}/{self._names[index].decode()}"
+
+    def data(self, index: int) -> bytes:
+        """The bytes of the image or clip."""
+        shard, offset, size = self._places[index].tolist()
+        return tars.read(self.root / self._shards[shard], offset, size)
+
+    def describe(self) -> str:
+        return f"{self.NOUN}s of {len(self._shards)} tars in {self.root}: {len(self)} samples, {self.kind}"
+
+
+class WebDataset(_Shards):
+    """Images with captions. channels: 3 (RGB) or 1 (grey). The others, and errors: _Shards."""
+
+    NOUN, A_NOUN = "image", "an image"
+    ERRORS = DECODE_ERRORS
+    SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        caption_key: str = "caption",
+        channels: int = 3,
+        max_bad_images: int = 0,
+        index_dir: str = "",
+    ):
+        check_channels(channels)
+        self.channels = channels
+        super().__init__(
+            path, caption_key=caption_key, max_bad=max_bad_images, index_dir=index_dir, reading=(str(channels),)
+        )
+
+    @property
+    def image_shape(self) -> tuple[None, None, int]:
+        return (None, None, self.channels)
+
+    def decode(self, index: int) -> np.ndarray:
+        return decode_image(self.data(index), self.channels)
+
+
+class WebDatasetClips(_Shards):
+    """Clips with captions, as ClipFolder reads them (clips.py): frames 0, stride, ... of each.
+
+    OpenCV reads files only: an .mp4 is written to a temporary one. The others, and errors: _Shards, ClipFolder.
+    """
+
+    NOUN, A_NOUN = "clip", "a clip"
+    ERRORS = clips.CLIP_ERRORS
+    SUFFIXES = ("mp4", "avi", "webp", "gif")
+
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        frames: int = 16,
+        stride: int = 4,
+        caption_key: str = "caption",
+        channels: int = 3,
+        max_bad_clips: int = 0,
+        index_dir: str = "",
+    ):
+        check_channels(channels)
+        clips.check_frames(frames, stride)
+        self.frames, self.stride, self.channels = frames, stride, channels
+        reading = ("clips", str(frames), str(stride), str(channels))
+        super().__init__(path, caption_key=caption_key, max_bad=max_bad_clips, index_dir=index_dir, reading=reading)
+        clips.require_opencv([name.decode() for name in self._names], self.root)
+
+    @property
+    def image_shape(self) -> tuple[int, None, None, int]:
+        return (self.frames, None, None, self.channels)
+
+    def decode(self, index: int) -> np.ndarray:
+        with tempfile.NamedTemporaryFile(suffix=pathlib.PurePosixPath(self.name(index)).suffix) as file:
+            file.write(self.data(index))
+            file.flush()
+            return clips.decode_clip(pathlib.Path(file.name), self.frames, self.stride, self.channels)
+
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.frames} frames at stride {self.stride}"
+
+
+def _walk(shards: list[pathlib.Path], suffixes: tuple[str, ...], caption_key: str) -> dict[str, np.ndarray]:
+    """The index of all shards; one line for all that cannot be read."""
+    with ThreadPoolExecutor(WALK_THREADS) as pool:
+        found = list(pool.map(lambda shard: _samples(shard, suffixes, caption_key), shards))
+    rows = [(number, *row) for number, (complete, _) in enumerate(found) for row in complete]
+    texts = Texts.of(row[4] for row in rows)
+    return {
+        "names": tars.names_array(row[1] for row in rows),
+        "places": np.array([(row[0], row[2], row[3]) for row in rows], np.int64).reshape(-1, 3),
+        "text": texts.data,
+        "text_ends": texts.ends,
+        "incomplete": tars.names_array(name for _, incomplete in found for name in incomplete),
+    }
+
+
+def _samples(
+    shard: pathlib.Path, suffixes: tuple[str, ...], caption_key: str
+) -> tuple[list[tuple[str, int, int, str]], list[str]]:
+    """((name of the medium, offset, size, caption) of each complete sample, what the others lack) of a tar."""
+    samples: dict[str, dict] = {}
+    last = None
+    for name, offset, size in tars.members(shard):
+        folder, _, file = name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if not stem:  # a hidden file, such as macOS adds
+            continue
+        if key in samples and key != last:
+            raise ValueError(f"{shard}: sample {key!r} comes twice; give every sample a name of its own")
+        last = key
+        parts = samples.setdefault(key, {})
+        if suffix.lower() in parts:
+            raise ValueError(f"{shard}: {name!r} comes twice; give every sample a name of its own")
+        parts[suffix.lower()] = (name, offset, size)
+    complete, incomplete = [], []
+    for key, parts in samples.items():
+        media = [parts[suffix] for suffix in suffixes if suffix in parts]
+        caption = _caption(shard, parts, caption_key)
+        if media and caption:
+            complete.append((*media[0], caption))
+        else:
+            incomplete.append(f"{shard.name}/{key} (no {'caption' if media else f'.{suffixes[0]}'})")
+    return complete, incomplete
+
+
+def _caption(shard: pathlib.Path, parts: dict, key: str) -> str:
+    """The caption of a sample, '' where it has none."""
+    if "json" in parts:
+        try:
+            found = json.loads(tars.read(shard, *parts["json"][1:]))
+        except ValueError as error:
+            raise ValueError(f"{shard}: {parts['json'][0]} is not JSON ({error}): make the tar anew") from error
+        if isinstance(found, dict) and isinstance(found.get(key), str):
+            return found[key].strip()
+    if "txt" in parts:
+        return tars.read(shard, *parts["txt"][1:]).decode("utf-8", errors="replace").strip()
+    return ""

@@ -1,0 +1,154 @@
+"""nested/build_sources.py: every source from its config, and options that a source does not read."""
+
+import json
+
+import numpy as np
+import pytest
+from tar_files import jpeg, levels, tar
+from test_build import changed, refused
+from test_coco import write as write_coco
+from test_imagenet import write_train
+from test_parquet import structs
+from test_parquet import write as write_parquet
+from test_webdataset import animation
+
+from configs import common
+from input_pipeline import text
+from nested import build_data, build_sources, evaluate
+
+
+def with_source(source, path, **data):
+    data = {"path": str(path), "index_dir": "", **data}
+    if source in (*build_sources.TARS, "tfds"):
+        data["index_dir"] = str(path / "index")
+    return changed(("data.source", source), ("data.num_classes", 0), *((f"data.{k}", v) for k, v in data.items()))
+
+
+def test_the_table_has_the_defaults_of_the_configs():
+    defaults = common.data_options()
+    for name, (unset, readers) in build_sources.SOME_READ.items():
+        assert defaults[name] == unset and set(readers) <= set(build_sources.SOURCES)
+
+
+def test_imagenet_tars(tmp_path):
+    write_train(tmp_path)
+    (tmp_path / "subset.txt").write_text("n02119789\n\n n01440764 \n")
+    config = with_source("imagenet_tar", tmp_path, num_classes=3, image_size=2)
+    source = build_data.images(config)
+    assert len(source) == 4 and source.class_names[0] == "n01440764" and source[0]["image"].shape == (2, 2, 3)
+    config.data.update(classes=str(tmp_path / "subset.txt"), num_classes=2)
+    assert [int(record["label"]) for record in map(build_data.images(config).__getitem__, range(3))] == [0, 1, 1]
+    (tmp_path / "subset.txt").write_text("\n")
+    refused(build_data.images, config, match="subset.txt: no names of classes; write one a line")
+
+
+def test_webdataset_tars(tmp_path):
+    (tmp_path / "0.tar").write_bytes(tar({"a.jpg": jpeg(9), "a.json": b'{"alt": "x"}', "b.jpg": b"", "b.txt": b"y"}))
+    config = with_source("webdataset", tmp_path, caption_key="alt", max_bad_images=1, channels=1)
+    assert build_data.images(config)[0]["image"].shape == (4, 5, 1)
+    assert build_data.some_captions(config, 9) == ("x", "y")
+    (tmp_path / "1.tar").write_bytes(tar({"a.webp": animation(3), "a.txt": b"clip", "b.gif": b"", "b.txt": b"y"}))
+    (tmp_path / "0.tar").unlink()
+    source = build_data.images(with_source("webdataset_clips", tmp_path, frames=3, frame_stride=2))
+    assert source[0]["image"][:, 0, 0, 0].tolist() == [3, 5, 7] and source.image_shape == (3, None, None, 3)
+
+
+def test_parquet_files(tmp_path):
+    write_parquet(tmp_path, "a.parquet", {"img": structs([8, 90]), "text": ["a", "b"], "fine": [1, 0]})
+    config = with_source("parquet", tmp_path, image_key="img", caption_key="text", label_key="fine", num_classes=2)
+    source = build_data.images(config)
+    assert source.captions == ("a", "b") and [int(source[i]["label"]) for i in range(2)] == [1, 0]
+
+
+def test_coco_takes_the_first_captions_where_none_is_drawn(tmp_path):
+    write_coco(tmp_path)
+    config = with_source("coco", tmp_path, split="train2014", image_size=4, crop="center_lanczos")
+    assert build_data.some_captions(config, 30_000) == ("a dog", "a cat", "a cow")
+    assert build_data.some_captions(config, 1) == ("a dog",)
+    assert build_data.images(config).describe().endswith("center_lanczos to 4x4x3")
+
+
+def test_samples_are_scored_against_another_split(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / "v.jpg").write_bytes(jpeg(200))
+    content = {
+        "images": [{"id": 1, "file_name": "v.jpg"}],
+        "annotations": [{"id": 1, "image_id": 1, "caption": "a valley"}],
+    }
+    (tmp_path / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    config = with_source("coco", tmp_path, split="train2014", image_size=4)
+    run = build_data.images(config)
+    assert build_data.scored_against(config, run) == (config, run)
+    config.evaluate.split = "val2014"
+    other, source = build_data.scored_against(config, run)
+    assert build_data.some_captions(other, 5) == ("a valley",) and abs(levels(source)[0] - 200) <= 1
+    assert config.data.split == "train2014"
+    config.evaluate.num_samples = config.evaluate.num_reference = 2
+    seen = []
+
+    def reference(config, source, encoder, cache_dir):
+        seen.append(source.describe())
+        return np.eye(3, dtype=np.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "reference_features", reference)
+        patch.setattr(build_data, "score_encoder", lambda config: None)
+        evaluate.measurement(config, run, "")
+    assert seen == [source.describe()] and "val2014" in seen[0]
+
+
+@pytest.mark.parametrize(
+    "source, option, value, readers",
+    [
+        ("digits", "path", "/data", "idx, tfds, image_folder"),
+        ("image_folder", "split", "val", "idx, tfds, imagenet_tar, coco"),
+        ("clip_folder", "classes", "names.txt", "image_folder, tfds, imagenet_tar, parquet"),
+        ("image_folder", "frames", 1, "clip_folder, webdataset_clips"),
+        ("webdataset", "frame_stride", 2, "clip_folder, webdataset_clips"),
+        ("tfds", "max_bad_images", 3, "image_folder, clip_folder"),
+        ("coco", "index_dir", "/tmp", "tfds, imagenet_tar, webdataset, webdataset_clips"),
+        ("webdataset", "image_key", "jpg", "parquet"),
+        ("coco", "caption_key", "alt", "webdataset, webdataset_clips, parquet"),
+        ("tfds", "label_key", "fine", "parquet"),
+        ("digits", "num_examples", 5, "synthetic"),
+    ],
+)
+def test_options_that_a_source_does_not_read_are_refused(source, option, value, readers):
+    config = changed(("data.source", source), (f"data.{option}", value))
+    message = f"config.data.{option} is {value!r}, which data.source {source!r} does not read, only {readers}"
+    refused(build_data.images, config, match=message)
+
+
+def test_crops():
+    config = changed(("data.crop", "stretch"))
+    refused(build_data.images, config, match="config.data.crop is 'stretch' but data.image_size is 0, so that nothing")
+    config.data.image_size = 4
+    assert build_data.images(config).crop == "stretch"
+    config.data.crop = "middle"
+    refused(build_data.images, config, match="config.data.crop: 'middle' given; choose from 'center', 'center_lanczos'")
+
+
+def test_the_order_of_training():
+    assert build_sources.shard_window(changed()) == 0
+    config = changed(("data.shuffle", "shards"), ("data.shuffle_buffer", 500))
+    assert build_sources.shard_window(config) == 500
+    for changes in ([("data.shuffle", "shards")], [("data.shuffle_buffer", 5)]):
+        refused(build_sources.shard_window, changed(*changes), match="'shards' needs a number of records to shuffle")
+    refused(build_sources.shard_window, changed(("data.shuffle", "no")), match="config.data.shuffle: 'no' given;")
+
+
+def test_every_caption_of_coco_is_stored(tmp_path, monkeypatch):
+    """The texts of an image are all encoded, so that training may draw any of them."""
+    write_coco(tmp_path)
+    config = with_source("coco", tmp_path, split="train2014", image_size=4)
+    stored = []
+    monkeypatch.setattr(build_data.text_store, "store", lambda encoder, texts, *how: stored.extend(texts))
+    monkeypatch.setattr(text, "StoredText", lambda source, *how: source)
+    config.text.update(encoder="minilm", stored=True)
+
+    class Loaded:
+        encoder = type("Encoder", (), {"fingerprint": "f"})()
+
+    build_data.with_text(config, build_data.images(config), ("image",), Loaded(), str(tmp_path))
+    assert sorted(stored) == ["a cat", "a cow", "a dog", "ein Hund", "eine Kuh", "some dog"]
