@@ -2,6 +2,8 @@
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--mode=train]
     python main.py --config=... --workdir=... --mode=sample --num_samples=64 --out=grid.png
+    python main.py --config=... --workdir=... --mode=export --out=weights.safetensors
+    python main.py --config=configs/uvit_release.py:imagenet256_huge --workdir=... --mode=sample --weights=nnet_ema.pth
     python main.py --config=configs/imagenet_L5.py --mode=summary --out=summary.json
 
 On a pod run the same command on every host (README, "On a pod"). This file is kept short: look in nested/.
@@ -15,14 +17,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "encode", "sample", "evaluate", "search", "neighbors", "compare", "summary")
+MODES = ("train", "encode", "sample", "evaluate", "search", "neighbors", "compare", "export", "summary")
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/, e.g. configs/imagenet_L3.py", lock_config=True)
 flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures, latents; shared by all hosts")
 flags.DEFINE_enum("mode", "train", MODES, "what to do")
 flags.DEFINE_integer("num_samples", 0, "sample, compare: how many; 0: config.sample.num_samples, config.sample.columns")
 flags.DEFINE_list("runs", [], "compare: folders of runs, DIR,DIR,...")
-flags.DEFINE_string("out", "", "sample: OUT.png and OUT.npz; summary: the JSON file")
+flags.DEFINE_string("out", "", "sample: OUT.png and OUT.npz; export: the .safetensors file; summary: the JSON file")
+flags.DEFINE_string("weights", "", "sample, evaluate: a weight file, released or exported, in place of a checkpoint")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; only where JAX cannot find out itself")
 flags.DEFINE_integer("num_processes", None, "number of processes; with --coordinator_address")
 flags.DEFINE_integer("process_id", None, "this process's number; with --coordinator_address")
@@ -54,12 +57,14 @@ def start_jax(workdir: str) -> None:
 
 
 def run() -> None:
-    from nested import build, build_data, compare, evaluate, neighbors, sample, search, summary, train
+    from nested import build, build_data, compare, evaluate, export, neighbors, sample, search, summary, train
     from nested.files import check_writable
 
     config, mode = FLAGS.config, FLAGS.mode
     if FLAGS.runs and mode != "compare":
         raise ValueError(f"--runs is of --mode=compare, not of {mode}: leave it out")
+    if FLAGS.weights and mode not in ("sample", "evaluate"):
+        raise ValueError(f"--weights is of --mode=sample and evaluate; for {mode} there is config.init_from.path")
     if mode == "summary":
         print(summary.summary(build.levels(config), train.abstract_state(config), FLAGS.out))
         return
@@ -68,13 +73,16 @@ def run() -> None:
     start_jax(FLAGS.workdir)  # first: a process that fails before it has met the others leaves them waiting
     workdir = str(check_writable(FLAGS.workdir))
     if mode == "sample":
-        sample.sample(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out)
+        sample.sample(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out, FLAGS.weights)
+    elif mode == "evaluate":
+        evaluate.evaluate(config, workdir, FLAGS.weights)
+    elif mode == "export":
+        export.export(config, workdir, FLAGS.out)
     elif mode == "compare":
         compare.compare(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
     else:
         dict(
-            train=train.train, encode=build_data.latents, evaluate=evaluate.evaluate, search=search.search,
-            neighbors=neighbors.neighbors,
+            train=train.train, encode=build_data.encode_data, search=search.search, neighbors=neighbors.neighbors,
         )[mode](config, workdir)  # fmt: skip
 
 

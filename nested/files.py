@@ -9,17 +9,19 @@ import pathlib
 
 
 def atomic_write(path, content):
-    """Writes `content` (bytes, or str as UTF-8) to `path`, whole or not at all; missing parent folders are made.
+    """Writes `content` (bytes, str as UTF-8, or parts of it that follow each other, bytes each) to `path`, whole or not
+    at all; missing parent folders are made.
 
     Raises OSError, in one line, where the file cannot be written (no space, no permission); the old file then stays.
     """
     path = pathlib.Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    content = content.encode() if isinstance(content, str) else content
+    parts = [content] if isinstance(content, bytes) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

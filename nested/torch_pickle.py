@@ -1,27 +1,31 @@
 """Tensors of PyTorch checkpoints (.pth) as numpy arrays, without torch and without running what the file says.
 
-Two layouts are read. zip (torch >= 1.6): members `<name>/data.pkl` and `<name>/data/<key>`, one per storage.
+Two layouts are read. zip (torch >= 1.6): members `<name>/data.pkl` and `<name>/data/<key>`, one per storage; an archive
+of TorchScript has its modules as objects of classes `__torch__...`, whose state is read and whose code is not.
 Legacy stream: four pickles (magic number, protocol 1001, system facts, the object), a pickled list of storage keys,
 then for each key an int64 element count and the raw bytes.
 A pickle is a program. Here it can build dicts, lists, numbers, strings and *descriptions* of tensors, nothing else:
 every global it names is looked up in a short table (never imported), anything not in the table is refused by name,
-and storages are read only after the pickle has ended, with every offset and stride checked against the bytes present.
+and storages are looked at only after the pickle has ended, with every offset and stride checked against the bytes
+present. Tensors are views of the file, which is mapped into memory; of a zip's members the checksums are tested.
 """
 
 import collections
 import dataclasses
 import io
 import math
-import os
+import mmap
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 
+import ml_dtypes
 import numpy as np
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 LIMIT = 2**40  # elements in a tensor; a stride of 0 could claim any number of them
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 STORAGES = {
     "DoubleStorage": "f8", "FloatStorage": "f4", "HalfStorage": "f2", "BFloat16Storage": "bf16", "LongStorage": "i8",
@@ -38,8 +42,12 @@ class Storage:
     size: int
 
     @property
+    def numpy_dtype(self) -> np.dtype:
+        return BFLOAT16 if self.dtype == "bf16" else np.dtype(self.dtype).newbyteorder("<")
+
+    @property
     def nbytes(self) -> int:
-        return self.size * (2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize)
+        return self.size * self.numpy_dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +76,28 @@ class _Inert:
         pass
 
 
+class _ScriptModule(_Inert):
+    """Stands for a module of TorchScript: its attributes, tensors and other modules among them, and no code."""
+
+    __slots__ = ("attributes",)
+
+    def __init__(self, *args, **kwargs):
+        self.attributes = {}
+
+    def __setstate__(self, state):
+        self.attributes = state
+
+
 _INERT = {
-    ("argparse", "Namespace"), ("_codecs", "encode"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
+    ("_codecs", "encode"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"), ("torch", "device"),
 }  # fmt: skip
+# Packages whose objects are options: of a training script, of ml-mdm (older files have its modules without their root).
+_OPTIONS = {
+    "argparse", "simple_parsing", "pathlib", "ml_mdm", "config", "models", "diffusion", "samplers", "reader",
+    "language_models",
+}  # fmt: skip
+_SCRIPT_LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
 
 
 class _Refused(ValueError):
@@ -88,14 +114,18 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        if (module, name) in _INERT:
+        if (module, name) in _INERT or module.split(".")[0] in _OPTIONS:
             return _Inert
+        if module.split(".")[0] == "__torch__":
+            return _ScriptModule
+        if module == "torch.jit._pickle" and name in _SCRIPT_LISTS:
+            return self.first
         known = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch", "Size"): tuple,
             ("torch._utils", "_rebuild_tensor"): self.tensor,
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
-            ("torch._utils", "_rebuild_parameter"): self.parameter,
+            ("torch._utils", "_rebuild_parameter"): self.first,
         }
         if (module, name) not in known:
             raise _Refused(
@@ -116,7 +146,8 @@ class _Unpickler(pickle.Unpickler):
             raise _Refused("its pickle builds a tensor without a storage; the file is damaged")
         return Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
-    def parameter(self, data, *_):
+    def first(self, data, *_):
+        """What a parameter and a typed list are without their facts."""
         return data
 
 
@@ -133,7 +164,9 @@ def _unpickle(stream) -> tuple[object, dict[str, Storage]]:
 
 
 def _flatten(value, name: str) -> Iterator[tuple[str, Tensor]]:
-    """(dotted name, tensor) for every tensor inside nested dicts and lists; anything else is left out."""
+    """(dotted name, tensor) for every tensor inside nested dicts, lists and modules; anything else is left out."""
+    if isinstance(value, _ScriptModule):
+        value = value.attributes
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, dict | list | tuple):
@@ -142,15 +175,13 @@ def _flatten(value, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _flatten(item, f"{name}.{key}" if name else str(key))
 
 
-def _numbers(storage: Storage, raw: bytes) -> np.ndarray:
-    """The storage's elements; bfloat16, which numpy lacks, as the float32 of the same value."""
+def _numbers(storage: Storage, raw: np.ndarray) -> np.ndarray:
+    """The storage's elements, from its bytes."""
     if len(raw) != storage.nbytes:
         raise ValueError(
             f"truncated: storage {storage.key} should hold {storage.nbytes} bytes, found {len(raw)}; get the file again"
         )
-    if storage.dtype == "bf16":
-        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-    return np.frombuffer(raw, np.dtype(storage.dtype).newbyteorder("<"))
+    return raw.view(storage.numpy_dtype)
 
 
 def _view(name: str, tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
@@ -173,7 +204,31 @@ def _require_little_endian(little: bool) -> None:
         raise ValueError("its numbers are big-endian, expected little-endian; re-save it on a little-endian machine")
 
 
-def _zip_parts(stream) -> tuple[object, Callable[[Storage], bytes]]:
+def mapped(stream) -> np.ndarray:
+    """The bytes of an open file, uint8 [size]: memory that the system fills when it is looked at and may take back. The
+    file must stay as it is while arrays made of it are in use."""
+    return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def _member(archive: zipfile.ZipFile, name: str, file_bytes: np.ndarray) -> np.ndarray:
+    """The bytes of a zip's member: where they lie in the file, if they are stored as they are."""
+    try:
+        info = archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            return np.frombuffer(archive.read(info), np.uint8)
+        with archive.open(info) as member:  # zipfile tests the member's local header and, at its end, the checksum
+            while member.read(2**20):
+                pass
+    except Exception as error:  # zipfile and zlib each fail in their own way on a damaged member
+        raise ValueError(f"member {name!r} is damaged ({error}); get the file again") from error
+    header = file_bytes[info.header_offset : info.header_offset + 30]
+    start = info.header_offset + 30 + int(header[26:30].view("<u2").sum())  # after the name and the extra field
+    if info.file_size != info.compress_size or start + info.file_size > len(file_bytes):
+        raise ValueError(f"member {name!r} is damaged: {info.file_size} bytes at {start}; get the file again")
+    return file_bytes[start : start + info.file_size]
+
+
+def _zip_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     try:
         archive = zipfile.ZipFile(stream)
     except Exception as error:  # mostly zipfile.BadZipFile; a damaged directory fails in other ways too
@@ -183,22 +238,20 @@ def _zip_parts(stream) -> tuple[object, Callable[[Storage], bytes]]:
     if len(pickles) != 1:
         raise ValueError(f"a zip with {len(pickles)} members '*/data.pkl', expected 1: not a torch checkpoint")
     root = pickles[0].removesuffix("data.pkl")
+    file_bytes = mapped(stream)
 
-    def member(name: str) -> bytes:
+    def member(name: str) -> np.ndarray:
         if root + name not in names:
             raise ValueError(f"the zip has no member {root + name!r}; the file is damaged, get it again")
-        try:
-            return archive.read(root + name)
-        except Exception as error:  # zipfile and zlib each fail in their own way on a damaged member
-            raise ValueError(f"member {root + name!r} is damaged ({error}); get the file again") from error
+        return _member(archive, root + name, file_bytes)
 
     if root + "byteorder" in names:
-        _require_little_endian(member("byteorder") == b"little")
-    content, _ = _unpickle(io.BytesIO(member("data.pkl")))
+        _require_little_endian(member("byteorder").tobytes() == b"little")
+    content, _ = _unpickle(io.BytesIO(member("data.pkl").tobytes()))
     return content, lambda storage: member(f"data/{storage.key}")
 
 
-def _legacy_parts(stream) -> tuple[object, Callable[[Storage], bytes]]:
+def _legacy_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     if _unpickle(stream)[0] != MAGIC or _unpickle(stream)[0] != PROTOCOL:
         raise ValueError("a pickle, but not torch's: the magic number or the protocol 1001 is missing")
     facts, _ = _unpickle(stream)
@@ -207,14 +260,15 @@ def _legacy_parts(stream) -> tuple[object, Callable[[Storage], bytes]]:
     keys, _ = _unpickle(stream)
     if not isinstance(keys, list) or not storages.keys() <= set(map(str, keys)):
         raise ValueError("its list of storages does not have all its tensors use; the file is damaged, get it again")
-    file_size, raw = os.fstat(stream.fileno()).st_size, {}
+    file_bytes, raw = mapped(stream), {}
     for key in map(str, keys):
         count = int.from_bytes(stream.read(8), "little", signed=True)
-        storage, left = storages.get(key), file_size - stream.tell()
-        if storage is None or count != storage.size or left < storage.nbytes:
-            raise ValueError(f"truncated or damaged: {storage} has {count} elements and {left} bytes left in the file; "
-                             "get the file again")  # fmt: skip
-        raw[key] = stream.read(storage.nbytes)
+        storage, start = storages.get(key), stream.tell()
+        if storage is None or count != storage.size or len(file_bytes) - start < storage.nbytes:
+            raise ValueError(f"truncated or damaged: {storage} has {count} elements and {len(file_bytes) - start} bytes"
+                             " left in the file; get the file again")  # fmt: skip
+        raw[key] = file_bytes[start : start + storage.nbytes]
+        stream.seek(storage.nbytes, 1)
     return content, lambda storage: raw[storage.key]
 
 
@@ -230,7 +284,10 @@ def read_stream(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
         start = stream.read(24)
         raise ValueError(f"not a torch checkpoint: it begins with {start!r}, expected a zip or torch's legacy stream; "
                          "a web page or another format was saved under this name? Get it again")  # fmt: skip
-    tensors = list(_flatten(content, ""))
+    try:
+        tensors = list(_flatten(content, ""))
+    except RecursionError as error:
+        raise ValueError("its pickle holds a container within itself; the file is damaged or foreign") from error
     numbers, found = {}, {}
     for name, tensor in tensors:
         if not name.startswith(prefix):

@@ -7,20 +7,32 @@ levels down where the nest has two new ones. Its new adapters start at zero, so 
 """
 
 import itertools
+import os
 from collections.abc import Mapping
 
 import jax
 from absl import logging
 
-from nested import build
+from nested import build, export
 from nested.checkpoint import read_config, restore_subtree, saved_shapes
 
 
 def taken(config, path: str, abstract: Mapping) -> dict:
-    """{(level, key, ..., key): subtree of parameters} from the newest checkpoint of the run in `path`.
+    """{(level, key, ..., key): subtree of parameters} from the newest checkpoint of the run in `path`; or every level
+    whole from the weight file `path` (nested/export.py).
 
-    abstract: {level: parameters}, the shapes and shardings wanted. Raises ValueError as `places` does.
+    abstract: {level: parameters}, the shapes and shardings wanted. Raises ValueError as `places` and export.load do.
     """
+    if os.path.isfile(os.path.expanduser(path)):
+        if config.init_from.weights != "ema":
+            raise ValueError(
+                f"init_from {path}: a weight file has no {config.init_from.weights!r} beside the weights; set "
+                "config.init_from.weights to 'ema'"
+            )
+        asked = tuple(config.init_from.levels) or tuple(abstract)
+        loaded = export.load(path, config, {name: abstract[name] for name in asked})
+        logging.info("init_from %s: took %s; the rest starts fresh", path, ", ".join(asked))
+        return {(name,): tree for name, tree in loaded.items()}
     other, weights, shapes = read_config(path), config.init_from.weights, saved_shapes(path)
     donors = {name: within(shapes, f"{weights}/{name}/") for name in abstract}
     found = places(config, other, donors, abstract, path)

@@ -1,7 +1,8 @@
 """Weight files of other code, read safely and without their frameworks, and the mapping between torch and linen names.
 
-`read` returns flat public names for .npz, .safetensors and .pth files; nothing in a file is ever executed. `load` finds
-one network among them, whatever wraps it, and `checked` accounts for every tensor of it.
+`files` names the files of a download, shards by their index. `read` returns flat public names for .npz, .safetensors
+and .pth files; nothing in a file is ever executed, and nothing takes memory before it is used. `load` finds one network
+among them, whatever wraps it, and `checked` accounts for every tensor of it. `write` makes a .safetensors.
 `from_torch` and `to_torch` rest on one rule. A linen module carries the public module's name; a list index is joined
 to it with an underscore ('in_blocks.0' is 'in_blocks_0', 'down_levels.0.1' is 'down_levels_0_1'). The leaf names differ
 by layer:
@@ -15,9 +16,11 @@ safetensors: 8 bytes little-endian header length, a JSON header {name: {dtype, s
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -26,19 +29,64 @@ import numpy as np
 from absl import logging
 
 from nested import torch_pickle
+from nested.files import atomic_write
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .tar: MoCo-v3's .pth.tar, which is no archive
+SAVED_NAMES = (  # of a folder that a library saved a model to, the preferred first
+    ("model", ".safetensors"), ("diffusion_pytorch_model", ".safetensors"), ("pytorch_model", ".bin"),
+    ("diffusion_pytorch_model", ".bin"),
+)  # fmt: skip
 _SAFETENSORS_DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": torch_pickle.BFLOAT16, "I64": "<i8", "I32": "<i4", "I16": "<i2",
+    "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
 }  # fmt: skip
 
 
-def read(path: str | os.PathLike, prefix: str = "") -> dict[str, np.ndarray]:
-    """The arrays in a weight file by their public names; bfloat16 comes back as float32, everything else as stored.
+def files(path: str | os.PathLike) -> list[str]:
+    """The weight files of a download: `path` itself, or those of the folder `path`.
 
-    path: .npz, .safetensors, or .pth / .pt / .bin / .ckpt (torch zip or legacy stream). Nested dicts are flattened
-    with '.', so a wrapper stays in the name: 'state_dict.module.momentum_encoder.cls_token'.
+    Of a folder, by the names of SAVED_NAMES: the shards that an index ('model.safetensors.index.json') lists, or
+    model.safetensors, or all model*.safetensors; then the same of the next name.
+    Raises, in one line: FileNotFoundError where there are none, or a shard is missing; ValueError for a damaged index,
+    or one that names a file outside of its folder.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        return [_existing(folder)]
+    for stem, suffix in SAVED_NAMES:
+        if (index := folder / f"{stem}{suffix}.index.json").is_file():
+            return _indexed(index)
+        whole = folder / f"{stem}{suffix}"
+        found = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}*{suffix}"))
+        if found:
+            return list(map(str, found))
+    wanted = ", ".join(f"{stem}*{suffix}" for stem, suffix in SAVED_NAMES)
+    raise FileNotFoundError(f"{folder}: no weight file in it ({wanted}); give the folder or the file of the weights")
+
+
+def _indexed(index: pathlib.Path) -> list[str]:
+    """The shards that an index names, all of which are there."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"{index}: not an index of weight files ({reason}); get it again") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or pathlib.PurePath(name).name != name:
+            raise ValueError(f"{index}: names the shard {name!r}, expected a file of its own folder; get it again")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name}: this shard is missing, {index.name} lists {len(names)}; "
+                                    "get the whole folder")  # fmt: skip
+    return [str(index.parent / name) for name in names]
+
+
+def read(path: str | os.PathLike, prefix: str = "") -> dict[str, np.ndarray]:
+    """The arrays in a weight file by their public names, in the dtypes they are stored in (bfloat16 by ml_dtypes).
+
+    path: .npz, .safetensors, or .pth / .pt / .bin / .ckpt / .tar (torch zip, TorchScript or legacy stream). Nested
+    dicts are flattened with '.', so a wrapper stays in the name: 'state_dict.module.momentum_encoder.cls_token'.
+    Arrays are read-only views of the file, mapped into memory: what is not used takes none, and the file must stay as
+    it is while they are in use. Arrays of a .npz, and those that a zip holds compressed, are copies.
     prefix: only the names that start with it are returned, without it. The whole of it, wrapper included.
     Errors, one line that names the file: FileNotFoundError; ValueError for an unknown suffix, an empty, truncated,
     damaged or foreign file, a pickle that asks for code (named, not run), a prefix that no name has.
@@ -68,7 +116,7 @@ AVERAGED = ("model_ema", "nnet_ema", "ema", "teacher", "momentum_encoder")
 
 def load(
     paths: Sequence[str | os.PathLike],
-    anchor: str,
+    anchor: str | Sequence[str],
     *,
     prefix: str = "",
     prefer: Sequence[str] = AVERAGED,
@@ -77,7 +125,8 @@ def load(
     """The tensors of one network by its own names, from the file or the shards `paths`.
 
     anchor: a name that the network has, such as 'cls_token'; what stands before it in the file ('state_dict.module.
-    momentum_encoder.') is the wrapper, and only what stands behind the same wrapper is returned, without it.
+    momentum_encoder.') is the wrapper, and only what stands behind the same wrapper is returned, without it. Of several
+    names, which different files have for the same tensor, the first that the file has counts.
     prefix: the wrapper to take; '' finds it. Of several, the one is taken that has a word of `prefer` among its parts,
     the earlier word first. unused: starts of names (without the wrapper) that the network does not need.
     Raises, in one line: as read(); ValueError where nothing is called like the anchor, or two networks are and none is
@@ -89,7 +138,10 @@ def load(
         if twice := sorted(tensors.keys() & part.keys()):
             raise ValueError(f"{where}: {_some(twice)} in more than one shard; the files are not of one download")
         tensors |= part
-    wrapper = _wrapper(list(tensors), anchor, prefix, prefer, where)
+    anchors = (anchor,) if isinstance(anchor, str) else tuple(anchor)
+    behind = {f".{name}" for name in tensors}
+    present = (name for name in anchors if any(found.endswith(f".{name}") for found in behind))
+    wrapper = _wrapper(list(tensors), next(present, anchors[0]), prefix, prefer, where)
     inside = {name.removeprefix(wrapper): array for name, array in tensors.items() if name.startswith(wrapper)}
     return {name: array for name, array in inside.items() if not name.startswith(unused)}
 
@@ -166,15 +218,16 @@ def _read_npz(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
         raise ValueError(f"cannot read {name!r} of the .npz ({reason}); it is truncated, damaged or pickled") from error
 
 
-def _safetensors_header(stream, size: int) -> tuple[dict[str, dict], int]:
-    """(entries by name, where the data starts) with the header's length checked against the file's."""
+def _safetensors_header(stream) -> tuple[dict[str, dict], dict[str, str], int, int]:
+    """(entries by name, metadata, where the data starts, the file's size) with the lengths checked."""
+    size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"bad safetensors header: it claims {length} bytes, the file has {size}; foreign or truncated")
     try:
         header = json.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        for entry in entries.values():
+        notes = dict(header.pop("__metadata__", {}))
+        for entry in header.values():
             numbers = [*entry["shape"], *entry["data_offsets"]]
             if entry["dtype"] not in _SAFETENSORS_DTYPES or len(entry["data_offsets"]) != 2:
                 raise ValueError(f"dtype {entry['dtype']!r}, expected one of {', '.join(_SAFETENSORS_DTYPES)}")
@@ -183,13 +236,12 @@ def _safetensors_header(stream, size: int) -> tuple[dict[str, dict], int]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"bad safetensors header ({reason}); the file is damaged or foreign") from error
-    return entries, 8 + length
+    return header, notes, 8 + length, size
 
 
 def _read_safetensors(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    size = os.fstat(stream.fileno()).st_size
-    entries, start = _safetensors_header(stream, size)
-    found, end = {}, 0
+    entries, _, start, size = _safetensors_header(stream)
+    data, found, end = torch_pickle.mapped(stream), {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         expected = [end, end + math.prod(shape) * dtype.itemsize]
@@ -198,13 +250,38 @@ def _read_safetensors(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[
                              f"{shape} and the tensor before it; the safetensors header is damaged")  # fmt: skip
         end = expected[1]
         if name.startswith(prefix) and start + end <= size:
-            stream.seek(start + expected[0])
-            array = np.frombuffer(stream.read(end - expected[0]), dtype).reshape(shape)
-            bfloat16 = entry["dtype"] == "BF16"
-            found[name] = (array.astype("<u4") << 16).view("<f4") if bfloat16 else array
+            found[name] = data[start + expected[0] : start + end].view(dtype).reshape(shape)
     if start + end != size:
         raise ValueError(f"truncated or damaged: the header describes {start + end} bytes, the file has {size}")
     return found, list(entries)
+
+
+_WRITTEN_DTYPES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
+
+
+def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A .safetensors of host arrays, whole or not at all; metadata: strings under '__metadata__'.
+
+    Raises OSError, in one line, where the file cannot be written."""
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        dtype = _WRITTEN_DTYPES[array.dtype]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8 bytes
+    data = (np.ascontiguousarray(array).tobytes() for array in tensors.values())
+    atomic_write(path, itertools.chain([len(text).to_bytes(8, "little"), text], data))
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The '__metadata__' of a .safetensors file, {} where it has none."""
+    path = _existing(path)
+    with open(path, "rb") as stream:
+        try:
+            return _safetensors_header(stream)[1]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "gain": "scale"}
@@ -235,7 +312,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], template) -> dict:
     shape is a ValueError that names all of them, with the shapes found and expected in linen's layout.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
-    names = [_torch_name(path) for path, _ in leaves]
+    names = torch_names(template)
     missing = [name for name in names if name not in tensors]
     extra = sorted(set(tensors) - set(names))
     filled, misshapen = [], []
@@ -250,6 +327,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], template) -> dict:
         listed = "; ".join(f"{what}: {_some(wrong)}" for what, wrong in problems if wrong)
         raise ValueError(f"the weights do not fit the model. {listed}. Check the model's config against the weights'")
     return jax.tree.unflatten(treedef, filled)
+
+
+def torch_names(template) -> list[str]:
+    """The names in torch of linen params, in the order of the tree's leaves."""
+    return [_torch_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(template)[0]]
 
 
 def to_torch(params) -> dict[str, np.ndarray]:

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from input_pipeline import loader, text
+from input_pipeline import loader, text, tokens
 from input_pipeline.image_files import ImageFolder
-from input_pipeline.sources import Part
+from input_pipeline.sources import Fields, Part, draw
 from input_pipeline.transforms import Transformed
 from nested import text as text_store
 from nested.encoders import text as encoders
@@ -136,7 +136,7 @@ def test_the_fingerprint_is_of_weights_tokenizer_and_length(folder, encoder, gol
 
 def test_tokens(encoder, monkeypatch):
     said = []
-    monkeypatch.setattr(text.logging, "log_first_n", lambda level, message, n, *values: said.append(message % values))
+    monkeypatch.setattr(tokens.logging, "log_first_n", lambda level, message, n, *values: said.append(message % values))
     ids, mask = encoder.tokenize(["a red apple", "", "a blue circle"])
     assert ids.dtype == np.int32 and mask.dtype == bool and said == []
     assert ids.tolist() == [[7, 3, 5, 1, 0], [1, 0, 0, 0, 0], [7, 2, 6, 1, 0]]
@@ -155,9 +155,11 @@ def test_load_refuses(folder, golden, monkeypatch):
             encoders.load(*arguments)
         assert "\n" not in str(error.value)
 
-    refuses(ValueError, "text encoder: 'clip' given; choose from 'minilm', 't5'", "clip", "", 5)
+    refuses(ValueError, "text encoder: 'clip' given; choose from 'minilm', 't5', 'clip_vitl14'", "clip", "", 5)
+    refuses(ValueError, "text.dtype: 'half' given; choose from 'float32', 'bfloat16'", "t5", folder, 5, "half")
     refuses(FileNotFoundError, "t5 comes in no package: give the folder", "t5", "", 5)
-    refuses(FileNotFoundError, "no model.*safetensors in it", "t5", folder.parent, 5)
+    refuses(FileNotFoundError, r"clip_vitl14 comes in no package: .* openai/clip-vit-large", "clip_vitl14", "", 5)
+    refuses(FileNotFoundError, r"no weight file in it \(model\*.safetensors", "t5", folder.parent, 5)
     refuses(ValueError, "max_tokens: 1 given, at least 2 is needed", "t5", folder, 1)
     refuses(ValueError, "no tensor is called 'embeddings.word_embeddings.weight'", "minilm", folder, 5)
     with monkeypatch.context() as patch:
@@ -173,7 +175,52 @@ def test_load_refuses(folder, golden, monkeypatch):
     file.write_text("{}")
     refuses(ValueError, "tokenizer.json: not a tokenizer", "t5", folder, 5)
     file.unlink()
-    refuses(FileNotFoundError, "read from tokenizer.json alone, not spiece.model", "t5", folder, 5)
+    refuses(FileNotFoundError, "read from tokenizer.json or spiece.model, not from vocab.txt", "t5", folder, 5)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sentencepiece", None)
+        (folder / "spiece.model").write_bytes(b"no model")
+        refuses(ImportError, "pip install sentencepiece", "t5", folder, 5)
+
+
+def test_bfloat16_is_of_parameters_and_not_of_features(folder, encoder, golden):
+    half = encoders.load("t5", folder, MAX_TOKENS, "bfloat16")
+    assert {leaf.dtype for leaf in half.params.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert half.fingerprint != encoder.fingerprint
+    ids, mask = encoder.tokenize(list(CAPTIONS))
+    found, wanted = half.features(ids, mask), encoder.features(ids, mask)
+    assert found.dtype == jnp.float32 and (found != wanted).any()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.1 * np.abs(wanted).max())
+
+
+def test_sentencepiece_models_serve_t5(folder):
+    """spiece.model of T5 has <pad>, </s>, <unk> at 0, 1, 2 and no start; tokenizer.json comes first."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="T5's spiece.model: pip install sentencepiece")
+    ends = dict(pad_id=0, eos_id=1, unk_id=2)
+
+    def write(**options):
+        with open(folder / "spiece.model", "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(CAPTIONS * 9), model_writer=file, hard_vocab_limit=False, minloglevel=2,
+                **{"vocab_size": 30, "bos_id": -1} | options,
+            )  # fmt: skip
+
+    write(**ends)
+    assert encoders.load("t5", folder, MAX_TOKENS).tokenize([""])[0][0].tolist() == [1, 0, 0, 0, 0]
+    (folder / "tokenizer.json").unlink()
+    encoder = encoders.load("t5", folder, 40)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    ids, mask = pickle.loads(pickle.dumps(encoder.tokenize))(["a red apple", ""])
+    assert ids[0][mask[0]].tolist() == [*processor.encode("a red apple"), 1] and mask[0].sum() > 3
+    assert ids[1].tolist() == [1] + [0] * 39
+    write(**ends, vocab_size=150, user_defined_symbols=[f"word{i}" for i in range(125)])
+    with pytest.raises(ValueError, match=r"spiece.model: 1[345]. ids, the encoder embeds 120"):
+        encoders.load("t5", folder, 40)
+    write(pad_id=0, unk_id=1, eos_id=2)
+    with pytest.raises(ValueError, match=r"spiece.model: the empty text has the ids \[\], expected \[1\]"):
+        encoders.load("t5", folder, 40)
+    (folder / "spiece.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="spiece.model: not a tokenizer"):
+        encoders.load("t5", folder, 40)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +297,36 @@ def test_absent_captions_are_named(encoder, tmp_path):
         text.captions(image_folder(tmp_path / "images", ("a", "")))
 
 
+def test_several_captions_of_an_image(encoder, tmp_path):
+    """The first one in the source's order; one drawn, at equal odds, in training; a single one takes no draw."""
+    several = (("a red apple", "a", "apple"), "green circle", ("red",))
+    source = Records(several)
+    assert text.captions(source) == list(several) and text.every_text(several)[2:4] == ["apple", "green circle"]
+    text_store.store(encoder, text.every_text(several), tmp_path / "store", batch_size=4)
+    for converted in (text.Tokenized(source, encoder.tokenize), text.StoredText(source, tmp_path / "store")):
+        name = "text_ids" if isinstance(converted, text.Tokenized) else "text"
+        fields = {said: converted._text(said)[name] for said in text.every_text(several)}
+        for index, first in enumerate(("a red apple", "green circle", "red")):
+            np.testing.assert_array_equal(converted[index][name], fields[first])
+        generator = np.random.default_rng(0)
+        rows = [draw(Fields(converted, (name,)), 0, generator)[name] for _ in range(60)]
+        counts = [sum(np.array_equal(row, fields[said]) for row in rows) for said in several[0]]
+        assert sum(counts) == 60 and min(counts) > 8
+        state = generator.bit_generator.state
+        np.testing.assert_array_equal(draw(converted, 1, generator)[name], fields["green circle"])
+        np.testing.assert_array_equal(draw(converted, 2, generator)[name], fields["red"])
+        assert generator.bit_generator.state == state
+    with pytest.raises(ValueError, match="no features for 1 of 5 captions, such as 'b'"):
+        text.StoredText(Records((*several[:1], ("red", "b"))), tmp_path / "store")
+    for empty in ((), ("a", " "), ("", "a")):
+        with pytest.raises(ValueError, match="1 of 2 examples have no caption or an empty one, such as 1"):
+            text.captions(Records(("a", empty)))
+    captioned = text.Captioned(Records("abc"), several)
+    assert captioned[0]["caption"] == several[0] and text.captions(captioned) == list(several)
+    fingerprints = {text.Captioned(Records("abc"), captions).fingerprint for captions in (several, ("a", "b", "c"))}
+    assert len(fingerprints) == 2
+
+
 def test_tokenized_records(encoder, tmp_path):
     source = image_folder(tmp_path / "images", CAPTIONS)
     tokenized = pickle.loads(pickle.dumps(text.Tokenized(source, encoder.tokenize)))
@@ -267,13 +344,13 @@ def test_tokenized_records(encoder, tmp_path):
 def test_store_round_trip(encoder, tmp_path, capsys, monkeypatch):
     source = image_folder(tmp_path / "images", CAPTIONS)
     said = []
-    monkeypatch.setattr(text.logging, "log_first_n", lambda *values: said.append(values))
+    monkeypatch.setattr(tokens.logging, "log_first_n", lambda *values: said.append(values))
     monkeypatch.setattr(text_store.logging, "warning", lambda message, *values: said.append(message % values))
     index = text_store.store(encoder, text.captions(source), tmp_path / "store", batch_size=3)
     assert said == ["1 of 4 captions are cut to max_tokens 5"]  # counted, and said once
     assert index["distinct"] == 4 and index["cut"] == 1  # with the empty caption
-    tokens = 4 + 3 + 5 + 1
-    assert index["bytes"] == {"keys": 128 + 4 * 32, "starts": 128 + 5 * 8, "features": 128 + tokens * 48 * 2}
+    stored_tokens = 4 + 3 + 5 + 1
+    assert index["bytes"] == {"keys": 128 + 4 * 32, "starts": 128 + 5 * 8, "features": 128 + stored_tokens * 48 * 2}
     assert "captions, encoding 4/4" in capsys.readouterr().err
     stored = text.StoredText(source, tmp_path / "store", encoder.fingerprint)
     assert pickle.dumps(stored) and len(pickle.dumps(stored)) < len(pickle.dumps(source)) + 2000

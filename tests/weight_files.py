@@ -58,6 +58,16 @@ def write_zip(path, content, storages, extra=()):
             archive.writestr(name, text)
 
 
+def write_state(path, state, around=lambda content: content):
+    """A zip checkpoint of {name: float32 array}; around: what holds the state dict."""
+    content, storages = {}, {}
+    for key, (name, array) in enumerate(state.items()):
+        strides = tuple(np.cumprod((1, *array.shape[:0:-1]))[::-1].tolist()) if array.ndim else ()
+        content[name] = tensor(key=str(key), size=array.size, shape=array.shape, strides=strides)
+        storages[str(key)] = np.ascontiguousarray(array)
+    write_zip(path, around(content), storages)
+
+
 def write_legacy(path, content, storages, keys=None, facts=None):
     facts = {"little_endian": True} if facts is None else facts
     head = [torch_pickle.MAGIC, torch_pickle.PROTOCOL, facts, content, list(storages) if keys is None else keys]

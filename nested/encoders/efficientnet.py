@@ -176,17 +176,19 @@ class EfficientNetLite0:
         return forward(self.params, prepare(images, self.input_size), names)
 
 
-def load(path, *, input_size, map, vector, features):
+def load(path, *, input_size, map, vector, features, prefix="", dtype="float32"):
     """EfficientNetLite0 from the state dict at `path` ('' = the installed package's file).
 
     input_size: a positive multiple of 32 (pixels). vector: 'pool'. features: names of grids.py, not those
-    of the codec. Raises ValueError for another option or a foreign weight file, FileNotFoundError where there is none,
-    each in one line.
+    of the codec. prefix, dtype: only these. Raises ValueError for another option or a foreign weight file,
+    FileNotFoundError where there is none, each in one line.
     """
     if input_size < 32 or input_size % 32:
         raise ValueError(f"encoder.input_size: {input_size} given; {NAME} takes positive multiples of 32 (its stride)")
     _one_of("encoder.map", map, tuple(MAP_CHANNELS))
     _one_of("encoder.vector", vector, ("pool",))
+    _one_of("encoder.prefix", prefix, ("",))
+    _one_of("encoder.dtype", dtype, ("float32",))
     for feature in features:
         grids.parse(feature)
     path = pathlib.Path(path).expanduser() if path else package_file()

