@@ -27,7 +27,7 @@ from absl import app, flags
 
 from benchmarks.report import report
 from input_pipeline import latents as records
-from nested import encode, encoding
+from nested import codecs, encode, encoding
 from nested.encoders import compress, efficientnet
 
 FLAGS = flags.FLAGS
@@ -80,10 +80,10 @@ def whole(count, rounds):
     """Rates of the network and of encoding, and the shares."""
     source = Images(count)
     network = efficientnet.load("", input_size=SIDE, map="stage4", vector="pool", features=("map",))
-    codec, cache = encoding.CodecConfig("patch_pca", 4, 16), encode.FEATURE_CACHE_BYTES
+    codec, cache = codecs.CodecConfig("patch_pca", 4, 16, **codecs.UNSET), encode.FEATURE_CACHE_BYTES
     config = encoding.EncoderConfig(
-        name=network.name, weights="", input_size=SIDE, map="stage4", vector="pool", features=("map",), components=64,
-        svd="shared", center=True, fit_images=0, batch_size=BATCH, shard_images=count,
+        name=network.name, weights="", input_size=SIDE, map="stage4", vector="pool", prefix="", dtype="float32",
+        features=("map",), components=64, svd="shared", center=True, fit_images=0, batch_size=BATCH, shard_images=count,
     )  # fmt: skip
     batch = jax.device_put(source.images[:BATCH])
 

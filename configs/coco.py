@@ -4,9 +4,10 @@
     python main.py --config=configs/coco.py:L3,dino --workdir=...                        encoders (Table 5)
 
 Arguments: L2 (default), L1, L3; clip (default), mae, mocov3, dino: whose vectors of the image (1x256 after the SVD) and
-of its 2x2 crops (4x128) are the semantic levels; data (default), synthetic. COCO is a folder of images with a file
-captions.jsonl, a line {"file": ..., "caption": ...} for every caption: five lines an image, so that an epoch here is
-five of U-ViT's, which draws one caption of an image each time, and the image is encoded and stored five times.
+of its 2x2 crops (4x128) are the semantic levels; data (default), synthetic. COCO is the folder of annotations/ and
+train2014/. As in U-ViT one of an image's captions is drawn each time, the crop is the middle square, resized by
+Lanczos' filter, and nothing is mirrored. Samples are scored against the images of val2014, with the first caption of
+30,000 of them (evaluate.split).
 
 CLIP ViT-L/14's 77 x 768 text features at every level, 10 % dropped with the coarser levels (which then are the caption
 of nothing, ''), guidance 1 with SD's latents (scale .23010 there). Every level is the 12-deep, 768-wide U-ViT of
@@ -15,8 +16,9 @@ configs/imagenet.py. Batch 256, 1,000 epochs of 82,783 images (323k steps), Adam
 
 Published FID-30k (captions of the validation set), guided: L1 (U-ViT-S) 5.42, L2 4.72, L3 5.92; without guidance 14.98,
 8.15, and at L3 by encoder MAE 10.96, MoCo-v3 10.59, CLIP 6.97, DINO 6.78.
-The frozen networks come with the published weights: until then `summary` and `synthetic` work. Not trained by us; the
-same path was run on captioned emoji (configs/emoji64.py:text).
+The vector of CLIP is the projected one (512 channels, Figure 4), of the others the class token: the paper says no more.
+The frozen networks' files are named by encoder.weights, codec.weights and text.weights; `summary` and `synthetic` work
+without them. Not trained by us; the same path was run on captioned emoji (configs/emoji64.py:text).
 """
 
 from configs import common
@@ -31,8 +33,9 @@ def get_config(arg: str = "L2"):
     config = common.default()
     text_training(config)
     config.encoder.update(
-        name=ENCODERS[encoder], input_size=224, map="last", features=("crops1", "crops2"), components=256
-    )
+        name=ENCODERS[encoder], input_size=224, map="last", vector="projected" if encoder == "clip" else "cls",
+        features=("crops1", "crops2"), components=256,
+    )  # fmt: skip
     net = common.uvit("base")
     config.levels = tuple(
         common.level(name, features, shape, 1, sigma=0.5, backbone=dict(net, final_conv=False))
@@ -48,11 +51,13 @@ def get_config(arg: str = "L2"):
 
 def text_training(config) -> None:
     """Data, text, codec, optimiser and evaluation of U-ViT's COCO recipe."""
-    config.data.update(source="image_folder", image_size=256, channels=3, check=False)
+    config.data.update(
+        source="coco", split="train2014", image_size=256, crop="center_lanczos", channels=3, check=False
+    )
     config.text.update(encoder="clip_vitl14", max_tokens=77, width=768)
-    config.codec.update(name="sd_vae", patch=8, channels=4)
+    config.codec.update(name="sd_vae", patch=8, channels=4, scale=0.23010)
     config.train.update(
         batch_size=256, steps=323_000, dtype="bfloat16", log_every=100, sample_every=10_000, save_every=5000
     )
     config.optimizer.update(learning_rate=2e-4, warmup_steps=5000, b1=0.9, b2=0.9, weight_decay=0.03)
-    config.evaluate.update(num_samples=30_000, num_reference=40_504)
+    config.evaluate.update(num_samples=30_000, num_reference=40_504, split="val2014")

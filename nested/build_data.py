@@ -1,10 +1,12 @@
-"""Config -> data: image sources, the frozen encoder, latents, augmentation; the only reader of those parts.
+"""Config -> data: the frozen encoder, latents, text, augmentation; the only reader of those parts beside
+build_sources.py, where images come from.
 
 Images that no encoder needs to see, where every level's variable is the image itself, are read as they are; all others
 are encoded once, into the latents' directory.
 """
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -13,89 +15,63 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from input_pipeline import augment, clips, image_files, loader, sources, transforms
+from input_pipeline import augment, loader, sources
 from input_pipeline import latents as records
 from input_pipeline import text as captions
-from nested import encode, encoding
+from nested import codecs, encode, encoding
 from nested import latents as latents_
 from nested import text as text_store
 from nested.build import as_shape
 from nested.build_process import choose, construct, is_joint
-from nested.encoders import efficientnet, grids
+from nested.build_sources import images
+from nested.encoders import autoencoder_kl, efficientnet, grids, vit
 from nested.encoders import text as text_encoders
 from nested.files import atomic_write
 
-ENCODERS = {"efficientnet_lite0": efficientnet.load}
-# Frozen networks of the papers, which come with the published weights.
-PUBLISHED = ("mocov3_vitb16", "clip_vitb16", "mae_vitb16", "dino_vitb16", "sd_vae", "clip_vitl14")
-
-
-def digits(data):
-    return sources.Digits()
-
-
-def idx(data):
-    return sources.Idx(data.path, data.split, num_classes=data.num_classes)
-
-
-def image_folder(data):
-    return image_files.ImageFolder(data.path, max_bad_images=data.max_bad_images, channels=data.channels or 3)
-
-
-def clip_folder(data):
-    return clips.ClipFolder(
-        data.path,
-        frames=data.frames,
-        stride=data.frame_stride,
-        channels=data.channels or 3,
-        max_bad_clips=data.max_bad_images,
-    )
-
-
-def tfds(data):
-    return image_files.Tfds(data.path, data.split, channels=data.channels or 3)
-
-
-SOURCES = {"digits": digits, "idx": idx, "image_folder": image_folder, "clip_folder": clip_folder, "tfds": tfds}
-
-
-def images(config):
-    """The source of images that config.data describes, cropped and resized as it says."""
-    data = config.data
-    source = choose("data.source", data.source, SOURCES)(data)
-    if source.num_classes != data.num_classes:
-        raise ValueError(
-            f"config.data.num_classes is {data.num_classes} but {source.describe()}; set it to {source.num_classes}"
-        )
-    if data.image_size:
-        channels = data.channels or source.image_shape[-1]
-        small = data.small_images
-        source = transforms.Transformed(source, data.image_size, crop="center", channels=channels, small=small)
-    elif data.channels not in (0, source.image_shape[-1]):
-        raise ValueError(
-            f"config.data.channels is {data.channels} but {source.describe()}; set data.image_size as well to convert "
-            "the images, or data.channels to 0"
-        )
-    return sources.Cached(source) if data.cache else source
+ENCODERS = {efficientnet.NAME: efficientnet.load}
+ENCODERS |= {name: functools.partial(vit.load, name) for name in vit.VARIANTS}
 
 
 def encoder(config):
     """The frozen encoder of config.encoder, for those features that are not made of the codec's latents."""
     options = config.encoder
-    check_published(config)
     load = choose("encoder.name", options.name, ENCODERS)
     features = tuple(name for name in options.features if not grids.of_codec(name))
-    return load(options.weights, input_size=options.input_size, map=options.map, vector="pool", features=features)
+    return load(
+        options.weights,
+        input_size=options.input_size,
+        map=options.map,
+        vector=options.vector,
+        features=features,
+        prefix=options.prefix,
+        dtype=options.dtype,
+    )
 
 
-def check_published(config) -> None:
-    """ValueError where the config asks for a network that comes with the published weights."""
-    for part in (config.encoder.name, config.codec.name, config.text.encoder):
-        if part in PUBLISHED:
-            raise ValueError(
-                f"config: {part!r} comes with the published weights, not part of this version; --mode=summary and "
-                "training on synthetic latents (configs/imagenet_L3.py:synthetic) work, efficientnet_lite0 encodes"
-            )
+def codec(config) -> codecs.CodecConfig:
+    """config.codec, checked."""
+    options = construct("codec", codecs.CodecConfig, dict(config.codec), {})
+    codecs.check_codec(options)
+    return options
+
+
+def autoencoder(options: codecs.CodecConfig, decoding: bool) -> autoencoder_kl.AutoencoderKL | None:
+    """The autoencoder of the codec sd_vae, to encode or to decode with, its parameters on the host."""
+    if options.name != "sd_vae":
+        return None
+    path, prefix, what = options.weights, options.prefix, "config.codec.weights"
+    if decoding and options.decoder_weights:
+        path, prefix, what = options.decoder_weights, "", "config.codec.decoder_weights"
+    return autoencoder_kl.load(path, prefix=prefix, patch=options.patch, channels=options.channels, what=what)
+
+
+def decoding(config) -> tuple[autoencoder_kl.Codec | None, dict | None]:
+    """(codec, parameters of its decoder) of latents that an autoencoder decodes, else (None, None)."""
+    options = codec(config)
+    network = autoencoder(options, decoding=True)
+    if network is None:
+        return None, None
+    return autoencoder_kl.Codec(options.scale, options.batch_size, options.dtype), network.decoder
 
 
 def score_encoder(config):
@@ -121,6 +97,8 @@ class SyntheticVariables:
 
     shapes: {level: shape}; a leaf of a level of several resolutions is the field 'level.0', 'level.1', ..."""
 
+    params = {}
+
     def __init__(self, shapes):
         self.names = {
             name: tuple(f"{name}.{i}" for i in range(len(shape))) if is_joint(shape) else name
@@ -136,13 +114,14 @@ class SyntheticVariables:
         del key
         return jax.tree.map(lambda name: raw[name], self.names)
 
-    def decode(self, z):
+    def decode(self, z, params=None):
         raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
 
 
 def latents(config, workdir: str, text: "Text | None" = None):
     """(records, Latents): encodes the data first where that has not been done. text: the run's encoder of captions,
     where the config has one."""
+    codec(config)  # its options are checked also where it has nothing to do
     check_augmentation(config)
     if config.data.source == "synthetic":
         made = SyntheticVariables({level.name: as_shape(level.shape) for level in config.levels})
@@ -164,7 +143,8 @@ def latents(config, workdir: str, text: "Text | None" = None):
             "takes a bad one's place would keep the bad one's caption; set it to 0 and remove the files that it names"
         )
     result, directory = encoded(config, workdir)
-    fields = ("label", *result.fields)
+    mirrored = [name + records.MIRRORED for name in result.fields if name != "image" and config.data.flip]
+    fields = ("label", *result.fields, *mirrored)
     source = records.LatentRecords(directory, fields)
     if not config.text.encoder:
         return source, result
@@ -175,7 +155,7 @@ def latents(config, workdir: str, text: "Text | None" = None):
 def encoded(config, workdir: str):
     """(Latents, directory) of levels that are encoded, which is done first where it has not been."""
     directory = encode_images(config, workdir)
-    result = latents_.read(directory, wanted(config))
+    result = latents_.read(directory, wanted(config), *decoding(config))
     report = result.report({level.name: float(level.sigma) for level in config.levels[:-1]})
     logging.info("levels, coarse to fine:\n%s", latents_.format_report(report))
     if jax.process_index() == 0:
@@ -193,12 +173,20 @@ def check_once(config, source, workdir: str) -> None:
 
 
 def decoder(config, workdir: str):
-    """The Latents for sampling, which needs no data where the variables are the images themselves."""
+    """The Latents for sampling, which needs no data where the variables are the images themselves, or where an
+    autoencoder decodes and config.codec.scale is given."""
     if config.data.source == "synthetic":
         return latents(config, workdir)[1]
     if images_only(config):
         return latents_.of_images(wanted(config), finest_shape(config))
+    if config.levels[-1].source == "sd_vae" and config.codec.scale:
+        return latents_.of_codec(wanted(config)[-1], *decoding(config))
     return encoded(config, workdir)[0]
+
+
+def pictures(config, source):
+    """The images that the records were made from, by the same numbers; the records where they hold them."""
+    return source if "image" in source[0] else images(config)
 
 
 def finest_shape(config) -> tuple[int, ...]:
@@ -236,8 +224,7 @@ def load_text(config) -> Text | None:
     options = config.text
     if not options.encoder or config.data.source == "synthetic":
         return None
-    check_published(config)
-    encoder = text_encoders.load(options.encoder, options.weights, options.max_tokens)
+    encoder = text_encoders.load(options.encoder, options.weights, options.max_tokens, options.dtype)
     if encoder.width != options.width:
         raise ValueError(
             f"config.text.width is {options.width} but {options.encoder} gives features of width {encoder.width}; "
@@ -250,7 +237,8 @@ def with_text(config, source, fields: tuple[str, ...], text: "Text | None", work
     """Those fields of the source and its text: features made once and stored below the latents' directory, or tokens to
     encode later. text: the run's encoder, loaded here where it is None."""
     encoder = (text or load_text(config)).encoder
-    texts = captions.captions(source)  # before the first step: those that are missing are counted and named
+    # Before the first step: captions that are missing are counted and named.
+    texts = captions.every_text(captions.captions(source))
     if config.text.stored:
         directory = os.path.join(latents_dir(config, workdir), "text")
         if jax.process_index() == 0:
@@ -263,10 +251,19 @@ def with_text(config, source, fields: tuple[str, ...], text: "Text | None", work
 
 
 def some_captions(config, number: int) -> tuple[str, ...]:
-    """`number` captions evenly spaced through the data, or all of them."""
+    """The captions, of several of one image the first, of `number` images evenly spaced through the data, or of all."""
     found = captions.captions(images(config))
     chosen = np.linspace(0, len(found), min(len(found), max(number, 1)), endpoint=False)
-    return tuple(found[int(i)] for i in chosen)
+    return tuple(captions.texts_of(found[int(i)])[0] for i in chosen)
+
+
+def scored_against(config, source):
+    """(config, source) of the images that samples are scored against: the run's, or those of config.evaluate.split."""
+    if not config.evaluate.split:
+        return config, source
+    other = config.copy_and_resolve_references()
+    other.data.split = config.evaluate.split
+    return other, images(other)
 
 
 def images_only(config) -> bool:
@@ -275,19 +272,19 @@ def images_only(config) -> bool:
 
 
 def check_augmentation(config) -> None:
-    """Encoded features describe the image as it was: only levels made from the image alone can see it changed; and
-    warps are of square images."""
+    """Encoded features describe the image as it was, or mirrored: only levels made from the image alone can see it
+    warped; and warps are of square images."""
     height, width = finest_shape(config)[-3:-1]
     if config.data.augment_prob and images_only(config) and height != width:
         raise ValueError(
             f"config.data.augment_prob {config.data.augment_prob}: the augmentation is of square images, "
             f"{config.levels[-1].name} is {height}x{width}; set it to 0 or data.image_size to a side"
         )
-    others = [level.name for level in config.levels if level.source not in latents_.CODECS]
-    if others and (config.data.augment_prob or config.data.flip):
+    others = [level.name for level in config.levels if level.source not in latents_.OF_IMAGES]
+    if others and config.data.augment_prob:
         raise ValueError(
-            f"config.data.augment_prob {config.data.augment_prob}, data.flip {config.data.flip}: the features of "
-            f"{', '.join(others)} are those of unchanged images; set them to 0 and False"
+            f"config.data.augment_prob {config.data.augment_prob}: what is encoded for {', '.join(others)} is of "
+            "unchanged images; set it to 0 (data.flip mirrors: both flips are encoded)"
         )
 
 
@@ -300,18 +297,33 @@ def augmentation(config):
 
 def encode_images(config, workdir: str) -> str:
     """Encodes config.data into the latents' directory, unless it is there; returns the directory."""
-    directory = latents_dir(config, workdir)
+    directory, options = latents_dir(config, workdir), codec(config)
     frozen = encoder(config)  # before the data: one that is not available is said before anyone fetches a data set
+    network = autoencoder(options, decoding=False)
     encode.encode(
         images(config),
         frozen,
-        construct("encoder", encoding.EncoderConfig, dict(config.encoder), dict(vector="pool")),
-        construct("codec", encoding.CodecConfig, dict(config.codec), {}),
+        construct("encoder", encoding.EncoderConfig, dict(config.encoder), {}),
+        options,
         directory,
+        autoencoder=network,
+        flip=config.data.flip,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
     return directory
+
+
+def encode_data(config, workdir: str) -> None:
+    """The mode `encode`: as latents(); prints the scale that an autoencoder's latents turned out to need."""
+    latents(config, workdir)
+    encoded_here = config.codec.name == "sd_vae" and config.data.source != "synthetic" and not images_only(config)
+    if encoded_here and jax.process_index() == 0:
+        scale = records.read_index(latents_dir(config, workdir))["sd_vae"]["measured_scale"]
+        print(
+            f"codec.scale: 1 / std of these latents is {scale:.5f}, the config has {config.codec.scale:g} (0: the "
+            f"measured one); --config.codec.scale={scale:.5f} fixes it for all later runs"
+        )
 
 
 def held_out(config, number: int) -> np.ndarray:
@@ -333,4 +345,4 @@ def split(config, source):
         return source, None
     training = sources.Part(source, np.setdiff1d(np.arange(len(source)), chosen))
     rows = np.split(chosen, jax.process_count())[jax.process_index()]
-    return training, loader.collate([source[int(i)] for i in rows])
+    return training, loader.collate([records.unflipped(source[int(i)]) for i in rows])

@@ -31,6 +31,7 @@ SAMPLERS = {
     "ddim": samplers.DDIM,
     "dpm_solver": samplers.DPMSolver,
     "euler_in_time": samplers.EulerInTime,
+    "euler_maruyama": samplers.EulerMaruyama,
     "euler": sigma_samplers.Euler,
     "heun": sigma_samplers.Heun,
     "dpm2": sigma_samplers.DPM2,

@@ -1,4 +1,4 @@
-"""Encoding a data set once: raw features after the SVD, the images themselves, and every statistic, on disk.
+"""Encoding a data set once: raw features after the SVD, the images or their latents, and every statistic, on disk.
 
 Two passes (raw 14x14x768 features of ImageNet would be 385 GB):
     1  covariance of every feature             statistics/covariance-00003-of-00012.npz, one per shard
@@ -11,6 +11,12 @@ Pass 2 reads raw features of pass 1 from memory while they fit (FEATURE_CACHE_BY
 basis' fit goes through the encoder twice, so for large data encoder.fit_images should be a few per cent of them, and
 encoding runs at about the encoder's own rate. The device works on a batch while the host reads the next one and packs
 and writes the one before.
+
+Of the codec sd_vae the moments of the latents are stored in place of the image, means before log-variances (clamped),
+float16 where U-ViT stores float32: a relative rounding of 5e-4. Their scale is measured beside:
+1 / std of all numbers of all latents, whose variance is that of the means plus the mean of the variances.
+With flips everything is stored of the mirrored image as well, in fields of their own ('map.mirrored'), as U-ViT stores
+both; the statistics are then over both, the SVD basis is fitted to the images as they are.
 
 Shards are the unit of work: shard i belongs to process i % process_count; a finished file is kept, a half-written one
 never has its final name (input_pipeline/latents.py, nested/files.py); what a shard holds depends on the shard alone.
@@ -33,7 +39,7 @@ from absl import logging
 
 from input_pipeline import latents as records
 from nested import encoding
-from nested.encoders import compress, grids
+from nested.encoders import autoencoder_kl, compress, grids
 from nested.files import atomic_write, check_writable
 from nested.writers import Progress
 
@@ -42,17 +48,22 @@ READ_THREADS, READ_AHEAD = 8, 2  # batches are read while the ones before them a
 BITS_AT = (0.5, 1.0)
 
 
-def encode(source, encoder, config, codec, latents_dir, *, process_index=0, process_count=1, timeout_s=3600.0):
+def encode(
+    source, encoder, config, codec, latents_dir, *,
+    autoencoder=None, flip=False, process_index=0, process_count=1, timeout_s=3600.0,
+):  # fmt: skip
     """Encodes `source` into `latents_dir`; returns the content of latents.json (see _finish). Safe to repeat: finished
     work is kept, and a complete directory returns at once.
 
+    autoencoder: encoders.autoencoder_kl.AutoencoderKL, of the codec sd_vae. flip: mirrored images are stored as well.
     source: len, [i] -> {"image": uint8 [H, W, C], "label": int}, .fingerprint, .num_classes (0: no labels), .check().
     timeout_s: how long to wait for the other processes without any progress of theirs.
     Raises, each in one line: ValueError (empty data; images of unequal shape; a label outside [0, num_classes); NaN or
     infinity in a feature; latents_dir made from something else), OSError (not writable), TimeoutError.
     """
     directory = check_writable(latents_dir)
-    job = encoding.plan(source, encoder, config, codec, directory, process_index, process_count, timeout_s)
+    processes = process_index, process_count, timeout_s
+    job = encoding.plan(source, encoder, config, codec, directory, *processes, autoencoder, flip)
     encoding.claim(job)
     if encoding.complete(job):
         return json.loads(job.index.read_text())
@@ -64,7 +75,7 @@ def encode(source, encoder, config, codec, latents_dir, *, process_index=0, proc
             _fit_bases(job)
         encoding.wait(job, [job.bases], "the SVD bases (process 0)")
     written, again = _project(job, encoding.load(job.bases, compress.Basis), cache)
-    _say_rate(written, seen + again if job.asked else 0, time.monotonic() - began)
+    _say_rate(written, seen + again if job.asked else 0, job.flip, time.monotonic() - began)
     if process_index == 0:
         encoding.wait(job, [job.sidecar("moments", i) for i in range(job.num_shards)], "every shard")
         _finish(job)
@@ -72,11 +83,12 @@ def encode(source, encoder, config, codec, latents_dir, *, process_index=0, proc
     return json.loads(job.index.read_text())
 
 
-def _say_rate(written, seen, seconds):
-    """What this process has done, and what it could have saved. seen: images that went through the encoder."""
+def _say_rate(written, seen, flip, seconds):
+    """What this process has done, and what it could have saved. seen: images that went through the encoder, not
+    mirrored."""
     if written:
         hint = "; a smaller encoder.fit_images saves time" if seen > 1.4 * written else ""
-        times = f"each went through the encoder {seen / written:.2f} times{hint}"
+        times = f"each went through the encoder {seen / written:.2f} times{', and once mirrored' * flip}{hint}"
         logging.info("encoded %s images, %.1f images/s: %s", f"{written:,}", written / seconds, times)
 
 
@@ -87,12 +99,13 @@ def _covariances(job, cache):
     """The sums of this process's shards of the fit; returns how many images the encoder saw. Raw features stay in
     `cache` {shard: [features of a batch]} while they fit."""
     shards = [i for i in job.mine if i in job.fit_shards and not job.sidecar("covariance", i).exists()]
-    bytes_per_image = 4 * sum(math.prod(job.grids[name]) for name in job.stored)
+    bytes_per_image = 4 * sum(math.prod(shape) for shape in job.raw.values())
     room, spans = FEATURE_CACHE_BYTES, {}
     for shard in shards:
         start, stop = job.span(shard)
+        stop = stop if job.grids else start  # no feature, no statistics: nothing is read
         room -= bytes_per_image * (stop - start)
-        spans[shard] = (start, stop if room >= 0 else start + job.fit_shards[shard])
+        spans[shard] = (start, stop if room >= 0 else min(stop, start + job.fit_shards[shard]))
         if room >= 0:
             cache[shard] = []
     total = sum(stop - start for start, stop in spans.values())
@@ -105,14 +118,14 @@ def _covariances(job, cache):
             first, images, labels = batch
             features = _features(job, images)
             fitted = min(len(labels), fit_stop - first)
-            finite = {name: streams[name].add(x, fitted) for name, x in features.items() if fitted > 0}
+            finite = {name: stream.add(features[name], fitted) for name, stream in streams.items() if fitted > 0}
             return features, finite
 
         for (first, _, labels), (features, finite) in _one_ahead(_batches(job, start, stop), begin):
             for name, images_finite in finite.items():
                 _refuse(~np.asarray(images_finite), first, f"NaN or infinity in feature {name!r}")
             if shard in cache:
-                cache[shard].append({name: np.asarray(features[name]) for name in job.stored})
+                cache[shard].append({name: np.asarray(features[name]) for name in job.raw})
             done += len(labels)
             progress.update(done)
         encoding.save(job.sidecar("covariance", shard), {name: stream.result() for name, stream in streams.items()})
@@ -128,7 +141,7 @@ def _fit_bases(job):
     if "patches" in totals:
         bases["patches"] = compress.fit_basis(totals["patches"], job.codec.channels)
     for name in job.stored:
-        if grids.of_codec(name):
+        if grids.of_codec(name) and "patches" in bases:
             codec = compress.PatchPCA.from_basis(bases["patches"], job.codec.patch, job.codec.channels)
             latents = codec.mean.astype(np.float64), codec.vectors.astype(np.float64) * codec.scale
             bases[name] = _fit(job, totals[name].through(*latents)).after(*latents)
@@ -172,21 +185,41 @@ def _records(job, shard, bases, kept, moments, done, progress):
     kept, fields = iter(kept or ()), job.fields
 
     def begin(batch):
-        features = next(kept, None) or _features(job, batch[1])
-        return {name: compress.project(features[name], *basis).astype(np.float16) for name, basis in bases.items()}
+        encoded = _encoded(job, batch[1], bases, next(kept, None))
+        if job.flip:
+            mirrored = _encoded(job, batch[1][:, :, ::-1], bases, None)
+            encoded |= {name + records.MIRRORED: x for name, x in mirrored.items()}
+        return encoded
 
-    for (first, images, labels), projected in _one_ahead(_batches(job, *job.span(shard)), begin):
-        grids_of = {name: np.asarray(grid)[: len(labels)] for name, grid in projected.items()}
-        for name, grid in grids_of.items():
+    for (first, images, labels), encoded in _one_ahead(_batches(job, *job.span(shard)), begin):
+        grids_of = {name: np.asarray(grid)[: len(labels)] for name, grid in encoded.items()}
+        for field, grid in grids_of.items():
             bad = ~np.isfinite(grid).all((1, 2, 3))
-            _refuse(bad, first, f"NaN, infinity or a value beyond float16 in feature {name!r}")
-            part = compress.Moments.of(grid)
+            _refuse(bad, first, f"NaN, infinity or a value beyond float16 in feature {field!r}")
+            name = field.removesuffix(records.MIRRORED)
+            part = _latent_moments(grid) if name == "sd_vae" else compress.Moments.of(grid)
             moments[name] = moments[name].merge(part) if name in moments else part
         for row, label in enumerate(labels):
             record = {name: grid[row] for name, grid in grids_of.items()}
             yield records.pack(record | {"label": label, "image": images[row]}, fields)
         done += len(labels)
         progress.update(done)
+
+
+def _encoded(job, images, bases, features):
+    """{field: float16 [B, h, w, K]} of a batch of images, whose raw features may be known."""
+    features = _features(job, images) if features is None else features
+    found = {name: compress.project(features[name], *basis) for name, basis in bases.items()}
+    if job.autoencoder:
+        found["sd_vae"] = features["sd_vae"] if "sd_vae" in features else _latents(job, images)
+    return {name: x.astype(np.float16) for name, x in found.items()}
+
+
+def _latent_moments(stored):
+    """Moments of all numbers of the latents drawn from stored moments, as of one position of one channel."""
+    mean, logvar = np.split(stored.astype(np.float64), 2, axis=-1)
+    square = np.square(mean).sum() + np.exp(logvar).sum()
+    return compress.Moments(mean.size, mean.sum().reshape(1, 1), square.reshape(1, 1, 1))
 
 
 def _finish(job):
@@ -210,10 +243,20 @@ def _finish(job):
         "image_shape": list(job.image_shape),
         "fields": made["fields"],
         "features": features,
+        **_latent_summary(job, moments),
         "statistics_sha256": hashlib.sha256(job.statistics.read_bytes()).hexdigest(),
         "shards": shards,
     }
     atomic_write(job.index, json.dumps(index, indent=1))
+
+
+def _latent_summary(job, moments):
+    """The grid of the autoencoder's latents, and the scale that brings them to variance 1 about their mean."""
+    if not job.autoencoder:
+        return {}
+    _, std = compress.standardisation(moments["sd_vae"], np.eye(1), 1)
+    *grid, numbers = job.moments_shape
+    return {"sd_vae": {"grid": grid, "channels": numbers // 2, "measured_scale": float(1 / std[0])}}
 
 
 def _feature_summary(grid, basis):
@@ -235,13 +278,23 @@ def _feature_summary(grid, basis):
 
 def _features(job, images):
     """Every grid of the statistics: the encoder's, the codec's patches, and what of them becomes the codec's features
-    when it is projected (pooling and the codec's own projection may change places: both are linear)."""
+    when it is projected (pooling and the codec's own projection may change places: both are linear). The features of an
+    autoencoder are of its means, not scaled (nested/latents.py scales them), and come with all of its moments."""
     features = dict(job.encoder.features(images)) if job.asked else {}
     features = {name: features[name] for name in job.asked}
     if "patches" in job.grids:
         patches = features["patches"] = _patches(images, job.codec.patch)
         features |= {name: grids.pooled(patches, name) for name in job.stored if grids.of_codec(name)}
+    elif any(map(grids.of_codec, job.stored)):
+        features["sd_vae"] = _latents(job, images)
+        mean = features["sd_vae"][..., : job.codec.channels]
+        features |= {name: grids.pooled(mean, name) for name in job.stored if grids.of_codec(name)}
     return features
+
+
+def _latents(job, images):
+    """Moments of the autoencoder's latents, float32 [B, h, w, 2 c]."""
+    return autoencoder_kl.stored_moments(job.codec_params, images, job.codec.batch_size)
 
 
 @functools.partial(jax.jit, static_argnames=("patch",))

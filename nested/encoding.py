@@ -23,7 +23,9 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import latents as records
+from nested.codecs import CodecConfig, check_codec
 from nested.encoders import grids
+from nested.encoders.autoencoder_kl import AutoencoderKL
 from nested.files import atomic_write
 from nested.writers import Progress
 
@@ -35,7 +37,9 @@ SVD = ("shared", "per_position", "none")
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """config.encoder. features: grids to store, by their names in nested/encoders/grids.py; components: channels kept
+    """config.encoder. vector: which of the encoder's outputs the vector of an image or a crop is ('cls' | 'pool' |
+    'projected'); prefix: what stands before the network's names in the weight file ('' finds it); dtype: of the
+    encoder's products; features: grids to store, by their names in nested/encoders/grids.py; components: channels kept
     of each; svd: 'shared' by all positions | 'per_position' | 'none' (channels as the encoder gives them); center:
     the SVD is of features about their mean; fit_images: the basis is fitted to so many images (0: all), of shards
     spread evenly over the data; shard_images: records per shard."""
@@ -45,6 +49,8 @@ class EncoderConfig:
     input_size: int
     map: str
     vector: str
+    prefix: str
+    dtype: str
     features: tuple
     components: int
     svd: str
@@ -52,15 +58,6 @@ class EncoderConfig:
     fit_images: int
     batch_size: int
     shard_images: int
-
-
-@dataclasses.dataclass(frozen=True)
-class CodecConfig:
-    """config.codec. name: 'pixels' | 'patch_pca'; patch (pixels), channels (kept of patch^2 C): of patch_pca only."""
-
-    name: str
-    patch: int
-    channels: int
 
 
 class Encoder(Protocol):
@@ -89,6 +86,8 @@ class Job:
     timeout_s: float
     image_shape: tuple
     grids: dict  # feature -> (h, w, C), the codec's patches included, which the codec's features are made of
+    autoencoder: AutoencoderKL | None  # of the codec sd_vae
+    flip: bool  # whether everything is stored of the mirrored images as well
 
     def channels(self, name):
         """Channels of a feature before its SVD: of the codec's latents for theirs."""
@@ -110,9 +109,35 @@ class Job:
         return self.config.svd == "per_position" and name != "patches"
 
     @property
+    def moments_shape(self):
+        """(h, w, 2 c) of the autoencoder's moments."""
+        height, width, channels = latent_grid(self.autoencoder, self.image_shape)
+        return height, width, 2 * channels
+
+    @property
+    def raw(self):
+        """name -> (h, w, C) of what records are made of, as far as pass 1 has it: raw features, and the autoencoder's
+        moments where features are of them."""
+        found = {name: self.grids[name] for name in self.stored}
+        moments = self.autoencoder and any(map(grids.of_codec, found))
+        return found | {"sd_vae": self.moments_shape} if moments else found
+
+    @functools.cached_property
+    def codec_params(self):
+        """The autoencoder's encoder, on the device."""
+        return jax.device_put(self.autoencoder.encoder)
+
+    @property
     def fields(self):
-        features = tuple(records.Field(name, "float16", shape) for name, shape in self.stored.items())
-        return (records.Field("label", "int32", ()), *features, records.Field("image", "uint8", self.image_shape))
+        """The record's layout: a label, what is encoded of the image and, with flips, of its mirror image; the image
+        itself where the codec needs it."""
+        encoded = [records.Field(name, "float16", shape) for name, shape in self.stored.items()]
+        images = [records.Field("image", "uint8", self.image_shape)]
+        if self.autoencoder:
+            encoded.append(records.Field("sd_vae", "float16", self.moments_shape))
+            images = []
+        mirrored = [records.Field(field.name + records.MIRRORED, field.dtype, field.shape) for field in encoded]
+        return (records.Field("label", "int32", ()), *encoded, *(mirrored if self.flip else ()), *images)
 
     @property
     def num_shards(self):
@@ -152,7 +177,10 @@ class Job:
         return self.directory / records.INDEX_FILE
 
 
-def plan(source, encoder, config, codec, directory, process_index, process_count, timeout_s):
+def plan(
+    source, encoder, config, codec, directory, process_index, process_count, timeout_s, autoencoder=None, flip=False
+):
+    """The Job of these arguments of encode(), checked."""
     if len(source) == 0:
         raise ValueError("the data set is empty: nothing to encode; check config.data")
     for key in ("components", "batch_size", "shard_images"):
@@ -160,36 +188,50 @@ def plan(source, encoder, config, codec, directory, process_index, process_count
             raise ValueError(f"encoder.{key}: {getattr(config, key)} given; it must be at least 1")
     if config.fit_images < 0:
         raise ValueError(f"encoder.fit_images: {config.fit_images} given; 0 = all images, or how many")
-    if codec.name not in ("pixels", "patch_pca"):
-        raise ValueError(f"codec.name: {codec.name!r} given; choose from 'pixels', 'patch_pca'")
+    check_codec(codec)
     shape = tuple(np.shape(source[0]["image"]))
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise ValueError(f"image 0: shape {shape}; images must be [H, W, 1 or 3]")
-    found = _grids(encoder, config, codec, shape)
-    job = Job(source, encoder, config, codec, directory, process_index, process_count, timeout_s, shape, found)
+    found = _grids(encoder, config, codec, shape, autoencoder)
+    processes = process_index, process_count, timeout_s
+    job = Job(source, encoder, config, codec, directory, *processes, shape, found, autoencoder, flip)
     _check_svd(job)
     return job
 
 
-def _grids(encoder, config, codec, image_shape):
+def _grids(encoder, config, codec, image_shape, autoencoder):
     """feature -> (h, w, C); the shapes of the encoder's are traced."""
-    found, outputs = {}, {}
+    found, outputs, latents = {}, {}, None
     if codec.name == "patch_pca":
-        found["patches"] = _patch_grid(codec, image_shape)
+        found["patches"] = latents = _patch_grid(codec, image_shape)
+    elif codec.name == "sd_vae":
+        latents = latent_grid(autoencoder, image_shape)
     if not all(map(grids.of_codec, config.features)):
         outputs = jax.eval_shape(encoder.features, jax.ShapeDtypeStruct((config.batch_size, *image_shape), np.uint8))
     for name in config.features:
         if not grids.of_codec(name):
             found[name] = tuple(outputs[name].shape[1:])
-        elif "patches" not in found:
+        elif latents is None:
             raise ValueError(
                 f"encoder.features: {name!r} given, but codec.name {codec.name!r} has no latents; take it out or set "
-                "codec.name to 'patch_pca'"
+                "codec.name to 'patch_pca' or 'sd_vae'"
             )
         else:
-            patches = jax.ShapeDtypeStruct((1, *found["patches"]), np.float32)
-            found[name] = jax.eval_shape(functools.partial(grids.pooled, name=name), patches).shape[1:]
+            one = jax.ShapeDtypeStruct((1, *latents), np.float32)
+            found[name] = jax.eval_shape(functools.partial(grids.pooled, name=name), one).shape[1:]
     return found
+
+
+def latent_grid(autoencoder, image_shape):
+    """(h, w, c) of the latents of images of this shape."""
+    height, width, channels = image_shape
+    layout = autoencoder.layout
+    if channels != layout.image_channels or height % layout.patch or width % layout.patch:
+        raise ValueError(
+            f"codec.name: 'sd_vae' given, whose weights take images of {layout.image_channels} channel(s) and sides "
+            f"that {layout.patch} divides, found {height}x{width}x{channels}; set data.image_size and data.channels"
+        )
+    return height // layout.patch, width // layout.patch, layout.channels
 
 
 def _check_svd(job):
@@ -229,13 +271,18 @@ def _patch_grid(codec, shape):
 
 def _made_from(job):
     """What the files depend on, by the config's names. Batch size and process count are not among it."""
-    keys = ("input_size", "map", "vector", "features", "components", "svd", "center", "fit_images", "shard_images")
+    keys = ("input_size", "map", "vector", "prefix", "dtype", "features")
+    keys += ("components", "svd", "center", "fit_images", "shard_images")
     made = {f"encoder.{key}": getattr(job.config, key) for key in keys}
     made["encoder.features"] = list(job.config.features)
     made |= {"encoder.name": job.encoder.name, "encoder.weights_sha256": job.encoder.fingerprint}
     made["codec.name"] = job.codec.name
-    if job.codec.name == "patch_pca":
+    if job.codec.name != "pixels":
         made |= {"codec.patch": job.codec.patch, "codec.channels": job.codec.channels}
+    if job.autoencoder:
+        made["codec.weights_sha256"] = job.autoencoder.fingerprint
+    if job.flip:
+        made["data.flip"] = True
     made |= {"data.fingerprint": job.source.fingerprint, "data.num_images": len(job.source)}
     made |= {"data.num_classes": job.source.num_classes, "data.image_shape": list(job.image_shape)}
     return made

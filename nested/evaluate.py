@@ -3,8 +3,9 @@
     FD-EffLite0 = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))     on 1,280-d features of images and samples
 
 Numbers of this extractor compare runs of this code on one data set; they do not compare with published FIDs, which
-need Inception's weights. Both the guided and the unguided score are reported, as U-ViT's users ask for them. Clips are
-scored frame by frame. With config.evaluate.sweep options of sampling are scored at several values (nested/sweep.py).
+need Inception's weights. With the weights of a CLIP (config.evaluate.clip) the samples are held to their prompts too.
+Both the guided and the unguided score are reported, as U-ViT's users ask for them. Clips are scored frame by frame.
+With config.evaluate.sweep options of sampling are scored at several values (nested/sweep.py).
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from nested import build_data, memorization, sample, sweep
-from nested.evaluation import frechet, scores
+from nested.evaluation import clip_score, frechet, scores
 from nested.files import atomic_write
 
 EXTRACTOR = "EffLite0"
@@ -25,7 +26,8 @@ EXTRACTOR = "EffLite0"
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """fd: FD-EffLite0; kid: MMD^2 (times one, not a thousand). guided: whether the config's guidance was on."""
+    """fd: FD-EffLite0; kid: MMD^2 (times one, not a thousand). guided: whether the config's guidance was on. clip: the
+    CLIP score with the prompts, where config.evaluate.clip has weights."""
 
     guided: bool
     guidance: tuple[float, ...]
@@ -35,22 +37,31 @@ class Score:
     num_reference: int
     input_size: int
     step: int
+    clip: float | None = None
 
     def __str__(self):
         guidance = ", ".join(f"{w:g}" for w in self.guidance)
         return (
-            f"FD-EffLite0 {self.fd:.2f}  KID {self.kid:.4f}  guidance ({guidance})  "
+            f"FD-EffLite0 {self.fd:.2f}  KID {self.kid:.4f}  {self._clip()}guidance ({guidance})  "
             f"({self.num_samples:,} samples against {self.num_reference:,} images, {self.input_size} px)"
         )
+
+    def _clip(self):
+        return "" if self.clip is None else f"CLIP score {self.clip:.2f}  "
 
 
 def features(encoder, batches, size: int) -> np.ndarray:
     """Pooled features float32 [N, 1280] of uint8 images, given in batches of any length; of clips, one per frame. Every
     batch that is encoded is padded to `size` rows."""
+    return encoded(encoder.pooled, (batch.reshape(-1, *batch.shape[-3:]) for batch in batches), size)
+
+
+def encoded(network, batches, size: int) -> np.ndarray:
+    """What `network` makes of images, given in batches of any length, padded to `size` rows each time."""
     result = []
-    for images in rechunk((batch.reshape(-1, *batch.shape[-3:]) for batch in batches), size):
+    for images in rechunk(batches, size):
         padded = np.concatenate([images, np.repeat(images[-1:], size - len(images), axis=0)])
-        result.append(np.asarray(encoder.pooled(padded))[: len(images)])
+        result.append(np.asarray(network(padded))[: len(images)])
     return np.concatenate(result)
 
 
@@ -101,20 +112,47 @@ def measurement(config, source, cache_dir: str):
             f"{config.evaluate.num_reference}; a distance needs 2 or more of each"
         )
     encoder, size, number = build_data.score_encoder(config), config.encoder.batch_size, config.evaluate.num_samples
-    texts = build_data.some_captions(config, number) if config.text.encoder else ()  # not those of the pictures
-    reference = reference_features(config, source, encoder, cache_dir)
-    fitted = frechet.fit(reference, EXTRACTOR)
+    scored, source = build_data.scored_against(config, source)
+    texts = build_data.some_captions(scored, number) if config.text.encoder else ()  # not those of the pictures
+    reference = reference_features(config, build_data.pictures(scored, source), encoder, cache_dir)
+    fitted, clip = frechet.fit(reference, EXTRACTOR), clip_of(config)
 
     def measure(gen, ema, step):
         weights = tuple(level.guidance for level in gen.levels)
         if texts:
             gen = dataclasses.replace(gen, prompts=texts)
-        drawn = features(encoder, gen.batches(ema, number, f"samples, guidance {weights}"), size)
+        vectors = []
+
+        def drawn_batches():
+            for images in gen.batches(ema, number, f"samples, guidance {weights}"):
+                if clip:
+                    vectors.append(encoded(clip.image_vectors, [images], config.sample.batch_size))
+                yield images
+
+        drawn = features(encoder, drawn_batches(), size)
         fd = frechet.distance(frechet.fit(drawn, EXTRACTOR), fitted)
         kid = scores.kernel_distance(drawn, reference).mean
-        return Score(any(weights), weights, fd, kid, len(drawn), len(reference), encoder.input_size, step)
+        fits = None
+        if clip:
+            prompts = [gen.prompts[i % len(gen.prompts)] for i in range(number)]
+            fits = clip_score.score(np.concatenate(vectors), clip.text_vectors(prompts))
+        return Score(any(weights), weights, fd, kid, len(drawn), len(reference), encoder.input_size, step, fits)
 
     return measure
+
+
+def clip_of(config) -> clip_score.Clip | None:
+    """The CLIP of config.evaluate.clip, None without weights. Raises ValueError where there are no texts to fit, or the
+    samples are clips."""
+    options = config.evaluate.clip
+    if not options.weights:
+        return None
+    if not config.text.encoder or len(build_data.finest_shape(config)) != 3:
+        raise ValueError(
+            "config.evaluate.clip.weights is given, but the CLIP score is of images with prompts: this config has "
+            f"{'clips' if config.text.encoder else 'no text (config.text.encoder)'}; set it to ''"
+        )
+    return clip_score.load(options.name, options.weights)
 
 
 def report(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str) -> list[str]:
@@ -138,13 +176,13 @@ def write_scores(workdir: str, results: list[Score]) -> str:
     return path
 
 
-def evaluate(config, workdir: str) -> None:
-    """The mode `evaluate`: scores the newest checkpoint, prints the scores and writes scores.json, with the report on
-    memorisation that the config asks for; or makes a sweep and nothing else."""
+def evaluate(config, workdir: str, weights: str = "") -> None:
+    """The mode `evaluate`: scores the newest checkpoint, or the weights in a file (as step 0), prints the scores and
+    writes scores.json, with the report on memorisation that the config asks for; or makes a sweep and nothing else."""
     if not config.evaluate.num_samples:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
     memorization.check(config)
-    gen, ema, step = sample.restored(config, workdir)
+    gen, ema, step = sample.opened(config, workdir, weights)
     source, _ = build_data.latents(config, workdir, gen.text)
     cache_dir = build_data.latents_dir(config, workdir)
     if config.evaluate.sweep:

@@ -1,27 +1,32 @@
 """From records to level variables and back: what the jitted train step and the sampler see of the encoding.
 
-Records hold the image and each feature's leading components (nested/encode.py); pooling, truncation, standardisation
-and the level-1 codec run here, inside the jitted step. So the number of levels and their shapes are free, as long as a
-level's grid and channels are not larger than what is stored. The statistics are small constants of the step.
+Records hold the image, or its latents' moments, and each feature's leading components (nested/encode.py); pooling,
+truncation, standardisation and the level-1 codec run here, inside the jitted step. So the number of levels and their
+shapes are free, as long as a level's grid and channels are not larger than what is stored. The statistics are small
+constants of the step; the parameters of an autoencoder are an argument of decode(), not constants of a program.
 """
 
 import dataclasses
 import hashlib
 import math
 import pathlib
+from typing import Any
+
+from absl import logging
 
 from input_pipeline import latents as records
 from nested import encoding
-from nested.encoders import compress
+from nested.codecs import CODECS
+from nested.encoders import autoencoder_kl, compress, grids
 
-CODECS = ("pixels", "patch_pca")
+OF_IMAGES = ("pixels", "patch_pca")  # sources that need the image itself
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelSource:
-    """Where a level's variable comes from. name: 'z3'; source: 'pixels' | 'patch_pca' | a stored feature by its name in
-    nested/encoders/grids.py; shape: (h, w, c) of the variable, for pixels also with frames before it or a tuple of
-    resolutions, made by `downsampling` (compress.Pyramid); standardize: of features (compress.fit_level)."""
+    """Where a level's variable comes from. name: 'z3'; source: 'pixels' | 'patch_pca' | 'sd_vae' | a stored feature by
+    its name in nested/encoders/grids.py; shape: (h, w, c) of the variable, for pixels also with frames before it or a
+    tuple of resolutions, made by `downsampling` (compress.Pyramid); standardize: of features (compress.fit_level)."""
 
     name: str
     source: str
@@ -35,35 +40,52 @@ class Latents:
     """The levels' variables of encoded images. Made by read().
 
     levels: LevelSource, coarse to fine; transforms: one per level, with encode (and decode, where it is a codec);
-    explained: the share of the variance that each level's channels keep; fingerprint: of the encoding.
+    explained: the share of the variance that each level's channels keep; fingerprint: of the encoding; params: those of
+    the finest level's decoder, {} where it has none.
     """
 
     levels: tuple
     transforms: tuple
     explained: tuple
     fingerprint: str
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fields(self):
         """The record fields that variables() reads, for LatentRecords."""
         return tuple(dict.fromkeys(_field(level.source) for level in self.levels))
 
+    @property
+    def codec_field(self):
+        """The record field that the finest level's variable is made of."""
+        return _field(self.levels[-1].source)
+
     def variables(self, raw, key):
         """raw: batch of records {field: [B, ...]} -> {level: float32 [B, h, w, c]}, standardised. Traceable by jit.
 
-        key: for codecs that sample their latent; the codecs of this version are deterministic and do not use it.
+        key: of the draw of an autoencoder's latents, for row i from (key, i); None for their means.
         """
-        del key
-        pairs = zip(self.levels, self.transforms, strict=True)
-        return {level.name: transform.encode(raw[_field(level.source)]) for level, transform in pairs}
+        found = {}
+        for level, transform in zip(self.levels, self.transforms, strict=True):
+            drawn = (key,) if level.source == "sd_vae" else ()
+            found[level.name] = transform.encode(raw[_field(level.source)], *drawn)
+        return found
 
-    def decode(self, z_BhwC):
-        """The finest level's variable -> uint8 images [B, H, W, C] or clips [B, T, H, W, C]. Traceable by jit."""
-        return self.transforms[-1].decode(z_BhwC)
+    def decode(self, z_BhwC, params=None):
+        """The finest level's variable -> uint8 images [B, H, W, C] or clips [B, T, H, W, C]. Traceable by jit.
 
-    def resolutions(self, z):
+        params: self.params, for codecs that have some; such decode few rows at a time, see slices()."""
+        codec = self.transforms[-1]
+        return codec.decode(z_BhwC, params) if params else codec.decode(z_BhwC)
+
+    def slices(self, rows, devices):
+        """Equal slices of that many rows, which are to be decoded one after the other on the devices."""
+        most = self.transforms[-1].batch_size if self.params else rows
+        return autoencoder_kl.slices_of(rows, most, devices)
+
+    def resolutions(self, z, params=None):
         """Every resolution of the finest level's variable as uint8 images or clips, coarse to fine; for jit too."""
-        return tuple(map(compress.to_images, z)) if isinstance(z, tuple) else (self.decode(z),)
+        return tuple(map(compress.to_images, z)) if isinstance(z, tuple) else (self.decode(z, params),)
 
     def report(self, sigmas):
         """One dict per level, coarse to fine: name, source, shape, explained_variance, and for sigmas[name] (a level
@@ -103,10 +125,21 @@ def of_images(levels, image_shape):
     return Latents(tuple(levels), transforms, (1.0,) * len(levels), "images")
 
 
-def read(directory, levels):
+def of_codec(level, codec, params):
+    """Latents that only decode: of the finest level, by an autoencoder whose scale is given. Needs no data.
+
+    Raises ValueError in one line for another number of channels, or another standardisation."""
+    _must_be_standard(level)
+    channels = params["decoder.conv_in.weight"].shape[1]
+    _must_equal(level, (*level.shape[:2], channels), "the autoencoder")
+    return Latents((level,), (codec,), (1.0,), "codec", params)
+
+
+def read(directory, levels, codec=None, params=None):
     """Latents from a finished latents directory (latents.json, statistics.npz).
 
-    levels: LevelSource, coarse to fine; the last one's source must be a codec.
+    levels: LevelSource, coarse to fine; the last one's source must be a codec. codec, params: autoencoder_kl.Codec, of
+    scale 0 where it is to be the measured one, and the decoder's parameters, for the source 'sd_vae'.
     Raises ValueError / FileNotFoundError in one line: not finished, statistics missing or not the ones of latents.json,
     an unknown source, a shape that the source cannot give.
     """
@@ -119,27 +152,37 @@ def read(directory, levels):
         raise ValueError(f"{path}: damaged, or of another encoding; delete {directory} and run --mode=encode")
     bases = encoding.load(path, compress.Basis, "basis/")
     moments = encoding.load(path, compress.Moments, "moments/")
-    made = [_transform(level, index, bases, moments) for level in levels]
+    if codec and not codec.scale:
+        codec = dataclasses.replace(codec, scale=index["sd_vae"]["measured_scale"])
+        logging.info("codec.scale 0: the measured one, %.5f", codec.scale)
+    made = [_transform(level, index, bases, moments, codec) for level in levels]
     if levels[-1].source not in CODECS:
         raise ValueError(
             f"level {levels[-1].name}: source {levels[-1].source!r} has no decoder; the finest level's source must be "
             f"one of {', '.join(map(repr, CODECS))}"
         )
     transforms, explained = zip(*made, strict=True)
-    return Latents(tuple(levels), transforms, explained, index["fingerprint"])
+    return Latents(tuple(levels), transforms, explained, index["fingerprint"], params or {})
 
 
 def _field(source):
-    return "image" if source in CODECS else source
+    return "image" if source in OF_IMAGES else source
 
 
-def _transform(level, index, bases, moments):
+def _transform(level, index, bases, moments, codec):
     """(transform, explained variance) of one level."""
-    if level.source == "pixels":
+    fields = [field["name"] for field in index["fields"]]
+    if level.source == "pixels" and "image" in fields:
         return _pixels(level, index["image_shape"]), 1.0
+    if level.source == "sd_vae" and "sd_vae" in fields:
+        _must_be_standard(level)
+        shape = [*index["sd_vae"]["grid"], index["sd_vae"]["channels"]]
+        _must_equal(level, shape, "the autoencoder")
+        return codec, 1.0
     feature = "patches" if level.source == "patch_pca" else level.source
     if feature not in bases:
-        known = ["pixels"] + ["patch_pca" if name == "patches" else name for name in bases]
+        known = ["pixels" if "image" in fields else "sd_vae"]
+        known += ["patch_pca" if name == "patches" else name for name in bases]
         raise ValueError(
             f"level {level.name}: source {level.source!r} is not in these latents, only {', '.join(known)}; "
             "add it to config.encoder.features (or config.codec) and encode into another latents_dir"
@@ -159,6 +202,8 @@ def _transform(level, index, bases, moments):
     _must_keep(level, limit, index["made_from"]["encoder.svd"])
     try:
         transform = compress.fit_level(moments[feature], stored["grid"], level.shape, level.standardize)
+        if codec and grids.of_codec(feature) and level.standardize == "none":  # stored of means that are not scaled
+            transform = dataclasses.replace(transform, std=transform.std / codec.scale)
         return transform, _share(basis, channels)
     except ValueError as error:
         raise ValueError(f"level {level.name} ({level.source}): {error}") from error

@@ -8,10 +8,12 @@
 Distances are of pixels (root mean square, in grey levels of 255) and of the features that the scores use (Euclidean).
 Beside the held-out images stand training images, each against all others. Where many training images have near copies
 (skin tones of one emoji) the ratio says little. All images are compared as the finest level's codec decodes them, which
-is the nearest that a sample can come; and as they are, not mirrored where training mirrors them (config.data.flip).
+is the nearest that a sample can come (an autoencoder: the mean of their latents); and as they are, not mirrored where
+training mirrors them (config.data.flip).
 """
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -22,7 +24,7 @@ import jax
 import numpy as np
 
 from input_pipeline import loader, sources
-from nested import build_data
+from nested import build_data, partition
 from nested.evaluation import nearest
 from nested.files import atomic_write
 from nested.writers import Progress
@@ -127,29 +129,36 @@ def describe(kind: str, said: dict[str, Any]) -> str:
     )
 
 
-def as_decoded(latents) -> Callable:
-    """uint8 images [N, H, W, C] -> what the finest level's codec makes of them, at the samples' resolution."""
-    codec = latents.transforms[-1]
-    decoded = jax.jit(lambda images: latents.decode(codec.encode(images)))
+def as_decoded(latents, mesh) -> Callable:
+    """Stored images [N, H, W, C], or their latents' moments -> the uint8 images that the finest level's codec makes of
+    them, at the samples' resolution. The rows are split over the mesh."""
+    codec, size = latents.transforms[-1], -(-BATCH // mesh.size) * mesh.size
+    size = latents.slices(size, mesh.size)[0].stop
+    split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
 
-    def seen(images):
-        chunks = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-        return np.concatenate([np.asarray(decoded(nearest.padded(chunk, BATCH)))[: len(chunk)] for chunk in chunks])
+    @functools.partial(jax.jit, in_shardings=(split, whole), out_shardings=whole)
+    def decoded(stored, params):
+        return latents.decode(codec.encode(stored), params)
+
+    def seen(stored):
+        chunks = (stored[start : start + size] for start in range(0, len(stored), size))
+        padded = ((len(chunk), nearest.padded(chunk, size)) for chunk in chunks)
+        return np.concatenate([np.asarray(decoded(chunk, latents.params))[:count] for count, chunk in padded])
 
     return seen
 
 
-def in_turn(training, seen: Callable):
-    """The training images in batches, as decoded, with a progress line."""
+def in_turn(training, field: str, seen: Callable):
+    """The training images in batches, as decoded from that field of the records, with a progress line."""
     progress, done = Progress("training images compared", len(training)), 0
-    for batch in loader.in_order(training, BATCH):
-        yield seen(batch["image"])
-        progress.update(done := done + len(batch["image"]))
+    for batch in loader.in_order(sources.Fields(training, (field,)), BATCH):
+        yield seen(batch[field])
+        progress.update(done := done + len(batch[field]))
 
 
-def at(source, places) -> np.ndarray:
-    """The images of a source at these places."""
-    return np.stack([source[int(i)]["image"] for i in places])
+def at(source, places, field: str) -> np.ndarray:
+    """That field of a source's records at these places."""
+    return np.stack([source[int(i)][field] for i in places])
 
 
 def report(gen, ema, source, features: Callable, step: int, workdir: str) -> list[str]:
@@ -161,17 +170,18 @@ def report(gen, ema, source, features: Callable, step: int, workdir: str) -> lis
     Raises ValueError as check() does."""
     config = gen.config
     check(config)
-    number, seen = config.evaluate.memorization, as_decoded(gen.latents)
+    number, field = config.evaluate.memorization, gen.latents.codec_field
+    seen = as_decoded(gen.latents, gen.mesh)
     if config.text.encoder:
         gen = dataclasses.replace(gen, prompts=build_data.some_captions(config, number))
     training = build_data.split(config, source)[0]
     own = np.linspace(0, len(training), min(number, len(training)), endpoint=False).astype(int)
     groups = {
         SAMPLES: gen.images(ema, number, "samples, memorization"),
-        HELD_OUT: seen(at(source, build_data.held_out(config, len(source)))),
-        TRAINING: seen(at(training, own)),
+        HELD_OUT: seen(at(source, build_data.held_out(config, len(source)), field)),
+        TRAINING: seen(at(training, own, field)),
     }
-    found = distances(groups, own, in_turn(sources.Fields(training, ("image",)), seen), features)
+    found = distances(groups, own, in_turn(training, field, seen), features)
     said = {kind: statistics(of_groups) for kind, of_groups in found.items()}
     counts = {f"num_{name}": len(images) for name, images in groups.items()}
     content = {"step": step, "num_compared_with": len(training), **counts, **said}
@@ -180,7 +190,8 @@ def report(gen, ema, source, features: Callable, step: int, workdir: str) -> lis
         atomic_write(paths[0], json.dumps(content, indent=1) + "\n")
         drawn = found["features"][SAMPLES]
         worst = drawn.two[:, 0].argsort(kind="stable")[:SUSPICIOUS]
-        draw(groups[SAMPLES][worst], seen(at(training, drawn.nearest[worst])), drawn.two[worst, 0], found, paths[1])
+        partners = seen(at(training, drawn.nearest[worst], field))
+        draw(groups[SAMPLES][worst], partners, drawn.two[worst, 0], found, paths[1])
     return [*(describe(kind, of) for kind, of in said.items()), *(f"memorization: {path}" for path in paths)]
 
 

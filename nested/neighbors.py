@@ -49,21 +49,24 @@ def compared(config, workdir: str) -> Compared:
     A level of several resolutions is compared by each of them, NAME.0, NAME.1, ...; one of the images' own shape is the
     image itself, which stands as "pixels", the last."""
     source, latents = build_data.latents(config, workdir)
+    pictured = build_data.pictures(config, source)
     number, size = min(config.evaluate.num_reference, len(source)), config.encoder.batch_size
     chosen = np.linspace(0, len(source), number, endpoint=False).astype(int)
-    variables, key = jax.jit(latents.variables), jax.random.key(0)
+    variables = jax.jit(lambda raw: latents.variables(raw, None))  # of an autoencoder's latents the means
     progress, kept, values = Progress("records", number), [], {}
     for start in range(0, number, size):
-        batch = loader.collate([source[int(i)] for i in chosen[start : start + size]])
+        places = [int(i) for i in chosen[start : start + size]]
+        batch = loader.collate([source[i] for i in places])
+        pixels = batch["image"] if pictured is source else np.stack([pictured[i]["image"] for i in places])
         count = len(batch["label"])
-        of_level = variables({name: nearest.padded(batch[name], size) for name in latents.fields}, key)
+        of_level = variables({name: nearest.padded(batch[name], size) for name in latents.fields})
         for level in config.levels:
             leaves = of_level[level.name]
             for i, leaf in enumerate(leaves if isinstance(leaves, tuple) else (leaves,)):
-                if leaf.shape[1:] != batch["image"].shape[1:]:
+                if leaf.shape[1:] != pixels.shape[1:]:
                     name = f"{level.name}.{i}" if isinstance(leaves, tuple) else level.name
                     values.setdefault(name, []).append(np.asarray(leaf)[:count])
-        kept.append((batch["image"], batch["label"]))
+        kept.append((pixels, batch["label"]))
         progress.update(start + count)
     images, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     values = {name: np.concatenate(parts) for name, parts in values.items()}

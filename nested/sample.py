@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from nested import build, build_data, hierarchy, partition, pictures
+from nested import build, build_data, export, hierarchy, partition, pictures
 from nested.checkpoint import latest_step, restore_subtree
 from nested.files import atomic_write
 from nested.writers import Progress, read_metrics
@@ -144,15 +144,16 @@ class Generator:
         evaluations = finest.sampler.nfe(finest.process)
         shown = tuple(int(k) for k in np.linspace(0, evaluations - 1, min(number, evaluations)).round())
 
-        def draw(params, given):
+        def draw(params, codec_params, given):
             keys = {level.name: sample_keys(self.config.seed, [index]) for level in self.levels}
             variables = hierarchy.sample(self.levels[:-1], params, keys, given)
             cond = hierarchy.conditions(finest, variables, given)
             keys = hierarchy.fold(keys[finest.name], len(self.levels) - 1)
             _, estimates = hierarchy.sample_level(finest, params[finest.name], cond, keys, shown)
-            return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates))
+            return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates), codec_params)
 
-        resolutions = jax.jit(draw, out_shardings=partition.replicated(self.mesh))(params, self.given([index]))
+        whole, arguments = partition.replicated(self.mesh), (params, self.latents.params, self.given([index]))
+        resolutions = jax.jit(draw, out_shardings=whole)(*arguments)
         stills = [np.asarray(leaf[:, 0] if leaf.ndim == 5 else leaf) for leaf in resolutions]
         return [tuple(leaf[k] for leaf in stills) for k in range(len(shown))]
 
@@ -177,12 +178,14 @@ def generator(
     if text is not None and not prompts:
         prompts = tuple(config.sample.prompts) or build_data.some_captions(config, config.sample.num_samples)
     programs = Programs() if programs is None else programs
-    draw = drawer(config.seed, tuple(levels), latents.decode, mesh, programs)
+    if latents.params:
+        latents = dataclasses.replace(latents, params=jax.device_put(latents.params, partition.replicated(mesh)))
+    draw = drawer(config.seed, tuple(levels), latents, mesh, programs)
     return Generator(config, tuple(levels), latents, mesh, draw, text, prompts, programs)
 
 
-def drawer(seed: int, levels: tuple[hierarchy.Level, ...], decode: Callable, mesh, programs: Programs) -> Callable:
-    """Generator.draw: what hierarchy.sample does, a program per level."""
+def drawer(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, programs: Programs) -> Callable:
+    """Generator.draw: what hierarchy.sample does, a program per level, and one that decodes."""
     split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
     ready = {}
 
@@ -207,7 +210,18 @@ def drawer(seed: int, levels: tuple[hierarchy.Level, ...], decode: Callable, mes
             seen = {name: variables[name] for name in level.conditions}
             arguments = (params[level.name], seen, given, keys[level.name])
             variables[level.name] = run(level.name, sample_level, *arguments, out_shardings=split)
-        return run("", decode, variables[levels[-1].name], out_shardings=whole)
+        return decoded(variables[levels[-1].name])
+
+    @functools.partial(jax.jit, static_argnames="rows", out_shardings=split)
+    def part(z, start, rows):
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows), z)
+
+    def decoded(z):
+        images = []
+        for at in latents.slices(len(jax.tree.leaves(z)[0]), mesh.size):
+            rows = part(z, at.start, at.stop - at.start)
+            images.append(run("", latents.decode, rows, latents.params, out_shardings=whole))
+        return np.concatenate([np.asarray(some) for some in images])
 
     return draw
 
@@ -217,15 +231,30 @@ def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
     step = latest_step(workdir)
     if step is None:
         folder = os.path.join(workdir, "checkpoints")
-        raise FileNotFoundError(f"{folder}: no checkpoint found; give the --workdir of a run that has saved")
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint found; give the --workdir of a run that has saved, or --weights=FILE"
+        )
+    made, abstract = prepared(config, workdir)
+    return made, restore_subtree(workdir, {"ema": abstract})["ema"], step
+
+
+def opened(config, workdir: str, weights: str) -> tuple[Generator, Tree, int]:
+    """(generator, parameters, 0) of the weight file or folder `weights` (nested/export.py); '': as `restored`."""
+    if not weights:
+        return restored(config, workdir)
+    made, abstract = prepared(config, workdir)
+    return made, export.load(weights, config, abstract), 0
+
+
+def prepared(config, workdir: str) -> tuple[Generator, Tree]:
+    """The config's generator, and the parameters that it takes as shapes and shardings."""
     latents = build_data.decoder(config, workdir)
     text = build_data.load_text(config)
     levels = build.levels(config, text and text.null())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
     abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))
-    ema = restore_subtree(workdir, {"ema": abstract})["ema"]
-    return generator(config, levels, latents, mesh, text), ema, step
+    return generator(config, levels, latents, mesh, text), abstract
 
 
 def grid_of(config, images: np.ndarray) -> np.ndarray:
@@ -281,12 +310,12 @@ def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
     return paths
 
 
-def sample(config, workdir: str, num_samples: int, out: str) -> None:
+def sample(config, workdir: str, num_samples: int, out: str, weights: str = "") -> None:
     """The mode `sample`: OUT.png (a grid of the first ten rows), OUT.npz (arr_0, as the ADM evaluator reads), and for
     clips OUT.webp; with config.sample.steps_shown OUT_steps.png."""
     if num_samples < 1:
         raise ValueError(f"{num_samples} samples asked for: give --num_samples=N, or set config.sample.num_samples")
-    gen, ema, step = restored(config, workdir)
+    gen, ema, step = opened(config, workdir, weights)
     images = gen.images(ema, num_samples, "samples")
     base = os.path.splitext(out)[0] if out else os.path.join(workdir, f"samples_{num_samples}")
     if jax.process_index() == 0:
@@ -296,4 +325,5 @@ def sample(config, workdir: str, num_samples: int, out: str) -> None:
         steps = gen.steps(ema, 0, config.sample.steps_shown)
         if jax.process_index() == 0:
             pictures.save_png(pictures.steps_picture(steps), base + "_steps.png")
-    logging.info("%d samples of step %d: %s.png and %s.npz", num_samples, step, base, base)
+    origin = weights or f"step {step}"
+    logging.info("%d samples of %s: %s.png and %s.npz", num_samples, origin, base, base)

@@ -26,6 +26,7 @@ an error, not fewer steps. These solvers return x(t_end), without a last denoisi
 import dataclasses
 import itertools
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -105,6 +106,8 @@ class EulerInTime(Sampler):
     steps: int
     t_end: float = 1e-3
 
+    stochastic: ClassVar[bool] = False
+
     def __post_init__(self):
         _check(self.steps, self.t_end)
 
@@ -113,13 +116,26 @@ class EulerInTime(Sampler):
 
     def rows(self, schedule, plan):
         if not hasattr(schedule, "beta"):
-            raise ValueError(f"sampler EulerInTime: {schedule} has no beta(t): use Euler, in sigma / alpha, instead")
-        rows = []
+            name = type(self).__name__
+            raise ValueError(f"sampler {name}: {schedule} has no beta(t): use Euler, in sigma / alpha, instead")
+        rows, score = [], 2 if self.stochastic else 1
         for start, end in plan:
             alpha, sigma = schedule(start)
             change = (start - (0.0 if end is CLEAN else end)) * schedule.beta(start) / 2
-            rows.append(Row(start, _eps(alpha, sigma), 1 + change, (-change / sigma,), 0.0, True))
+            noise = math.sqrt(2 * change) if self.stochastic and end is not CLEAN else 0.0
+            rows.append(Row(start, _eps(alpha, sigma), 1 + change, (-score * change / sigma,), noise, True))
         return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class EulerMaruyama(EulerInTime):
+    """Euler-Maruyama in x against t on dx = (beta eps / sigma - beta/2 x) dt + sqrt(beta) dw, down to t = 0: ReverseSDE
+    in U-ViT's sde.py, which samples its pixel models in 1,000 steps. The last step adds no noise.
+
+    Raises ValueError for a schedule that has no beta(t).
+    """
+
+    stochastic = True
 
 
 @dataclasses.dataclass(frozen=True)

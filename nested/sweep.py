@@ -45,6 +45,18 @@ CHOICES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Column:
+    """A score of the table and the plot: its field of evaluate.Score, its name, digits after the point."""
+
+    key: str
+    title: str
+    digits: int
+
+
+SCORES = (Column("fd", "FD-EffLite0", 2), Column("kid", "KID", 4), Column("clip", "CLIP score", 2))
+
+
+@dataclasses.dataclass(frozen=True)
 class Combination:
     """values: {option: value}. levels: the hierarchy with them. config: the fingerprint of the config with them."""
 
@@ -224,23 +236,29 @@ def caption(values: dict[str, Any]) -> str:
 def table(todo: Sequence[Combination], rows: Sequence[dict]) -> str:
     """The Markdown table, a column per option."""
     options = list(todo[0].values)
-    lines = [f"| {' | '.join(options)} | FD-EffLite0 | KID |", "|---" * (len(options) + 2) + "|"]
+    scored = [score for score in SCORES if all(row[score.key] is not None for row in rows)]
+    heads = [*options, *(score.title for score in scored)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one, row in zip(todo, rows, strict=True):
-        cells = [shown(value) for value in one.values.values()] + [f"{row['fd']:.2f}", f"{row['kid']:.4f}"]
+        cells = [shown(value) for value in one.values.values()]
+        cells += [f"{row[score.key]:.{score.digits}f}" for score in scored]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(config, rows: Sequence[dict], path: str) -> None:
-    """The option with the most values along x, a curve per combination of the others; FD and KID."""
+    """The option with the most values along x, a curve per combination of the others; a panel for each score, and with
+    CLIP scores one of FD against them (Matryoshka, Fig. 8)."""
     pairs = checked_pairs(config)
     axis = max(range(len(pairs)), key=lambda i: len(pairs[i][1]))
     option, x = pairs.pop(axis)
     panels = {}
-    for title, key in (("FD-EffLite0", "fd"), ("KID", "kid")):
-        scores = np.reshape([row[key] for row in rows], [len(values) for _, values in checked_pairs(config)])
-        lines = np.moveaxis(scores, axis, -1).reshape(-1, len(x))
-        others = itertools.product(*(values for _, values in pairs))
-        names = [caption(dict(zip((name for name, _ in pairs), values, strict=True))) for values in others]
-        panels[title] = dict(zip(names, lines, strict=True))
-    plots.curves([v if isinstance(v, (int, float)) else shown(v) for v in x], panels, option, path)
+    others = itertools.product(*(values for _, values in pairs))
+    names = [caption(dict(zip((name for name, _ in pairs), values, strict=True))) for values in others]
+    for score in SCORES:
+        if all(row[score.key] is not None for row in rows):
+            scores = np.reshape([row[score.key] for row in rows], [len(values) for _, values in checked_pairs(config)])
+            lines = np.moveaxis(scores, axis, -1).reshape(-1, len(x))
+            panels[score.title] = dict(zip(names, lines, strict=True))
+    against = ("CLIP score", "FD-EffLite0") if "CLIP score" in panels else ()
+    plots.curves([v if isinstance(v, (int, float)) else shown(v) for v in x], panels, option, path, against)

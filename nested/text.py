@@ -43,6 +43,8 @@ def store(encoder, captions, directory, batch_size):
     cut = int((lengths > encoder.max_tokens).sum())
     if cut:
         logging.warning("%d of %d captions are cut to max_tokens %d", cut, len(texts), encoder.max_tokens)
+    if encoder.tokenize([""], silent=True)[1].all():  # what fills up a short text is seen: a part of its features
+        lengths = np.full_like(lengths, encoder.max_tokens)
     starts = np.concatenate([[0], np.minimum(lengths, encoder.max_tokens).cumsum()])
     _write(directory, "keys", keys.shape, keys.dtype, [keys])
     _write(directory, "starts", starts.shape, starts.dtype, [starts])

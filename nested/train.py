@@ -24,6 +24,7 @@ from clu import parameter_overview
 from input_pipeline import loader
 from nested import build, build_data, evaluate, hierarchy, memorization, partition, sample, summary, transfer
 from nested import optimizer as opt
+from nested.build_sources import shard_window
 from nested.checkpoint import Checkpoints, Preemption, latest_step
 from nested.meter import Meter, NonFiniteError
 from nested.writers import MetricWriter, Progress
@@ -313,6 +314,7 @@ def feed(config, training, first: int) -> Iterator[dict]:
             threads=config.train.threads,
             workers=config.train.workers,
             transform=build_data.augmentation(config),
+            shard_window=shard_window(config),
         )
         try:
             for _ in range(start, span.end):

@@ -10,15 +10,17 @@ from test_build import ALL, changed, refused
 from toy_encoding import Source, Toy
 
 from configs import imagenet
-from nested import build, build_data
+from nested import build, build_data, build_sources
+from nested.encoders import vit
 
 
-def test_published_encoders_say_so_before_the_data_are_asked_for(tmp_path):
-    for words, name in (("class", "mocov3_vitb16"), ("uncond", "mocov3_vitb16")):
-        config = imagenet.get_config(f"L3,{words}")
-        refused(build_data.latents, config, str(tmp_path), match=f"{name!r} comes with the published weights")
-    config.encoder.name = "efficientnet_lite0"
-    refused(build_data.latents, config, str(tmp_path), match="'sd_vae' comes with the published weights")
+def test_frozen_networks_ask_for_their_files_before_the_data_are_asked_for(tmp_path):
+    config = imagenet.get_config("L3,class")
+    for name in vit.VARIANTS:
+        config.encoder.name = name
+        refused(build_data.latents, config, str(tmp_path), match=f"{name} comes in no package: give its weight file")
+    config.encoder.update(name="efficientnet_lite0", map="stage4", vector="pool")
+    refused(build_data.latents, config, str(tmp_path), match="sd_vae needs the autoencoder's weights")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,10 @@ def test_idx_files(tmp_path):
         ([("encoder.name", "vgg")], "config.encoder.name: 'vgg' given; choose from 'efficientnet_lite0'"),
         ([("encoder.map", "stage9")], "encoder.map: 'stage9' given; choose from 'stage4'"),
         ([("encoder.features", ("crops3",))], "encoder.features: 'crops3' given; choose from 'crops1'"),
+        ([("encoder.vector", "cls")], "encoder.vector: 'cls' given; choose from 'pool'"),
+        ([("encoder.prefix", "module.")], "encoder.prefix: 'module.' given"),
+        ([("encoder.dtype", "bfloat16")], "encoder.dtype: 'bfloat16' given"),
+        ([("encoder.name", "mae_vitb16"), ("encoder.map", "last")], "mae_vitb16 comes in no package: give its weight"),
         ([("encoder.input_size", 40)], "encoder.input_size: 40 given; efficientnet_lite0 takes positive multiples"),
         ([("encoder.weights", "absent.pth")], "absent.pth"),
     ],
@@ -85,7 +91,7 @@ class Colours(Source):
 def toy(monkeypatch):
     """config.encoder 'toy' on 44 colour images of 8 x 8 in 4 classes: a config that encodes in a moment."""
     made = dict(source=Colours(), encoder=Toy())
-    monkeypatch.setitem(build_data.SOURCES, "toy", lambda data: made["source"])
+    monkeypatch.setitem(build_sources.SOURCES, "toy", lambda data: made["source"])
     monkeypatch.setitem(build_data.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
     config = changed(
         ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", 4),
@@ -125,6 +131,7 @@ class Lengths:
         return ids, np.arange(3)[None] < np.ones((len(texts), 1))
 
     tokenize.lengths = lambda texts: np.ones(len(texts), int)
+    tokenize.fill = None
     tokenize.fingerprint = "t"
 
     def features(self, ids, mask):
@@ -184,10 +191,10 @@ def test_bad_data_are_refused_while_encoding(toy, tmp_path, damage, encoder, mes
 def test_options_that_encoding_does_not_take(toy, tmp_path):
     config, _ = toy
     with config.unlocked():
-        config.encoder.vector = "cls"
-    refused(build_data.latents, config, str(tmp_path), match="config.encoder: vector is decided by other parts")
+        config.encoder.crop = 3
+    refused(build_data.latents, config, str(tmp_path), match="config.encoder: EncoderConfig.__init__() got an unexpect")
     with config.unlocked():
-        del config.encoder.vector
+        del config.encoder.crop
         config.codec.rate = 3
     refused(build_data.latents, config, str(tmp_path), match="config.codec: CodecConfig.__init__() got an unexpected")
 

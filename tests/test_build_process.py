@@ -27,7 +27,8 @@ def test_samplers_take_their_options(options, expected):
 
 
 def test_every_sampler_by_its_name():
-    kinds = dict(ddim=samplers.DDIM, euler=sigma_samplers.Euler, dpm2=sigma_samplers.DPM2, lms=sigma_samplers.LMS,
+    kinds = dict(ddim=samplers.DDIM, euler_maruyama=samplers.EulerMaruyama, euler=sigma_samplers.Euler,
+                 dpm2=sigma_samplers.DPM2, lms=sigma_samplers.LMS,
                  euler_ancestral=sigma_samplers.EulerAncestral, dpm2_ancestral=sigma_samplers.DPM2Ancestral,
                  dpmpp_2s_ancestral=sigma_samplers.DPMpp2SAncestral, dpmpp_sde=sigma_samplers.DPMppSDE,
                  dpmpp_2m=sigma_samplers.DPMpp2M, dpmpp_3m_sde=sigma_samplers.DPMpp3MSDE)  # fmt: skip

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from configs import coco, common, imagenet, mdm, mdm_baselines
-from nested import build, samplers, train
+from configs import coco, common, imagenet, mdm, mdm_baselines, uvit_release
+from nested import build, build_data, samplers, train
+from nested.encoders import vit
 
 DEPTHS = ("L1", "L2", "L3", "L4", "L5", "L1_wide")
 ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes no argument
@@ -32,6 +33,7 @@ ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes
     "mdm": ((*mdm.RUNS, *mdm.SHAPES), ("paper", "released")),
     "mdm_baselines": (mdm_baselines.KINDS,),
     "rcg": (("rdm", "dit"), ("uncond", "class"), ("data", "synthetic")),
+    "uvit_release": (tuple(uvit_release.MODELS),),
     "hdit_ffhq1024": (("ffhq", "synthetic"),),
     "hdit_imagenet256": (("imagenet", "synthetic"),),
     "hdit": (("E", "D", "C", "B2", "B1", "A", "R1", "R2", "R3", "R4"), ("128", "256", "512")),
@@ -54,9 +56,21 @@ def test_every_file_is_here():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {*ARGUMENTS, *others}
 
 
+def check_encoder(config):
+    """Its options are taken: what is missing is the file that comes in no package."""
+    if config.encoder.name in vit.VARIANTS:
+        with pytest.raises(FileNotFoundError, match=f"{config.encoder.name} comes in no package"):
+            build_data.encoder(config)
+    if "crops1" in config.encoder.features:
+        expected = {"mocov3_vitb16": "cls", "clip_vitb16": "projected", "efficientnet_lite0": "pool"}
+        projected = [level for level in config.levels if level.standardize == "sample"]  # RCG
+        assert config.encoder.vector == ("projected" if projected else expected.get(config.encoder.name, "cls"))
+
+
 @pytest.mark.parametrize("name, argument", ALL)
 def test_every_config_builds(name, argument):
     config = get_config(name, argument)
+    check_encoder(config)
     assert set(config) == set(common.default())
     levels = build.levels(config)
     assert {level.source for level in config.levels[:-1]} <= {"pixels", *config.encoder.features}

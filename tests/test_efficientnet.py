@@ -110,6 +110,8 @@ def test_crops_must_divide_the_image(encoder):
         ({"input_size": 0}, r"encoder.input_size: 0 given"),
         ({"map": "stage9"}, r"encoder.map: 'stage9' given; choose from 'stage4', 'stage6', 'head'"),
         ({"vector": "cls"}, r"encoder.vector: 'cls' given; choose from 'pool'"),
+        ({"prefix": "state_dict."}, r"encoder.prefix: 'state_dict.' given; choose from ''"),
+        ({"dtype": "bfloat16"}, r"encoder.dtype: 'bfloat16' given; choose from 'float32'"),
         ({"features": ("crops3",)}, r"encoder.features: 'crops3' given; choose from 'crops1'"),
         ({"features": ("map", "map02")}, r"encoder.features: 'map02' given; choose from .* or 'mapN', 'codecN' for"),
     ],

@@ -9,7 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from toy_encoding import CODEC, CONFIG, IMAGES, LEVELS, Killed, Source, Toy, batch, content, one_line, run
+from toy_encoding import CODEC, CONFIG, IMAGES, LEVELS, PIXELS, Killed, Source, Toy, batch, content, one_line, run
 
 from input_pipeline import latents as records
 from nested import encode, encoding, latents
@@ -252,7 +252,7 @@ def test_waiting_ends(tmp_path):
         ({"source": Source(size=4)}, r"data.image_shape \[8, 8, 3\], config says \[4, 4, 3\]"),
         ({"codec": dataclasses.replace(CODEC, channels=3)}, "codec.channels 12, config says 3"),
         (
-            {"codec": encoding.CodecConfig("pixels", 0, 0)},
+            {"codec": PIXELS},
             "codec.channels 12, config says None; codec.name patch_pca, config says pixels; codec.patch 2",
         ),
     ],
@@ -309,7 +309,7 @@ BAD_DATA = [
     ({"config": dataclasses.replace(CONFIG, features=("codec5",))}, "'codec5' asks for 5x5 of a grid of 4x4"),
     ({"config": dataclasses.replace(CONFIG, features=("codec0",))}, "encoder.features: 'codec0' given; choose from"),
     (
-        {"config": dataclasses.replace(CONFIG, features=("codec",)), "codec": encoding.CodecConfig("pixels", 0, 0)},
+        {"config": dataclasses.replace(CONFIG, features=("codec",)), "codec": PIXELS},
         "encoder.features: 'codec' given, but codec.name 'pixels' has no latents",
     ),
     ({"codec": dataclasses.replace(CODEC, name="jpeg")}, "codec.name: 'jpeg' given; choose from 'pixels', 'patch_pca'"),

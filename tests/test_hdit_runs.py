@@ -62,7 +62,7 @@ def test_sampling_needs_no_images_where_the_variables_are_images(tmp_path):
 
 def test_augmentation_is_refused_where_it_would_lie():
     augmented = ("data.augment_prob", 0.5)
-    refused(build_data.latents, config_of(augmented, arg="hdit"), "unused", match="the features of z1x1, z2x2 are")
+    refused(build_data.latents, config_of(augmented, arg="hdit"), "unused", match="encoded for z1x1, z2x2 is of unch")
     refused(build.levels, config_of(augmented, arg="L1"), match="levels[0].backbone 'uvit' cannot be told of the augm")
     both = config_of(augmented, ("data.flip", True))
     refused(build_data.augmentation, both, match="config.data: ")

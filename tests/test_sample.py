@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import common
 from nested import build, build_data, evaluate, hierarchy, partition, pictures, sample
-from nested.encoders import compress
+from nested.encoders import autoencoder_kl, compress
 
 CLASSES = 3
 
@@ -40,10 +40,26 @@ def mesh():
     return partition.make_mesh(1, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Stands for Latents: scales, `most` rows at a time."""
+
+    factor: float
+    most: int = 99
+    params = {}
+
+    def decode(self, z, params):
+        assert params == self.params and len(z) <= self.most
+        return compress.to_images(self.factor * z)
+
+    def slices(self, rows, devices):
+        assert devices == 1
+        return autoencoder_kl.slices_of(rows, self.most)
+
+
 def make_generator(config, mesh):
     """The latents' stand-in decodes a quarter of z: most of what an untrained net says is then within the range."""
-    latents = types.SimpleNamespace(decode=lambda z: compress.to_images(0.25 * z))
-    return sample.generator(config, build.levels(config), latents, mesh)
+    return sample.generator(config, build.levels(config), Decoder(0.25), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +89,13 @@ def test_sample_i_does_not_depend_on_the_batch_size(drawn, params, mesh):
     assert images.shape == (10, 4, 4, 1) and images.dtype == np.uint8 and images.std() > 10
     other = make_generator(tiny_config(batch_size=7), mesh).images(params, 10, "tests")
     assert difference(images, other) <= 1
+
+
+def test_batches_are_decoded_in_slices(drawn, params, mesh):
+    generator, images = drawn
+    decoder, programs = Decoder(0.25, most=2), generator.programs
+    slow = sample.generator(generator.config, generator.levels, decoder, mesh, programs=programs)
+    np.testing.assert_array_equal(slow.images(params, 4, "tests"), images[:4])
 
 
 def test_batches_are_cut_to_the_number_asked_for(drawn, params):
@@ -135,7 +158,7 @@ def test_levels_of_equal_programs_are_compiled_once(mesh):
     config.levels = tuple(ConfigDict(dict(equal, name=name)) for name in ("za", "zb", "zc"))
     config.hierarchy.label_levels = ("za", "zb", "zc")
     levels = build.levels(config)
-    generator = sample.generator(config, levels, types.SimpleNamespace(decode=compress.to_images), mesh)
+    generator = sample.generator(config, levels, Decoder(1.0), mesh)
     init = jax.jit(lambda key: hierarchy.init(levels, key), compiler_options={"xla_backend_optimization_level": 0})
     params = init(jax.random.key(0))
     images = generator.images(params, 4, "tests")
@@ -333,7 +356,7 @@ def test_write_scores(tmp_path):
     content = json.loads((tmp_path / "scores.json").read_text())
     assert path == str(tmp_path / "scores.json")
     expected = dict(guided=True, guidance=[0.5, 0.3], fd=12.5, kid=0.25, num_samples=10, num_reference=20)
-    assert content == [expected | dict(input_size=32, step=7)]
+    assert content == [expected | dict(input_size=32, step=7, clip=None)]
 
 
 def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):

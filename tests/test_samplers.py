@@ -12,7 +12,7 @@ from exact import exact_errors, padded
 from nested.denoiser import denoiser, thresholded
 from nested.process import Process
 from nested.sampler_tables import CLEAN, run
-from nested.samplers import DDIM, DDPM, DPMSolver, EulerInTime
+from nested.samplers import DDIM, DDPM, DPMSolver, EulerInTime, EulerMaruyama
 from nested.schedules import ExponentialVE, LinearVP, cosine, sd_scaled_linear
 
 SCHEDULES = {"discrete": sd_scaled_linear(), "linear": LinearVP(), "cosine": cosine()}
@@ -150,9 +150,10 @@ LOG_SNR_SOLVERS = {
 }
 TO_CLEAN = {"ddim": DDIM(1000)}
 STOCHASTIC = {"ddpm": DDPM(1000), "ddim eta 0.5": DDIM(1000, 0.5)}
+IN_TIME = {"euler in time": EulerInTime(1000), "euler-maruyama": EulerMaruyama(1000)}
 
 
-@pytest.mark.parametrize("name", [*DPM_SOLVERS, *LOG_SNR_SOLVERS, *TO_CLEAN, *STOCHASTIC, "euler in time"])
+@pytest.mark.parametrize("name", [*DPM_SOLVERS, *LOG_SNR_SOLVERS, *TO_CLEAN, *STOCHASTIC, *IN_TIME])
 def test_exact_denoiser_under_every_schedule(name):
     """Data N(.7, .3^2) comes back; an alpha_t for alpha_s slip gives a mean near .45.
 
@@ -160,13 +161,13 @@ def test_exact_denoiser_under_every_schedule(name):
     with noise .015, four standard errors of 8192 samples.
     """
     schedules, keys, tolerance = (SCHEDULES["linear"], SCHEDULES["discrete"], SCHEDULES["cosine"]), None, 0.005
-    if name in STOCHASTIC:
+    if name in STOCHASTIC or name == "euler-maruyama":
         keys, tolerance = KEYS, 0.015
     if name in STOCHASTIC or name in TO_CLEAN:  # these do not ask for alpha^2 + sigma^2 = 1
         schedules += (ExponentialVE(0.002, 80.0),)
-    if name == "euler in time":  # the last beta of the cosine, 0.999 in one step of 1000, is beyond a first-order step
+    if name in IN_TIME:  # the last beta of the cosine, 0.999 in one step of 1000, is beyond a first-order step
         schedules = schedules[:2]
-    everything = DPM_SOLVERS | LOG_SNR_SOLVERS | TO_CLEAN | STOCHASTIC | {"euler in time": EulerInTime(1000)}
+    everything = DPM_SOLVERS | LOG_SNR_SOLVERS | TO_CLEAN | STOCHASTIC | IN_TIME
     errors = exact_errors(schedules, everything[name], keys)
     assert np.max(errors) < tolerance, errors
 
@@ -212,6 +213,20 @@ def test_noise_is_drawn_from_the_key_of_the_sample_and_the_row():
     np.testing.assert_allclose(out, table.rows.base[0] + table.rows.noise[0] * noise, rtol=1e-6)
 
 
+def test_euler_maruyama_steps_are_those_of_the_reverse_sde():
+    """U-ViT's sde.py with beta(t) = .1 + 19.9 t: x + (beta/2 x - beta eps / sigma) dt + sqrt(beta dt) n from t = 1 to
+    .001 in 999 steps, then one to 0 without noise."""
+    (table,) = EulerMaruyama(1000).tables(Process((LinearVP(),)), jnp.ones(3))
+    rows, (alpha, sigma) = table.rows, LinearVP()(1.0)
+    dt, beta = 0.999 / 999, 20.0
+    assert len(rows.t) == 1000 and rows.t[0] == 1 and rows.t[-1] == pytest.approx(1e-3) and rows.noise[-1] == 0
+    np.testing.assert_allclose(rows.output[0], (1 / sigma, -alpha / sigma))  # eps
+    np.testing.assert_allclose(rows.base[0], 1 + beta / 2 * dt)
+    np.testing.assert_allclose(rows.history[0], [-beta / sigma * dt])
+    np.testing.assert_allclose(rows.noise[0], np.sqrt(beta * dt))
+    np.testing.assert_allclose(rows.base[-1], 1 + (0.1 + 19.9e-3) / 2 * 1e-3)
+
+
 def test_bfloat16_state_is_cast_up():
     x_T = jnp.ones((8, 3), jnp.bfloat16)
     out = DDIM(2)(KEYS, wiggly, Process((SCHEDULES["discrete"],)), x_T, {"scale": jnp.ones(8, jnp.bfloat16)})
@@ -226,6 +241,7 @@ def test_bfloat16_state_is_cast_up():
         (lambda: DDPM(-1), "sampler.steps = -1"),
         (lambda: DDIM(5, 1.5), "sampler.eta = 1.5: expected a number from 0 to 1"),
         (lambda: EulerInTime(5).tables(Process((ExponentialVE(),)), jnp.ones(3)), "has no beta.*use Euler, in sigma"),
+        (lambda: EulerMaruyama(5).tables(Process((ExponentialVE(),)), jnp.ones(3)), "sampler EulerMaruyama: .*no beta"),
         (lambda: DPMSolver(10, 4), "sampler.order = 4 is not known: use one of 1, 2, 3"),
         (lambda: DPMSolver(10, algorithm="unipc"), "sampler.algorithm = 'unipc'"),
         (lambda: DPMSolver(10, method="adaptive"), "sampler.method = 'adaptive'"),

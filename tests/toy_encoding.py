@@ -6,15 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import latents as records
-from nested import encode, encoding, latents
+from nested import codecs, encode, encoding, latents
 from nested.encoders import compress, grids
 
 IMAGES = 44  # 3 shards of 16, 16, 12; batches of 6: every shard ends in a padded batch
 CONFIG = encoding.EncoderConfig(
-    name="toy", weights="", input_size=32, map="stage4", vector="pool", features=("crops1", "map"), components=5,
-    svd="shared", center=True, fit_images=0, batch_size=6, shard_images=16,
+    name="toy", weights="", input_size=32, map="stage4", vector="pool", prefix="", dtype="float32",
+    features=("crops1", "map"), components=5, svd="shared", center=True, fit_images=0, batch_size=6, shard_images=16,
 )  # fmt: skip
-CODEC = encoding.CodecConfig(name="patch_pca", patch=2, channels=12)
+CODEC = codecs.CodecConfig(
+    name="patch_pca", patch=2, channels=12, weights="", prefix="", scale=0.0, decoder_weights="", batch_size=16,
+    dtype="float32",
+)  # fmt: skip
+PIXELS = dataclasses.replace(CODEC, name="pixels", patch=0, channels=0)
 LEVELS = (
     latents.LevelSource("z3", "crops1", (1, 1, 4)),
     latents.LevelSource("z2", "map", (2, 3, 3)),

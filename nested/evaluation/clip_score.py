@@ -1,0 +1,81 @@
+"""CLIP score: how well images fit their texts (Hessel et al., arXiv 2104.08718), as Matryoshka reports it.
+
+    score = max(0, mean over the samples of 100 cos(image vector, text vector))
+
+The public code of Matryoshka takes it from torchmetrics with openai/clip-vit-base-patch16, and cuts texts to 77
+characters; here only to CLIP's 77 tokens. Images go through nested/encoders/vit.py: resized in float, not in 8 bits.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline.tokens import Tokenizer, read_tokenizer
+from nested import weights
+from nested.encoders import clip_text, vit
+
+NAMES = tuple(name for name in vit.VARIANTS if name.startswith("clip_"))
+INPUT_SIZE = {name: vit.VARIANTS[name].grid * vit.VARIANTS[name].patch for name in NAMES}
+TEXTS = 64  # encoded at a time
+
+_text_vectors = jax.jit(clip_text.clip_text_embeds)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """Both towers of one CLIP. images: of the image tower; params: of the text tower."""
+
+    images: vit.VitEncoder
+    params: dict
+    tokenize: Tokenizer
+
+    def image_vectors(self, images):
+        """uint8 [B, H, W, 1 or 3] -> float32 [B, D], not normalised."""
+        return np.asarray(self.images.vectors(images))
+
+    def text_vectors(self, texts):
+        """float32 [N, D] of texts, not normalised; each distinct one is encoded once, TEXTS at a time."""
+        distinct, rows = np.unique(np.asarray(texts), return_inverse=True)
+        ids, _ = self.tokenize([str(text) for text in distinct])
+        ids = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % TEXTS, 0)])
+        found = [_text_vectors(self.params, some) for some in ids.reshape(-1, TEXTS, ids.shape[1])]
+        return np.concatenate(found)[rows]
+
+
+def load(name, folder):
+    """Clip `name`, 'clip_vitb16' or 'clip_vitl14', from a folder as transformers saves it, with its tokenizer.
+
+    Raises, in one line: ValueError for another name, or weights of another network; FileNotFoundError."""
+    if name not in NAMES:
+        raise ValueError(f"evaluate.clip.name: {name!r} given; choose from {', '.join(map(repr, NAMES))}")
+    files = weights.files(folder)
+    if len(files) > 1:
+        raise ValueError(f"evaluate.clip.weights {folder}: {len(files)} weight files; give the folder of a whole CLIP")
+    images = vit.load(
+        name, files[0], input_size=INPUT_SIZE[name], map=vit.MAP, vector="projected", features=(), prefix="",
+        dtype="float32",
+    )  # fmt: skip
+    params = _text_params(files[0], images.vit.projector[-1], f"{files[0]}: not the text tower of {name}")
+    empty, vocabulary = (clip_text.START, clip_text.END), len(params[clip_text.EMBEDDING])
+    folder = pathlib.Path(files[0]).parent
+    return Clip(images, params, read_tokenizer(folder, clip_text.POSITIONS, empty, vocabulary, filled=True))
+
+
+def _text_params(file, width, what):
+    """The text tower of transformers' CLIP, with its projection to `width`, which stands outside of the tower."""
+    tensors = weights.load([file], clip_text.EMBEDDING, unused=clip_text.UNUSED)
+    projection = {name: x for name, x in weights.read(file).items() if name == clip_text.PROJECTION}
+    shapes = clip_text.shapes(tensors)
+    shapes[clip_text.PROJECTION] = (width, shapes["final_layer_norm.weight"][0])
+    found = weights.checked(tensors | projection, shapes, what)
+    return {name: jnp.asarray(np.array(x, np.float32)) for name, x in found.items()}
+
+
+def score(image_vectors, text_vectors):
+    """The CLIP score of pairs of vectors [N, D], of any length."""
+    x, y = (np.asarray(rows, np.float64) for rows in (image_vectors, text_vectors))
+    cosines = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+    return float(max(100 * cosines.mean(), 0.0))
