@@ -24,8 +24,9 @@ flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, p
 flags.DEFINE_enum("mode", "train", MODES, "what to do")
 flags.DEFINE_integer("num_samples", 0, "sample, compare: how many; 0: config.sample.num_samples, config.sample.columns")
 flags.DEFINE_list("runs", [], "compare: folders of runs, DIR,DIR,...")
-flags.DEFINE_string("out", "", "sample: OUT.png and OUT.npz; export: the .safetensors file; summary: the JSON file")
+flags.DEFINE_string("out", "", "sample: OUT.png, OUT.npz; export: the .safetensors file; summary, --plan: JSON")
 flags.DEFINE_string("weights", "", "sample, evaluate: a weight file, released or exported, in place of a checkpoint")
+flags.DEFINE_bool("plan", False, "encode: only say what it would cost, in bytes and hours, at rates of a first batch")
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; only where JAX cannot find out itself")
 flags.DEFINE_integer("num_processes", None, "number of processes; with --coordinator_address")
 flags.DEFINE_integer("process_id", None, "this process's number; with --coordinator_address")
@@ -65,6 +66,8 @@ def run() -> None:
         raise ValueError(f"--runs is of --mode=compare, not of {mode}: leave it out")
     if FLAGS.weights and mode not in ("sample", "evaluate"):
         raise ValueError(f"--weights is of --mode=sample and evaluate; for {mode} there is config.init_from.path")
+    if FLAGS.plan and mode != "encode":
+        raise ValueError(f"--plan is of --mode=encode, not of {mode}: leave it out")
     if mode == "summary":
         print(summary.summary(build.levels(config), train.abstract_state(config), FLAGS.out))
         return
@@ -76,6 +79,8 @@ def run() -> None:
         sample.sample(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out, FLAGS.weights)
     elif mode == "evaluate":
         evaluate.evaluate(config, workdir, FLAGS.weights)
+    elif FLAGS.plan:
+        build_data.plan_encoding(config, workdir, FLAGS.out)
     elif mode == "export":
         export.export(config, workdir, FLAGS.out)
     elif mode == "compare":

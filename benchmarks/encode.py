@@ -83,7 +83,8 @@ def whole(count, rounds):
     codec, cache = codecs.CodecConfig("patch_pca", 4, 16, **codecs.UNSET), encode.FEATURE_CACHE_BYTES
     config = encoding.EncoderConfig(
         name=network.name, weights="", input_size=SIDE, map="stage4", vector="pool", prefix="", dtype="float32",
-        features=("map",), components=64, svd="shared", center=True, fit_images=0, batch_size=BATCH, shard_images=count,
+        features=("map",), components=(64,), svd="shared", center=True, fit_images=0, batch_size=BATCH,
+        shard_images=count,
     )  # fmt: skip
     batch = jax.device_put(source.images[:BATCH])
 
@@ -95,7 +96,7 @@ def whole(count, rounds):
     def encoded(config, cache_bytes):
         encode.FEATURE_CACHE_BYTES = cache_bytes
         with tempfile.TemporaryDirectory() as folder:
-            encode.encode(source, network, config, codec, folder)
+            encode.encode(encoding.plan(source, network, config, codec, folder))
 
     in_shards = dataclasses.replace(config, fit_images=count // 8, shard_images=count // 8)
     runs = {

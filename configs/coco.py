@@ -34,7 +34,7 @@ def get_config(arg: str = "L2"):
     text_training(config)
     config.encoder.update(
         name=ENCODERS[encoder], input_size=224, map="last", vector="projected" if encoder == "clip" else "cls",
-        features=("crops1", "crops2"), components=256,
+        features=("crops1", "crops2"), components=(256, 128),
     )  # fmt: skip
     net = common.uvit("base")
     config.levels = tuple(

@@ -32,7 +32,7 @@ def get_config(arg: str = "L5"):
     coco.text_training(config)
     names = tuple(f"{prefix}{side}" for side, *_ in shapes)
     config.encoder.update(
-        name="clip_vitb16", input_size=224, map="last", vector="cls", features=names, components=64
+        name="clip_vitb16", input_size=224, map="last", vector="cls", features=names, components=(64,)
     )
     net = common.uvit("S")
     finest = common.level("x", "sd_vae", (32, 32, 4), 2, backbone=net)

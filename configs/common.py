@@ -55,7 +55,7 @@ def encoder_options() -> dict:
         prefix="",  # what stands before the network's names in a weight file that holds several; "": found
         dtype="float32",  # of the vision transformers' products: float32 | bfloat16
         features=("map",),  # of crops1, crops2, crops4 (one vector per crop) and map
-        components=64,  # leading SVD components stored per feature
+        components=(64,),  # leading SVD components stored, of each feature, or one number for all
         svd="shared",  # shared by positions | per_position | none (channels as the encoder gives them)
         center=True,  # the SVD is of features about their mean
         fit_images=32768,  # images, evenly spaced, the SVD basis is fitted on; 0: all, each encoded twice

@@ -33,7 +33,7 @@ def get_config(arg: str = "L3"):
     depth, kind = common.parse(arg, ("L3", "L1", "L2"), ("uncond", "class", "text"))
     config = common.default()
     config.data.update(source="image_folder", num_classes=9, image_size=64, channels=3, holdout=256)
-    config.encoder.update(input_size=128, map="stage4", features=("map",), components=64)
+    config.encoder.update(input_size=128, map="stage4", features=("map",), components=(64,))
     config.codec.update(name="patch_pca", patch=4, channels=32)
     net = common.uvit("S", time_mlp=True)
     how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(50))

@@ -26,7 +26,7 @@ def get_config(arg: str = "L3"):
     config.data.update(
         source="idx", path="/usr/share/datasets/fashion-mnist", split="train", num_classes=10, holdout=256
     )
-    config.encoder.update(input_size=64, map="stage4", components=64, fit_images=10000)
+    config.encoder.update(input_size=64, map="stage4", components=(64,), fit_images=10000)
     config.encoder.features = ("map", "map1", "map2", "codec1", "codec2")  # one encoding serves every argument
     config.codec.update(name="patch_pca", patch=4, channels=8)  # 8 of 16 components: 97.4 % of the pixels' variance
     how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))

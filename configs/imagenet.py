@@ -42,7 +42,7 @@ def get_config(arg: str = "L3"):
         map="last",
         vector="cls",
         features=("crops1", "crops2", "crops4", "map"),
-        components=256,
+        components=(256, 128, 64, 32),
         fit_images=131_072,
     )
     config.codec.update(name="sd_vae", patch=8, channels=4, scale=0.18215)

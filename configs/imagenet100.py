@@ -44,7 +44,7 @@ def get_config(arg: str = "L4"):
         shapes = tuple((side, side, min(channels, VAE_CHANNELS)) for side, _, channels in shapes)
     prefix = "codec" if features == "vae" else "map"
     config.encoder.update(
-        name="mocov3_vitb16", input_size=224, map="last", vector="cls", components=32,
+        name="mocov3_vitb16", input_size=224, map="last", vector="cls", components=(32,),
         features=tuple(f"{prefix}{side}" for side, *_ in shapes),
     )  # fmt: skip
     config.codec.update(name="sd_vae", patch=8, channels=VAE_CHANNELS, scale=0.18215)

@@ -14,7 +14,7 @@ from configs import common
 def get_config():
     config = common.default()
     config.data.update(source="digits", num_classes=10, holdout=128)
-    config.encoder.update(input_size=64, map="stage4", features=("map",), components=64)
+    config.encoder.update(input_size=64, map="stage4", features=("map",), components=(64,))
     small = common.uvit(width=96, depth=4, num_heads=3, time_mlp=True, final_conv=False)
     base = common.uvit(width=128, depth=2, num_heads=4, time_mlp=True)
     how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))

@@ -38,7 +38,7 @@ def get_config(arg: str = "rdm"):
     config = common.default()
     config.data.update(source="tfds", num_classes=1000, image_size=256, channels=3, holdout=1024)
     config.encoder.update(
-        name="mocov3_vitb16", input_size=224, map="last", vector="projected", features=("crops1",), components=256,
+        name="mocov3_vitb16", input_size=224, map="last", vector="projected", features=("crops1",), components=(256,),
         svd="none",
     )  # fmt: skip
     config.codec.update(name="sd_vae", patch=8, channels=4, scale=0.18215)

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from input_pipeline import augment, loader, sources
 from input_pipeline import latents as records
 from input_pipeline import text as captions
-from nested import codecs, encode, encoding
+from nested import codecs, encode, encode_cost, encoding, partition
 from nested import latents as latents_
 from nested import text as text_store
 from nested.build import as_shape
@@ -33,11 +33,14 @@ ENCODERS |= {name: functools.partial(vit.load, name) for name in vit.VARIANTS}
 
 
 def encoder(config):
-    """The frozen encoder of config.encoder, for those features that are not made of the codec's latents."""
+    """The frozen encoder of config.encoder, on every device, for those features that are not made of the codec's
+    latents; None where there are none."""
     options = config.encoder
     load = choose("encoder.name", options.name, ENCODERS)
     features = tuple(name for name in options.features if not grids.of_codec(name))
-    return load(
+    if not features:
+        return None
+    found = load(
         options.weights,
         input_size=options.input_size,
         map=options.map,
@@ -46,6 +49,7 @@ def encoder(config):
         prefix=options.prefix,
         dtype=options.dtype,
     )
+    return dataclasses.replace(found, params=jax.device_put(found.params, partition.local_devices()))
 
 
 def codec(config) -> codecs.CodecConfig:
@@ -297,10 +301,17 @@ def augmentation(config):
 
 def encode_images(config, workdir: str) -> str:
     """Encodes config.data into the latents' directory, unless it is there; returns the directory."""
-    directory, options = latents_dir(config, workdir), codec(config)
+    directory = latents_dir(config, workdir)
+    encode.encode(encoding_job(config, directory))
+    return directory
+
+
+def encoding_job(config, directory: str) -> encoding.Job:
+    """What encoding config.data into a directory takes."""
+    options = codec(config)
     frozen = encoder(config)  # before the data: one that is not available is said before anyone fetches a data set
     network = autoencoder(options, decoding=False)
-    encode.encode(
+    return encoding.plan(
         images(config),
         frozen,
         construct("encoder", encoding.EncoderConfig, dict(config.encoder), {}),
@@ -311,7 +322,13 @@ def encode_images(config, workdir: str) -> str:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return directory
+
+
+def plan_encoding(config, workdir: str, out: str) -> None:
+    """The mode `encode` with --plan: what it would cost, printed; as JSON to `out`, where it is not ''."""
+    if images_only(config) or config.data.source == "synthetic":
+        raise ValueError("--plan: this config encodes nothing, its variables are the images themselves or random")
+    encode_cost.plan(encoding_job(config, latents_dir(config, workdir)), out)
 
 
 def encode_data(config, workdir: str) -> None:

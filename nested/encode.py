@@ -38,7 +38,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import latents as records
-from nested import encoding
+from nested import encoding, partition
 from nested.encoders import autoencoder_kl, compress, grids
 from nested.files import atomic_write, check_writable
 from nested.writers import Progress
@@ -48,35 +48,27 @@ READ_THREADS, READ_AHEAD = 8, 2  # batches are read while the ones before them a
 BITS_AT = (0.5, 1.0)
 
 
-def encode(
-    source, encoder, config, codec, latents_dir, *,
-    autoencoder=None, flip=False, process_index=0, process_count=1, timeout_s=3600.0,
-):  # fmt: skip
-    """Encodes `source` into `latents_dir`; returns the content of latents.json (see _finish). Safe to repeat: finished
-    work is kept, and a complete directory returns at once.
+def encode(job):
+    """Does what an encoding.Job says; returns the content of latents.json (see _finish). Safe to repeat: finished work
+    is kept, and a complete directory returns at once.
 
-    autoencoder: encoders.autoencoder_kl.AutoencoderKL, of the codec sd_vae. flip: mirrored images are stored as well.
-    source: len, [i] -> {"image": uint8 [H, W, C], "label": int}, .fingerprint, .num_classes (0: no labels), .check().
-    timeout_s: how long to wait for the other processes without any progress of theirs.
-    Raises, each in one line: ValueError (empty data; images of unequal shape; a label outside [0, num_classes); NaN or
-    infinity in a feature; latents_dir made from something else), OSError (not writable), TimeoutError.
+    Raises, each in one line: ValueError (images of unequal shape; a label outside [0, num_classes); NaN or infinity in
+    a feature; a directory made from something else), OSError (not writable), TimeoutError.
     """
-    directory = check_writable(latents_dir)
-    processes = process_index, process_count, timeout_s
-    job = encoding.plan(source, encoder, config, codec, directory, *processes, autoencoder, flip)
+    check_writable(job.directory)
     encoding.claim(job)
     if encoding.complete(job):
         return json.loads(job.index.read_text())
-    source.check()  # a folder's unreadable files are all found, named and counted before the work begins
+    job.source.check()  # a folder's unreadable files are all found, named and counted before the work begins
     cache, began, seen = {}, time.monotonic(), 0
     if not job.bases.exists():
         seen = _covariances(job, cache)
-        if process_index == 0:
+        if job.process_index == 0:
             _fit_bases(job)
         encoding.wait(job, [job.bases], "the SVD bases (process 0)")
     written, again = _project(job, encoding.load(job.bases, compress.Basis), cache)
     _say_rate(written, seen + again if job.asked else 0, job.flip, time.monotonic() - began)
-    if process_index == 0:
+    if job.process_index == 0:
         encoding.wait(job, [job.sidecar("moments", i) for i in range(job.num_shards)], "every shard")
         _finish(job)
     encoding.wait(job, [job.index], "latents.json (process 0)")
@@ -95,11 +87,24 @@ def _say_rate(written, seen, flip, seconds):
 # --- pass 1 ------------------------------------------------------------------------------------------------------
 
 
+def _raw_bytes(job):
+    """Of an image's raw features."""
+    return 4 * sum(math.prod(shape) for shape in job.raw.values())
+
+
+def seen_twice(job):
+    """How many images the networks see in both passes, before anything is done, as raw features are not kept."""
+    sizes = {shard: job.span(shard)[1] - job.span(shard)[0] for shard in job.fit_shards}
+    if not job.grids or _raw_bytes(job) * sum(sizes.values()) <= FEATURE_CACHE_BYTES * job.process_count:
+        return 0
+    return sum(job.fit_shards.values())
+
+
 def _covariances(job, cache):
     """The sums of this process's shards of the fit; returns how many images the encoder saw. Raw features stay in
     `cache` {shard: [features of a batch]} while they fit."""
     shards = [i for i in job.mine if i in job.fit_shards and not job.sidecar("covariance", i).exists()]
-    bytes_per_image = 4 * sum(math.prod(shape) for shape in job.raw.values())
+    bytes_per_image = _raw_bytes(job)
     room, spans = FEATURE_CACHE_BYTES, {}
     for shard in shards:
         start, stop = job.span(shard)
@@ -121,7 +126,7 @@ def _covariances(job, cache):
             finite = {name: stream.add(features[name], fitted) for name, stream in streams.items() if fitted > 0}
             return features, finite
 
-        for (first, _, labels), (features, finite) in _one_ahead(_batches(job, start, stop), begin):
+        for (first, _, labels), (features, finite) in _one_ahead(batches(job, start, stop), begin):
             for name, images_finite in finite.items():
                 _refuse(~np.asarray(images_finite), first, f"NaN or infinity in feature {name!r}")
             if shard in cache:
@@ -144,9 +149,9 @@ def _fit_bases(job):
         if grids.of_codec(name) and "patches" in bases:
             codec = compress.PatchPCA.from_basis(bases["patches"], job.codec.patch, job.codec.channels)
             latents = codec.mean.astype(np.float64), codec.vectors.astype(np.float64) * codec.scale
-            bases[name] = _fit(job, totals[name].through(*latents)).after(*latents)
+            bases[name] = _fit(job, name, totals[name].through(*latents)).after(*latents)
         else:
-            bases[name] = _fit(job, totals[name])
+            bases[name] = _fit(job, name, totals[name])
     for name, basis in bases.items():
         share = 100 * basis.explained_variance()[-1]
         kept, channels = basis.components, basis.variances.shape[1]
@@ -154,10 +159,11 @@ def _fit_bases(job):
     encoding.save(job.bases, bases)
 
 
-def _fit(job, covariance):
+def _fit(job, name, covariance):
+    *_, components = job.stored[name]
     if job.config.svd == "none":
         return compress.identity_basis(covariance)
-    return compress.fit_basis(covariance, job.config.components, job.config.center)
+    return compress.fit_basis(covariance, components, job.config.center)
 
 
 # --- pass 2 ------------------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ def _records(job, shard, bases, kept, moments, done, progress):
             encoded |= {name + records.MIRRORED: x for name, x in mirrored.items()}
         return encoded
 
-    for (first, images, labels), encoded in _one_ahead(_batches(job, *job.span(shard)), begin):
+    for (first, images, labels), encoded in _one_ahead(batches(job, *job.span(shard)), begin):
         grids_of = {name: np.asarray(grid)[: len(labels)] for name, grid in encoded.items()}
         for field, grid in grids_of.items():
             bad = ~np.isfinite(grid).all((1, 2, 3))
@@ -276,14 +282,25 @@ def _feature_summary(grid, basis):
 # --- batches -----------------------------------------------------------------------------------------------------
 
 
+def raw(job, images):
+    """What the networks make of a batch of images, and of its mirror images where they are stored: of the work on the
+    device all but products with the bases."""
+    found = []
+    for some in (images, images[:, :, ::-1])[: 1 + job.flip]:
+        features = _features(job, some)
+        found.append((features, _latents(job, some) if job.autoencoder and "sd_vae" not in features else None))
+    return found
+
+
 def _features(job, images):
     """Every grid of the statistics: the encoder's, the codec's patches, and what of them becomes the codec's features
     when it is projected (pooling and the codec's own projection may change places: both are linear). The features of an
     autoencoder are of its means, not scaled (nested/latents.py scales them), and come with all of its moments."""
-    features = dict(job.encoder.features(images)) if job.asked else {}
+    placed = jax.device_put(images, partition.local_devices("rows"))
+    features = dict(job.encoder.features(placed)) if job.asked else {}
     features = {name: features[name] for name in job.asked}
     if "patches" in job.grids:
-        patches = features["patches"] = _patches(images, job.codec.patch)
+        patches = features["patches"] = _patches(placed, job.codec.patch)
         features |= {name: grids.pooled(patches, name) for name in job.stored if grids.of_codec(name)}
     elif any(map(grids.of_codec, job.stored)):
         features["sd_vae"] = _latents(job, images)
@@ -294,7 +311,8 @@ def _features(job, images):
 
 def _latents(job, images):
     """Moments of the autoencoder's latents, float32 [B, h, w, 2 c]."""
-    return autoencoder_kl.stored_moments(job.codec_params, images, job.codec.batch_size)
+    rows = partition.local_devices("rows")
+    return autoencoder_kl.stored_moments(job.codec_params, images, job.codec.batch_size, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("patch",))
@@ -302,7 +320,7 @@ def _patches(images, patch):
     return compress.patchify(compress.normalise(images), patch)
 
 
-def _batches(job, start, stop):
+def batches(job, start, stop):
     """Yields (index of the first image, uint8 images [batch_size, H, W, C], int32 labels [n]) of a span in order; the
     last batch is filled up with copies of its last image."""
     size, starts = job.config.batch_size, range(start, stop, job.config.batch_size)

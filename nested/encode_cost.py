@@ -64,7 +64,7 @@ def measure(job) -> Cost:
     devices = len(jax.local_devices())
     return Cost(
         images=len(job.source),
-        fitted=0 if encode.kept_whole(job) else sum(job.fit_shards.values()) if job.grids else 0,
+        fitted=encode.seen_twice(job),
         field_bytes={field.name: field.nbytes for field in job.fields},
         shards=job.num_shards,
         free_bytes=shutil.disk_usage(_existing(job.directory)).free,

@@ -26,7 +26,8 @@ from input_pipeline import latents as records
 from nested.codecs import CodecConfig, check_codec
 from nested.encoders import grids
 from nested.encoders.autoencoder_kl import AutoencoderKL
-from nested.files import atomic_write
+from nested.files import atomic_write, local
+from nested.partition import local_devices
 from nested.writers import Progress
 
 CLAIM_FILE = "encoding.json"
@@ -40,9 +41,9 @@ class EncoderConfig:
     """config.encoder. vector: which of the encoder's outputs the vector of an image or a crop is ('cls' | 'pool' |
     'projected'); prefix: what stands before the network's names in the weight file ('' finds it); dtype: of the
     encoder's products; features: grids to store, by their names in nested/encoders/grids.py; components: channels kept
-    of each; svd: 'shared' by all positions | 'per_position' | 'none' (channels as the encoder gives them); center:
-    the SVD is of features about their mean; fit_images: the basis is fitted to so many images (0: all), of shards
-    spread evenly over the data; shard_images: records per shard."""
+    of each, or one number for all; svd: 'shared' by all positions | 'per_position' | 'none' (channels as the encoder
+    gives them); center: the SVD is of features about their mean; fit_images: the basis is fitted to so many images (0:
+    all), of shards spread evenly over the data; shard_images: records per shard."""
 
     name: str
     weights: str
@@ -52,7 +53,7 @@ class EncoderConfig:
     prefix: str
     dtype: str
     features: tuple
-    components: int
+    components: tuple
     svd: str
     center: bool
     fit_images: int
@@ -62,8 +63,9 @@ class EncoderConfig:
 
 class Encoder(Protocol):
     """What encode() needs. fingerprint is the sha256 of the weights; features can be traced by jax (its shapes are
-    looked up before any work is done)."""
+    looked up before any work is done). params: arrays, on the devices that features() is to run on."""
 
+    params: object
     name: str
     fingerprint: str
 
@@ -77,7 +79,7 @@ class Job:
     """One call of encode(): its arguments, and what follows from them."""
 
     source: object
-    encoder: Encoder
+    encoder: Encoder | None  # None where no feature is asked of one
     config: EncoderConfig
     codec: CodecConfig
     directory: pathlib.Path
@@ -96,8 +98,9 @@ class Job:
     @property
     def stored(self):
         """feature -> (h, w, K) of the features that go into the records."""
-        names = dict.fromkeys(self.config.features)
-        return {name: (*self.grids[name][:2], min(self.config.components, self.channels(name))) for name in names}
+        components = self.config.components * (1 if len(self.config.components) > 1 else len(self.config.features))
+        wanted = dict(zip(self.config.features, components, strict=True))
+        return {name: (*self.grids[name][:2], min(most, self.channels(name))) for name, most in wanted.items()}
 
     @property
     def asked(self):
@@ -124,8 +127,8 @@ class Job:
 
     @functools.cached_property
     def codec_params(self):
-        """The autoencoder's encoder, on the device."""
-        return jax.device_put(self.autoencoder.encoder)
+        """The autoencoder's encoder, on every device."""
+        return jax.device_put(self.autoencoder.encoder, local_devices())
 
     @property
     def fields(self):
@@ -178,14 +181,31 @@ class Job:
 
 
 def plan(
-    source, encoder, config, codec, directory, process_index, process_count, timeout_s, autoencoder=None, flip=False
-):
-    """The Job of these arguments of encode(), checked."""
+    source, encoder, config, codec, directory, *,
+    autoencoder=None, flip=False, process_index=0, process_count=1, timeout_s=3600.0,
+):  # fmt: skip
+    """The Job of encoding `source` into `directory`.
+
+    source: len, [i] -> {"image": uint8 [H, W, C], "label": int}, .fingerprint, .num_classes (0: no labels), .check().
+    autoencoder: of the codec sd_vae. flip: mirrored images are stored as well. timeout_s: how long to wait for the
+    other processes without any progress of theirs. Raises ValueError, in one line: empty data; images that cannot be
+    encoded so; an option that does not fit.
+    """
     if len(source) == 0:
         raise ValueError("the data set is empty: nothing to encode; check config.data")
     for key in ("components", "batch_size", "shard_images"):
-        if getattr(config, key) < 1:
+        if np.min(getattr(config, key), initial=1) < 1:
             raise ValueError(f"encoder.{key}: {getattr(config, key)} given; it must be at least 1")
+    if len(config.components) not in (1, len(config.features)):
+        raise ValueError(
+            f"encoder.components: {config.components} given for {len(config.features)} features; give one number, or "
+            f"one for each of {', '.join(config.features)}"
+        )
+    if config.batch_size % jax.local_device_count():
+        raise ValueError(
+            f"encoder.batch_size: {config.batch_size} given; {jax.local_device_count()} devices share a batch, use a "
+            "multiple"
+        )
     if config.fit_images < 0:
         raise ValueError(f"encoder.fit_images: {config.fit_images} given; 0 = all images, or how many")
     check_codec(codec)
@@ -194,7 +214,7 @@ def plan(
         raise ValueError(f"image 0: shape {shape}; images must be [H, W, 1 or 3]")
     found = _grids(encoder, config, codec, shape, autoencoder)
     processes = process_index, process_count, timeout_s
-    job = Job(source, encoder, config, codec, directory, *processes, shape, found, autoencoder, flip)
+    job = Job(source, encoder, config, codec, local(directory), *processes, shape, found, autoencoder, flip)
     _check_svd(job)
     return job
 
@@ -241,11 +261,11 @@ def _check_svd(job):
         raise ValueError(f"encoder.svd: {config.svd!r} given; choose from {', '.join(map(repr, SVD))}")
     if config.svd == "none" and not config.center:
         raise ValueError("encoder.center: False given, but with encoder.svd 'none' nothing is centred; leave it True")
-    for name in job.stored:
+    for name, (*_, components) in job.stored.items():
         height, width, channels = job.grids[name]
-        if config.svd == "none" and config.components < job.channels(name):
+        if config.svd == "none" and components < job.channels(name):
             raise ValueError(
-                f"encoder.components: {config.components} given, but {name!r} has {job.channels(name)} channels, which "
+                f"encoder.components: {components} given, but {name!r} has {job.channels(name)} channels, which "
                 f"have no order without an SVD: give at least {job.channels(name)}, or another encoder.svd than 'none'"
             )
         if job.per_position(name) and 8 * height * width * channels**2 > COVARIANCE_BYTES:
@@ -271,11 +291,12 @@ def _patch_grid(codec, shape):
 
 def _made_from(job):
     """What the files depend on, by the config's names. Batch size and process count are not among it."""
-    keys = ("input_size", "map", "vector", "prefix", "dtype", "features")
-    keys += ("components", "svd", "center", "fit_images", "shard_images")
+    keys = ("features", "components", "svd", "center", "fit_images", "shard_images")
+    keys += ("input_size", "map", "vector", "prefix", "dtype") if job.asked else ()
     made = {f"encoder.{key}": getattr(job.config, key) for key in keys}
-    made["encoder.features"] = list(job.config.features)
-    made |= {"encoder.name": job.encoder.name, "encoder.weights_sha256": job.encoder.fingerprint}
+    made |= {f"encoder.{key}": list(getattr(job.config, key)) for key in ("features", "components")}
+    if job.asked:
+        made |= {"encoder.name": job.encoder.name, "encoder.weights_sha256": job.encoder.fingerprint}
     made["codec.name"] = job.codec.name
     if job.codec.name != "pixels":
         made |= {"codec.patch": job.codec.patch, "codec.channels": job.codec.channels}

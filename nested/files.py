@@ -33,14 +33,19 @@ def atomic_write(path, content):
         raise
 
 
+def local(directory):
+    """The absolute path of a folder (~ expanded); ValueError for an address such as gs://bucket."""
+    if "://" in str(directory):
+        raise ValueError(f"{directory}: not a folder; mount the bucket (gcsfuse, NFS) and give the path of the mount")
+    return pathlib.Path(directory).expanduser().absolute()
+
+
 def check_writable(directory):
     """Makes `directory` if need be, proves that a file can be written there, returns its absolute path (~ expanded).
 
     Raises OSError, in one line, where it cannot; ValueError for an address such as gs://bucket.
     """
-    if "://" in str(directory):
-        raise ValueError(f"{directory}: not a folder; mount the bucket (gcsfuse, NFS) and give the path of the mount")
-    path = pathlib.Path(directory).expanduser().absolute()
+    path = local(directory)
     probe = path / f".write_probe.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)

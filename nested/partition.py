@@ -37,6 +37,13 @@ def make_mesh(data, fsdp):
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
+def local_devices(*axes):
+    """Over this process's devices, for work that processes do not share: local_devices() is an array on each of them,
+    local_devices("rows") one that is split by rows."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("rows",))
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 def shardings(tree, mesh, min_bytes):
     """NamedSharding for every leaf of `tree` (arrays or jax.ShapeDtypeStruct), by the rule above.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import weights
+from nested import partition, weights
 from nested.encoders import autoencoder_kl as kl
 
 MOMENTS = jax.random.normal(jax.random.key(3), (6, 2, 3, 8))
@@ -194,5 +194,5 @@ def test_slices_are_equal_and_divide_by_the_devices(rows, most, devices, sizes):
 def test_images_become_moments_in_slices(network):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     mean, logvar = kl.moments(network.encoder, images / np.float32(127.5) - 1)
-    found = kl.stored_moments(network.encoder, images, 2)
+    found = kl.stored_moments(network.encoder, images, 2, partition.local_devices("rows"))
     np.testing.assert_allclose(found, np.concatenate([mean, logvar], -1), atol=1e-4)

@@ -94,7 +94,7 @@ def toy(monkeypatch):
     monkeypatch.setitem(build_sources.SOURCES, "toy", lambda data: made["source"])
     monkeypatch.setitem(build_data.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
     config = changed(
-        ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", 4),
+        ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", (4,)),
         ("encoder.batch_size", 44), ("levels[2].shape", (8, 8, 3)),
     )  # fmt: skip
     return config, made
@@ -166,8 +166,8 @@ def test_latents_of_another_encoder_or_another_config_are_refused(toy, tmp_path)
     message = "were made with encoder.weights_sha256 cafe, config says beef: use another latents_dir or delete it"
     refused(build_data.latents, config, str(tmp_path), match=message)
     made["encoder"] = Toy()
-    config.encoder.components = 3
-    refused(build_data.latents, config, str(tmp_path), match="were made with encoder.components 4, config says 3")
+    config.encoder.components = (3,)
+    refused(build_data.latents, config, str(tmp_path), match="encoder.components [4], config says [3]")
     config.latents_dir = str(tmp_path / "another")
     message = "level z1x1: shape 1x1x4 cannot come from 'map', which stores"
     refused(build_data.latents, config, str(tmp_path), match=message)

@@ -46,7 +46,7 @@ def make_config(path, features=("map",), **codec):
     """z1x1 of the toy encoder's map, x of the autoencoder's latents; both flips."""
     config = tiny.get_config("digits,L2")
     config.data.update(source="toy", num_classes=4, holdout=8, flip=True)
-    config.encoder.update(name="toy", features=features, components=4, batch_size=22, shard_images=22)
+    config.encoder.update(name="toy", features=features, components=(4,), batch_size=22, shard_images=22)
     config.codec.update(dict(name="sd_vae", patch=2, channels=4, weights=path, batch_size=4) | codec)
     config.levels[1].update(source="sd_vae", shape=(8, 8, 4))
     config.train.update(steps=2, eval_every=2, eval_times=(0.5,))
@@ -141,7 +141,7 @@ def test_a_scale_that_is_given_is_used(encoded, weights):
 
 def test_killed_encoding_resumes_to_the_same_bytes(network, weights, tmp_path):
     options = dict(
-        config=dataclasses.replace(toy_encoding.CONFIG, features=("map", "codec2"), components=4),
+        config=dataclasses.replace(toy_encoding.CONFIG, features=("map", "codec2"), components=(4,)),
         codec=dataclasses.replace(toy_encoding.CODEC, name="sd_vae", channels=4, weights=weights),
         autoencoder=network, flip=True,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from configs import coco, common, imagenet, mdm, mdm_baselines, uvit_release
 from nested import build, build_data, samplers, train
-from nested.encoders import vit
+from nested.encoders import grids, vit
 
 DEPTHS = ("L1", "L2", "L3", "L4", "L5", "L1_wide")
 ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes no argument
@@ -58,7 +58,9 @@ def test_every_file_is_here():
 
 def check_encoder(config):
     """Its options are taken: what is missing is the file that comes in no package."""
-    if config.encoder.name in vit.VARIANTS:
+    if all(map(grids.of_codec, config.encoder.features)):
+        assert build_data.encoder(config) is None
+    elif config.encoder.name in vit.VARIANTS:
         with pytest.raises(FileNotFoundError, match=f"{config.encoder.name} comes in no package"):
             build_data.encoder(config)
     if "crops1" in config.encoder.features:

@@ -9,6 +9,7 @@ from PIL import Image
 from processes import finish, free_port
 from tiny import run_main, start_main
 
+from input_pipeline.latents import LatentRecords
 from nested.writers import read_metrics
 
 TRAIN = ("--config.train.steps=3", "--config.train.fsdp_min_bytes=1024", "--config.evaluate.num_samples=0")
@@ -49,6 +50,16 @@ def test_devices_make_no_difference(one, tmp_path, data, fsdp):
     run_main(f"--workdir={tmp_path}", *options, config="tests/tiny.py:L2", devices=data * fsdp)
     assert is_split(tmp_path)
     check_same(tmp_path, one)
+
+
+def test_a_batch_is_encoded_on_all_devices(one, tmp_path):
+    run_main(f"--workdir={tmp_path}", "--mode=encode", config="tests/tiny.py:L2", devices=4)
+    records, expected = LatentRecords(tmp_path / "latents"), LatentRecords(one / "latents")
+    assert len(records) == len(expected) and records.fields == expected.fields
+    for i in (0, 63, 64, len(records) - 1):
+        assert records[i]["label"] == expected[i]["label"]
+        np.testing.assert_array_equal(records[i]["image"], expected[i]["image"])
+        np.testing.assert_allclose(records[i]["map"], expected[i]["map"], rtol=0, atol=0.02)
 
 
 def start_two(workdir, *options, config="tests/tiny.py:L2", of_the_second=()):

@@ -70,7 +70,7 @@ def test_fit_images_limits_the_basis_not_the_statistics(tmp_path, finished):
 @pytest.mark.parametrize("svd", ["shared", "per_position"])
 def test_pooled_maps_are_pooled_before_their_svd(tmp_path, svd, center):
     """As in the ICLR version, 3.3; 4 x 4 positions into 3 x 3 overlap."""
-    config = dataclasses.replace(CONFIG, features=("map3", "map"), components=4, svd=svd, center=center)
+    config = dataclasses.replace(CONFIG, features=("map3", "map"), components=(4,), svd=svd, center=center)
     run(tmp_path, config=config)
     pool = grids.pooling_matrix(4, 3)
     x = np.einsum("bhwc,ih,jw->bijc", np.asarray(Toy().features(Source().images)["map"], np.float64), pool, pool)
@@ -90,7 +90,7 @@ def per_basis(x_BhwC, svd):
 def test_features_of_the_codec_are_made_of_its_latents(tmp_path, caplog, svd, center):
     """Equal to encoding with the codec first, then pooling, then the SVD. No encoder is asked."""
     codec = dataclasses.replace(CODEC, channels=6)
-    config = dataclasses.replace(CONFIG, features=("codec", "codec3"), components=9, svd=svd, center=center)
+    config = dataclasses.replace(CONFIG, features=("codec", "codec3"), components=(9,), svd=svd, center=center)
     caplog.set_level("INFO")
     run(tmp_path, encoder=Deaf(), config=config, codec=codec)
     assert "each went through the encoder 0.00 times" in caplog.text
@@ -135,7 +135,7 @@ def test_shards_of_the_fit_are_spread_over_the_data():
 
     def shards(fit_images, count=44, size=4):
         config = dataclasses.replace(CONFIG, fit_images=fit_images, shard_images=size)
-        return encoding.plan(Source(count), Toy(), config, CODEC, pathlib.Path(), 0, 1, 1.0).fit_shards
+        return encoding.plan(Source(count), Toy(), config, CODEC, "").fit_shards
 
     assert shards(0) == shards(44) == shards(99) == dict.fromkeys(range(11), 4)
     assert shards(0, count=42) == dict.fromkeys(range(10), 4) | {10: 2}
@@ -144,7 +144,7 @@ def test_shards_of_the_fit_are_spread_over_the_data():
 
 
 def test_real_encoder(tmp_path):
-    config = dataclasses.replace(CONFIG, name=efficientnet.NAME, components=8, batch_size=8, shard_images=24)
+    config = dataclasses.replace(CONFIG, name=efficientnet.NAME, components=(8,), batch_size=8, shard_images=24)
     encoder = efficientnet.load("", input_size=32, map="stage4", vector="pool", features=("crops1", "map"))
     run(tmp_path, Source(24), encoder, config)
     levels = (latents.LevelSource("z2", "map", (1, 1, 8)), *LEVELS[2:])
@@ -244,7 +244,7 @@ def test_waiting_ends(tmp_path):
     "change, message",
     [
         ({"config": dataclasses.replace(CONFIG, input_size=64)}, "encoder.input_size 32, config says 64: use"),
-        ({"config": dataclasses.replace(CONFIG, components=4)}, "encoder.components 5, config says 4"),
+        ({"config": dataclasses.replace(CONFIG, components=(4,))}, "encoder.components \\[5\\], config says \\[4\\]"),
         ({"config": dataclasses.replace(CONFIG, svd="per_position")}, "encoder.svd shared, config says per_position"),
         ({"config": dataclasses.replace(CONFIG, center=False)}, "encoder.center True, config says False"),
         ({"encoder": Toy(fingerprint="beef")}, "encoder.weights_sha256 cafe, config says beef"),
@@ -299,7 +299,7 @@ BAD_DATA = [
         "encoder.center: False given, but with encoder.svd 'none' nothing is centred",
     ),
     (
-        {"config": dataclasses.replace(CONFIG, svd="none", components=11, features=("codec",))},
+        {"config": dataclasses.replace(CONFIG, svd="none", components=(11,), features=("codec",))},
         "encoder.components: 11 given, but 'codec' has 12 channels",
     ),
     (

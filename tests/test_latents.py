@@ -88,7 +88,7 @@ def test_levels_of_a_basis_per_position_are_not_pooled(tmp_path):
 
 def test_levels_without_an_svd_are_the_features_and_may_be_standardised_by_image(tmp_path):
     """The per-image mean and variance are those of RCG, rdm/models/diffusion/ddpm.py:573-581 (torch.std: unbiased)."""
-    run(tmp_path, config=dataclasses.replace(CONFIG, svd="none", components=9))
+    run(tmp_path, config=dataclasses.replace(CONFIG, svd="none", components=(9,)))
     raw = batch(tmp_path)
     features = Toy().features(Source().images)
     levels = [

@@ -324,7 +324,7 @@ def test_features_are_grids_of_vectors_and_of_the_map(files, tiny_variants):
 def test_encodes_and_tells_its_options_apart(files, tiny_variants, tmp_path):
     """A run of nested/encode.py; products in bfloat16, or another encoder of the same file, make other latents."""
     path = files[0]["mocov3_vitb16"][0]
-    options = dict(name="mocov3_vitb16", map="last", vector="projected", features=("crops1", "map2"), components=4)
+    options = dict(name="mocov3_vitb16", map="last", vector="projected", features=("crops1", "map2"), components=(4,))
     config = dataclasses.replace(toy_encoding.CONFIG, **options)
 
     def encode(**changes):

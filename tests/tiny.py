@@ -21,7 +21,7 @@ def get_config(arg=""):
     kind, depth, backbone = common.parse(arg, ("digits", "synthetic"), ("L3", "L2", "L1"), ("uvit", "hdit"))
     config = common.default()
     config.data.update(source="digits", num_classes=10, holdout=8)
-    config.encoder.update(input_size=32, map="stage4", features=("map",), components=16)
+    config.encoder.update(input_size=32, map="stage4", features=("map",), components=(16,))
     small = common.uvit(width=16, depth=1, num_heads=2, final_conv=False)
     base = common.uvit(width=16, depth=2, num_heads=2)
     ddim = dict(name="ddim", steps=2, eta=0.0, t_end=1e-3)

@@ -12,7 +12,7 @@ from nested.encoders import compress, grids
 IMAGES = 44  # 3 shards of 16, 16, 12; batches of 6: every shard ends in a padded batch
 CONFIG = encoding.EncoderConfig(
     name="toy", weights="", input_size=32, map="stage4", vector="pool", prefix="", dtype="float32",
-    features=("crops1", "map"), components=5, svd="shared", center=True, fit_images=0, batch_size=6, shard_images=16,
+    features=("crops1", "map"), components=(5,), svd="shared", center=True, fit_images=0, batch_size=6, shard_images=16,
 )  # fmt: skip
 CODEC = codecs.CodecConfig(
     name="patch_pca", patch=2, channels=12, weights="", prefix="", scale=0.0, decoder_weights="", batch_size=16,
@@ -37,6 +37,9 @@ class Source:
 
     def check(self):
         pass
+
+    def describe(self):
+        return "toys"
 
     def __init__(self, count=IMAGES, damage=None, killed_at=None, size=8):
         rng = np.random.default_rng(0)
@@ -65,14 +68,16 @@ class Toy:
     nan_at: int = -1
     huge_at: int = -1
     feature_names: tuple = ("crops1", "map")
+    params: tuple = ()
 
     def features(self, images):
         return grids.of_images(self._outputs, images, self.feature_names)
 
     def _outputs(self, images, parts):
         x = jnp.asarray(images).astype(jnp.float32) / 127.5
-        bad = jnp.where(images[:, 0, 0, 0] == self.nan_at, jnp.nan, 1.0)
-        bad = jnp.where(images[:, 0, 0, 0] == self.huge_at, 3e4, bad)[:, None, None, None]
+        first = jnp.asarray(images)[:, 0, 0, 0].astype(jnp.int32)
+        bad = jnp.where(first == self.nan_at, jnp.nan, 1.0)
+        bad = jnp.where(first == self.huge_at, 3e4, bad)[:, None, None, None]
         weights = np.random.default_rng(1).normal(size=(12, 9)).astype(np.float32)
         maps = compress.patchify(x, 2) @ weights * bad
         outputs = {"map": maps, "vector": (jnp.tanh(maps).mean((1, 2), keepdims=True) * bad)[:, 0, 0]}
@@ -82,7 +87,7 @@ class Toy:
 def run(directory, source=None, encoder=None, config=CONFIG, codec=CODEC, **processes):
     source = Source() if source is None else source
     encoder = encoder or Toy(feature_names=tuple(name for name in config.features if not grids.of_codec(name)))
-    return encode.encode(source, encoder, config, codec, directory, **processes)
+    return encode.encode(encoding.plan(source, encoder, config, codec, directory, **processes))
 
 
 def content(directory):

@@ -165,10 +165,11 @@ class Codec:
         return to_images(x_BHWC.astype(jnp.float32))
 
 
-def stored_moments(params: Params, images: np.ndarray, batch_size: int) -> jax.Array:
-    """uint8 images [B, H, W, C] -> float32 [B, H/f, W/f, 2 c], means before log-variances, in slices_of(B, batch_size).
-    """
-    parts = [moments(params, normalise(images[rows])) for rows in slices_of(len(images), batch_size)]
+def stored_moments(params: Params, images: np.ndarray, batch_size: int, rows: jax.sharding.NamedSharding) -> jax.Array:
+    """uint8 images [B, H, W, C] -> float32 [B, H/f, W/f, 2 c], means before log-variances, in slices_of(B, batch_size,
+    the devices of `rows`, which share each slice)."""
+    slices = slices_of(len(images), batch_size, rows.mesh.size)
+    parts = [moments(params, normalise(jax.device_put(images[some], rows))) for some in slices]
     return jnp.concatenate([jnp.concatenate(part, -1) for part in parts])
 
 
