@@ -11,8 +11,8 @@ each SVD-compressed (256, 128, 64, 32 channels), then the SD autoencoder's 32x32
 12-deep (13 blocks), 768-wide U-ViT with a time MLP. Batch 1024, 500k steps, AdamW 2e-4, betas (.99, .99), weight decay
 .03, 5k warm-up steps, EMA .9999, SD's discrete schedule, DPM-Solver++ 'fast' 50 evaluations: U-ViT's H recipe, which
 Table 2's 500k iterations and the 10 % drop point to. Both flips of every image are encoded, as there: the steps are 200
-epochs of both. A record is 255 kB (of 21 vectors and a 14x14 map of 256 channels, and the latent's moments, twice), all
-of them 327 GB; --config.data.flip=False halves that.
+epochs of both. A record is 48 kB (of 21 vectors, the pooled map and the latent's moments, twice), all of them 62 GB;
+--config.data.flip=False halves that.
 
 Published FID-50k, guided: unconditional L1 - , L2 6.59, L3 6.34, L4 5.54, L5 5.03; class 13.75, 4.87, 4.46, 4.25, 3.97;
 1* 7.18. Cost by arithmetic, not measured: L1 is 161 GFLOP per training image, L5 204.
@@ -27,7 +27,7 @@ SHAPES = {  # name: (source, shape, patch size, sigma unconditional, sigma class
     "z1x1": ("crops1", (1, 1, 256), 1, 0.5, 0.5),
     "z2x2": ("crops2", (2, 2, 128), 1, 0.5, 0.5),
     "z4x4": ("crops4", (4, 4, 64), 2, 0.5, 1.0),
-    "z8x8": ("map", (8, 8, 32), 2, 1.0, 1.0),
+    "z8x8": ("map8", (8, 8, 32), 2, 1.0, 1.0),
 }
 
 
@@ -41,7 +41,7 @@ def get_config(arg: str = "L3"):
         input_size=224,
         map="last",
         vector="cls",
-        features=("crops1", "crops2", "crops4", "map"),
+        features=("crops1", "crops2", "crops4", "map8"),
         components=(256, 128, 64, 32),
         fit_images=131_072,
     )

@@ -1,9 +1,12 @@
 """The way back from records: level variables, images, the report; and the records as a data source."""
 
 import dataclasses
+import json
+import os
 import pathlib
 import pickle
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -228,3 +231,25 @@ def test_images_that_do_not_give_a_shape(shape, image_shape, message):
     with pytest.raises(ValueError) as error:
         of_images(shape, image_shape)
     assert str(error.value).startswith(message) and one_line(error)
+
+
+def test_as_many_records_as_imagenet_has_are_opened_at_once(tmp_path):
+    """Opening reads an index of shards, no shard. The shards are links to one."""
+    fields, count = (records.Field("label", "int32", ()), records.Field("map", "float16", (2, 2, 4))), 313
+    (tmp_path / "latents").mkdir()
+    one = tmp_path / "one"
+    empty = np.zeros((2, 2, 4))
+    records.write_shard(one, (records.pack({"label": i, "map": empty}, fields) for i in range(4096)))
+    shards = []
+    for i in range(count):
+        name = f"latents-{i:05d}-of-{count:05d}.array_record"
+        os.link(one, tmp_path / "latents" / name)
+        shards.append({"file": name, "records": 4096, "bytes": one.stat().st_size})
+    index = {"fingerprint": "f", "num_classes": 4096, "image_shape": [8, 8, 3], "shards": shards}
+    index["fields"] = [field.to_json() for field in fields]
+    (tmp_path / "latents" / records.INDEX_FILE).write_text(json.dumps(index))
+    began = time.monotonic()
+    source = records.LatentRecords(tmp_path / "latents")
+    assert len(source) == 1_282_048 and time.monotonic() - began < 5
+    for i in (0, 4095, 4096, 700_000, len(source) - 1):
+        assert source[i]["label"] == i % 4096
