@@ -23,7 +23,7 @@ from nested import latents as latents_
 from nested import text as text_store
 from nested.build import as_shape
 from nested.build_process import choose, construct, is_joint
-from nested.build_sources import images
+from nested.build_sources import images, shard_window
 from nested.encoders import autoencoder_kl, efficientnet, grids, vit
 from nested.encoders import text as text_encoders
 from nested.files import atomic_write
@@ -126,6 +126,7 @@ def latents(config, workdir: str, text: "Text | None" = None):
     """(records, Latents): encodes the data first where that has not been done. text: the run's encoder of captions,
     where the config has one."""
     codec(config)  # its options are checked also where it has nothing to do
+    shard_window(config)
     check_augmentation(config)
     if config.data.source == "synthetic":
         made = SyntheticVariables({level.name: as_shape(level.shape) for level in config.levels})
@@ -146,13 +147,15 @@ def latents(config, workdir: str, text: "Text | None" = None):
             f"config.data.max_bad_images {config.data.max_bad_images} with captions and encoded levels: the image that "
             "takes a bad one's place would keep the bad one's caption; set it to 0 and remove the files that it names"
         )
+    if config.text.encoder:  # before all images are encoded: what is missing is said now
+        text, of_images = text or load_text(config), captions.captions(images(config))
     result, directory = encoded(config, workdir)
     mirrored = [name + records.MIRRORED for name in result.fields if name != "image" and config.data.flip]
     fields = ("label", *result.fields, *mirrored)
     source = records.LatentRecords(directory, fields)
     if not config.text.encoder:
         return source, result
-    captioned = captions.Captioned(source, captions.captions(images(config)))
+    captioned = captions.Captioned(source, of_images)
     return with_text(config, captioned, fields, text, workdir), result
 
 
@@ -261,13 +264,22 @@ def some_captions(config, number: int) -> tuple[str, ...]:
     return tuple(captions.texts_of(found[int(i)])[0] for i in chosen)
 
 
+def scored_config(config):
+    """The config with config.evaluate.split, where it has one, for data.split."""
+    other = config.copy_and_resolve_references()
+    other.data.split = config.evaluate.split or config.data.split
+    return other
+
+
 def scored_against(config, source):
     """(config, source) of the images that samples are scored against: the run's, or those of config.evaluate.split."""
     if not config.evaluate.split:
         return config, source
-    other = config.copy_and_resolve_references()
-    other.data.split = config.evaluate.split
-    return other, images(other)
+    other = scored_config(config)
+    try:
+        return other, images(other)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.evaluate.split {config.evaluate.split!r}: {error}") from error
 
 
 def images_only(config) -> bool:
@@ -319,6 +331,7 @@ def encoding_job(config, directory: str) -> encoding.Job:
         directory,
         autoencoder=network,
         flip=config.data.flip,
+        check=config.data.check,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -329,6 +342,10 @@ def plan_encoding(config, workdir: str, out: str) -> None:
     if images_only(config) or config.data.source == "synthetic":
         raise ValueError("--plan: this config encodes nothing, its variables are the images themselves or random")
     encode_cost.plan(encoding_job(config, latents_dir(config, workdir)), out)
+    if config.text.encoder and config.text.stored and jax.process_index() == 0:
+        number = len(set(captions.every_text(captions.captions(images(config)))))
+        size = 2 * number * config.text.max_tokens * config.text.width
+        print(f"text:    {number:,} captions, at most {encode_cost.in_bytes(size)} of features beside (text.stored)")
 
 
 def encode_data(config, workdir: str) -> None:

@@ -59,7 +59,9 @@ def encode(job):
     encoding.claim(job)
     if encoding.complete(job):
         return json.loads(job.index.read_text())
-    job.source.check()  # a folder's unreadable files are all found, named and counted before the work begins
+    if job.check and job.process_index == 0 and not job.checked.exists():
+        job.source.check()  # a folder's unreadable files are all found, named and counted before the work begins
+        atomic_write(job.checked, job.source.describe() + "\n")
     cache, began, seen = {}, time.monotonic(), 0
     if not job.bases.exists():
         seen = _covariances(job, cache)

@@ -89,8 +89,8 @@ def text(job, cost: Cost) -> str:
     mirrored = ", each with its mirror image" if job.flip else ""
     lines = [
         f"data:    {job.source.describe()}",
-        f"stored:  {sum(cost.field_bytes.values()):,} bytes per image ({fields}): {_bytes(cost.total_bytes)} in "
-        f"{cost.shards:,} shards; {_bytes(cost.free_bytes)} are free in {job.directory}{short}",
+        f"stored:  {sum(cost.field_bytes.values()):,} bytes per image ({fields}): {in_bytes(cost.total_bytes)} in "
+        f"{cost.shards:,} shards; {in_bytes(cost.free_bytes)} are free in {job.directory}{short}",
         f"work:    {cost.images:,} images{mirrored}{twice}",
         f"rates:   reading {cost.reading:,.1f} images/s per process of {os.cpu_count()} cores, encoding "
         f"{cost.encoding:,.1f} images/s per device ({jax.devices()[0].device_kind}), both measured on the first "
@@ -110,7 +110,8 @@ def _time(cost, processes, devices):
     )
 
 
-def _bytes(number):
+def in_bytes(number):
+    """'62 GB'."""
     power = min(int(math.log10(max(number, 1))) // 3, 4)
     return f"{number / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 

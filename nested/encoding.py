@@ -90,6 +90,7 @@ class Job:
     grids: dict  # feature -> (h, w, C), the codec's patches included, which the codec's features are made of
     autoencoder: AutoencoderKL | None  # of the codec sd_vae
     flip: bool  # whether everything is stored of the mirrored images as well
+    check: bool  # whether all images are read once before
 
     def channels(self, name):
         """Channels of a feature before its SVD: of the codec's latents for theirs."""
@@ -114,7 +115,7 @@ class Job:
     @property
     def moments_shape(self):
         """(h, w, 2 c) of the autoencoder's moments."""
-        height, width, channels = latent_grid(self.autoencoder, self.image_shape)
+        height, width, channels = self.autoencoder.grid(self.image_shape)
         return height, width, 2 * channels
 
     @property
@@ -172,6 +173,10 @@ class Job:
         return self.directory / "statistics" / "bases.npz"
 
     @property
+    def checked(self):
+        return self.directory / "checked.txt"
+
+    @property
     def statistics(self):
         return self.directory / STATISTICS_FILE
 
@@ -182,12 +187,13 @@ class Job:
 
 def plan(
     source, encoder, config, codec, directory, *,
-    autoencoder=None, flip=False, process_index=0, process_count=1, timeout_s=3600.0,
+    autoencoder=None, flip=False, check=True, process_index=0, process_count=1, timeout_s=3600.0,
 ):  # fmt: skip
     """The Job of encoding `source` into `directory`.
 
     source: len, [i] -> {"image": uint8 [H, W, C], "label": int}, .fingerprint, .num_classes (0: no labels), .check().
-    autoencoder: of the codec sd_vae. flip: mirrored images are stored as well. timeout_s: how long to wait for the
+    autoencoder: of the codec sd_vae. flip: mirrored images are stored as well. check: process 0 reads all images once
+    before the first is encoded, so that all that cannot serve are named at once. timeout_s: how long to wait for the
     other processes without any progress of theirs. Raises ValueError, in one line: empty data; images that cannot be
     encoded so; an option that does not fit.
     """
@@ -214,7 +220,7 @@ def plan(
         raise ValueError(f"image 0: shape {shape}; images must be [H, W, 1 or 3]")
     found = _grids(encoder, config, codec, shape, autoencoder)
     processes = process_index, process_count, timeout_s
-    job = Job(source, encoder, config, codec, local(directory), *processes, shape, found, autoencoder, flip)
+    job = Job(source, encoder, config, codec, local(directory), *processes, shape, found, autoencoder, flip, check)
     _check_svd(job)
     return job
 
@@ -225,7 +231,7 @@ def _grids(encoder, config, codec, image_shape, autoencoder):
     if codec.name == "patch_pca":
         found["patches"] = latents = _patch_grid(codec, image_shape)
     elif codec.name == "sd_vae":
-        latents = latent_grid(autoencoder, image_shape)
+        latents = autoencoder.grid(image_shape)
     if not all(map(grids.of_codec, config.features)):
         outputs = jax.eval_shape(encoder.features, jax.ShapeDtypeStruct((config.batch_size, *image_shape), np.uint8))
     for name in config.features:
@@ -240,18 +246,6 @@ def _grids(encoder, config, codec, image_shape, autoencoder):
             one = jax.ShapeDtypeStruct((1, *latents), np.float32)
             found[name] = jax.eval_shape(functools.partial(grids.pooled, name=name), one).shape[1:]
     return found
-
-
-def latent_grid(autoencoder, image_shape):
-    """(h, w, c) of the latents of images of this shape."""
-    height, width, channels = image_shape
-    layout = autoencoder.layout
-    if channels != layout.image_channels or height % layout.patch or width % layout.patch:
-        raise ValueError(
-            f"codec.name: 'sd_vae' given, whose weights take images of {layout.image_channels} channel(s) and sides "
-            f"that {layout.patch} divides, found {height}x{width}x{channels}; set data.image_size and data.channels"
-        )
-    return height // layout.patch, width // layout.patch, layout.channels
 
 
 def _check_svd(job):
@@ -301,7 +295,7 @@ def _made_from(job):
     if job.codec.name != "pixels":
         made |= {"codec.patch": job.codec.patch, "codec.channels": job.codec.channels}
     if job.autoencoder:
-        made["codec.weights_sha256"] = job.autoencoder.fingerprint
+        made |= {"codec.weights_sha256": job.autoencoder.fingerprint, "codec.prefix": job.codec.prefix}
     if job.flip:
         made["data.flip"] = True
     made |= {"data.fingerprint": job.source.fingerprint, "data.num_images": len(job.source)}

@@ -9,6 +9,7 @@ With config.evaluate.sweep options of sampling are scored at several values (nes
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from nested import build_data, memorization, sample, sweep
+from nested import weights as weight_files
 from nested.evaluation import clip_score, frechet, scores
 from nested.files import atomic_write
 
@@ -27,7 +29,8 @@ EXTRACTOR = "EffLite0"
 @dataclasses.dataclass(frozen=True)
 class Score:
     """fd: FD-EffLite0; kid: MMD^2 (times one, not a thousand). guided: whether the config's guidance was on. clip: the
-    CLIP score with the prompts, where config.evaluate.clip has weights."""
+    CLIP score with the prompts, where config.evaluate.clip has weights. weights: 16 digits of the sha256 of the weight
+    file that was scored, '' for the step of a run."""
 
     guided: bool
     guidance: tuple[float, ...]
@@ -38,6 +41,7 @@ class Score:
     input_size: int
     step: int
     clip: float | None = None
+    weights: str = ""
 
     def __str__(self):
         guidance = ", ".join(f"{w:g}" for w in self.guidance)
@@ -94,28 +98,30 @@ def rechunk(batches, size: int):
             yield batch[start : start + size]
 
 
-def score(gen: sample.Generator, ema, source, cache_dir: str, step: int) -> list[Score]:
-    """The guided score and, with config.evaluate.unguided and guidance anywhere, the unguided one."""
+def score(gen: sample.Generator, ema, source, cache_dir: str, step: int, file: str = "") -> list[Score]:
+    """The guided score and, with config.evaluate.unguided and guidance anywhere, the unguided one. file: identifies the
+    weight file that is scored (Score.weights)."""
     guidance = tuple(level.guidance for level in gen.levels)
     drawers = [gen]
     if gen.config.evaluate.unguided and any(guidance):
         drawers.append(gen.with_guidance((0.0,) * len(guidance)))
-    measure = measurement(gen.config, source, cache_dir)
+    measure = measurement(gen.config, source, cache_dir, file)
     return [measure(drawer, ema, step) for drawer in drawers]
 
 
-def measurement(config, source, cache_dir: str):
+def measurement(config, source, cache_dir: str, file: str = ""):
     """The function (generator, EMA, step) -> Score against the data that the config names."""
     if min(config.evaluate.num_samples, config.evaluate.num_reference) < 2:
         raise ValueError(
             f"config.evaluate: num_samples {config.evaluate.num_samples}, num_reference "
             f"{config.evaluate.num_reference}; a distance needs 2 or more of each"
         )
+    clip = clip_of(config)
     encoder, size, number = build_data.score_encoder(config), config.encoder.batch_size, config.evaluate.num_samples
     scored, source = build_data.scored_against(config, source)
     texts = build_data.some_captions(scored, number) if config.text.encoder else ()  # not those of the pictures
     reference = reference_features(config, build_data.pictures(scored, source), encoder, cache_dir)
-    fitted, clip = frechet.fit(reference, EXTRACTOR), clip_of(config)
+    fitted = frechet.fit(reference, EXTRACTOR)
 
     def measure(gen, ema, step):
         weights = tuple(level.guidance for level in gen.levels)
@@ -136,29 +142,50 @@ def measurement(config, source, cache_dir: str):
         if clip:
             prompts = [gen.prompts[i % len(gen.prompts)] for i in range(number)]
             fits = clip_score.score(np.concatenate(vectors), clip.text_vectors(prompts))
-        return Score(any(weights), weights, fd, kid, len(drawn), len(reference), encoder.input_size, step, fits)
+        return Score(any(weights), weights, fd, kid, len(drawn), len(reference), encoder.input_size, step, fits, file)
 
     return measure
 
 
+def check(config) -> None:
+    """ValueError for what cannot be scored, before a run trains for days: memorisation, a CLIP, another split."""
+    memorization.check(config)
+    if check_clip(config):
+        weight_files.files(config.evaluate.clip.weights)
+    if config.evaluate.split and config.evaluate.num_samples:
+        build_data.scored_against(config, None)
+
+
+def identity(path: str) -> str:
+    """What Score.weights says of a weight file, or a folder of them."""
+    if not path:
+        return ""
+    return hashlib.sha256("".join(map(weight_files.sha256, weight_files.files(path))).encode()).hexdigest()[:16]
+
+
 def clip_of(config) -> clip_score.Clip | None:
-    """The CLIP of config.evaluate.clip, None without weights. Raises ValueError where there are no texts to fit, or the
-    samples are clips."""
+    """The CLIP of config.evaluate.clip, None without weights. Raises ValueError as check_clip() does."""
     options = config.evaluate.clip
-    if not options.weights:
-        return None
+    return clip_score.load(options.name, options.weights) if check_clip(config) else None
+
+
+def check_clip(config) -> bool:
+    """Whether there is to be a CLIP score. Raises ValueError where there are no texts to fit, or the samples are clips.
+    """
+    if not config.evaluate.clip.weights:
+        return False
     if not config.text.encoder or len(build_data.finest_shape(config)) != 3:
         raise ValueError(
             "config.evaluate.clip.weights is given, but the CLIP score is of images with prompts: this config has "
             f"{'clips' if config.text.encoder else 'no text (config.text.encoder)'}; set it to ''"
         )
-    return clip_score.load(options.name, options.weights)
+    return True
 
 
-def report(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str) -> list[str]:
+def report(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str, file: str = "") -> list[str]:
     """Scores, written to scores.json, and what config.evaluate.memorization asks for; the lines to print."""
     config = gen.config
-    results = score(gen, ema, source, cache_dir, step)
+    results = score(gen, ema, source, cache_dir, step, file)
     lines = [f"score:   {result}" for result in results] + [f"scores:  {write_scores(workdir, results)}"]
     if config.evaluate.memorization:
         encoder, size = build_data.score_encoder(config), config.encoder.batch_size
@@ -181,16 +208,19 @@ def evaluate(config, workdir: str, weights: str = "") -> None:
     writes scores.json, with the report on memorisation that the config asks for; or makes a sweep and nothing else."""
     if not config.evaluate.num_samples:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
-    memorization.check(config)
+    check(config)
+    images_alone = weights and not config.evaluate.memorization
+    if images_alone:  # of a file that others trained: nothing is encoded
+        config = build_data.scored_config(config)
     gen, ema, step = sample.opened(config, workdir, weights)
-    source, _ = build_data.latents(config, workdir, gen.text)
-    cache_dir = build_data.latents_dir(config, workdir)
+    source = build_data.images(config) if images_alone else build_data.latents(config, workdir, gen.text)[0]
+    cache_dir, file = build_data.latents_dir(config, workdir), identity(weights)
     if config.evaluate.sweep:
         todo = sweep.combinations(gen)  # all are checked before the first is drawn
-        paths = sweep.score(gen, ema, todo, measurement(config, source, cache_dir), step, workdir)
+        paths = sweep.score(gen, ema, todo, measurement(config, source, cache_dir, file), step, workdir, file)
         if jax.process_index() == 0:
             print("\n".join(f"sweep:   {path}" for path in paths))
         return
-    lines = report(gen, ema, source, cache_dir, step, workdir)
+    lines = report(gen, ema, source, cache_dir, step, workdir, file)
     if jax.process_index() == 0:
         print("\n".join(lines))

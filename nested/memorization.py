@@ -134,15 +134,14 @@ def as_decoded(latents, mesh) -> Callable:
     them, at the samples' resolution. The rows are split over the mesh."""
     codec, size = latents.transforms[-1], -(-BATCH // mesh.size) * mesh.size
     size = latents.slices(size, mesh.size)[0].stop
-    split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
 
-    @functools.partial(jax.jit, in_shardings=(split, whole), out_shardings=whole)
+    @functools.partial(jax.jit, out_shardings=partition.replicated(mesh))
     def decoded(stored, params):
         return latents.decode(codec.encode(stored), params)
 
     def seen(stored):
         chunks = (stored[start : start + size] for start in range(0, len(stored), size))
-        padded = ((len(chunk), nearest.padded(chunk, size)) for chunk in chunks)
+        padded = ((len(chunk), partition.split_rows(nearest.padded(chunk, size), mesh)) for chunk in chunks)
         return np.concatenate([np.asarray(decoded(chunk, latents.params))[:count] for count, chunk in padded])
 
     return seen
@@ -186,11 +185,11 @@ def report(gen, ema, source, features: Callable, step: int, workdir: str) -> lis
     counts = {f"num_{name}": len(images) for name, images in groups.items()}
     content = {"step": step, "num_compared_with": len(training), **counts, **said}
     paths = [os.path.join(workdir, f"memorization.{kind}") for kind in ("json", "png")]
+    drawn = found["features"][SAMPLES]
+    worst = drawn.two[:, 0].argsort(kind="stable")[:SUSPICIOUS]
+    partners = seen(at(training, drawn.nearest[worst], field))  # on all hosts: the devices of all work at it
     if jax.process_index() == 0:
         atomic_write(paths[0], json.dumps(content, indent=1) + "\n")
-        drawn = found["features"][SAMPLES]
-        worst = drawn.two[:, 0].argsort(kind="stable")[:SUSPICIOUS]
-        partners = seen(at(training, drawn.nearest[worst], field))
         draw(groups[SAMPLES][worst], partners, drawn.two[worst, 0], found, paths[1])
     return [*(describe(kind, of) for kind, of in said.items()), *(f"memorization: {path}" for path in paths)]
 

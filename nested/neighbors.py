@@ -15,6 +15,7 @@ import numpy as np
 
 from input_pipeline import loader
 from nested import build_data, pictures
+from nested.build_sources import CLIPS
 from nested.evaluation import nearest
 from nested.files import atomic_write
 from nested.writers import Progress
@@ -110,10 +111,9 @@ def describe(result: Neighbors, k: int) -> str:
 def check(config) -> None:
     """ValueError, before anything is encoded, for data and options that this mode has no picture of."""
     options, number = config.evaluate.neighbors, config.evaluate.num_reference
-    if config.data.source in ("synthetic", "clip_folder"):
+    if config.data.source in ("synthetic", *CLIPS):
         raise ValueError(
-            f"config.data.source {config.data.source!r}: --mode=neighbors compares still images; use digits, idx, "
-            "image_folder or tfds"
+            f"config.data.source {config.data.source!r}: --mode=neighbors compares still images; use another source"
         )
     for name, value in options.items():
         if not 1 <= value < number:

@@ -76,6 +76,11 @@ def replicated(mesh):
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split_rows(rows, mesh):
+    """A numpy array that every process has whole, as a global array split by rows."""
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+
+
 def to_global(batch, mesh):
     """This process's rows (tree of numpy arrays [rows, ...]) -> global arrays [rows * processes, ...], split by rows.
 

@@ -192,13 +192,13 @@ def write_rows(path: str, rows: Sequence[dict], **others) -> None:
 
 
 def score(
-    gen: sample.Generator, ema, todo: Sequence[Combination], measure: Callable, step: int, workdir: str
+    gen: sample.Generator, ema, todo: Sequence[Combination], measure: Callable, step: int, workdir: str, weights=""
 ) -> list[str]:
     """Scores the combinations; writes sweep.json, sweep.md and sweep.png in `workdir`; their paths.
 
-    measure: (generator, EMA, step) -> evaluate.Score."""
+    measure: (generator, EMA, step) -> evaluate.Score. weights: of a weight file, what evaluate.Score says of it."""
     paths = [os.path.join(workdir, f"sweep.{kind}") for kind in ("json", "md", "png")]
-    known = {row["config"]: row for row in read_rows(paths[0]) if row["step"] == step}
+    known = {row["config"]: row for row in read_rows(paths[0]) if (row["step"], row["weights"]) == (step, weights)}
     done = multihost_utils.broadcast_one_to_all(np.array([one.config in known for one in todo], np.int32))
     rows, before = [known.get(one.config) for one in todo], int(done.sum())
     if before:

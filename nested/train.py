@@ -22,7 +22,7 @@ from absl import logging
 from clu import parameter_overview
 
 from input_pipeline import loader
-from nested import build, build_data, evaluate, hierarchy, memorization, partition, sample, summary, transfer
+from nested import build, build_data, evaluate, hierarchy, partition, sample, summary, transfer
 from nested import optimizer as opt
 from nested.build_sources import shard_window
 from nested.checkpoint import Checkpoints, Preemption, latest_step
@@ -243,7 +243,7 @@ def train_phase(config, workdir: str, root: str) -> bool:
     """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores.
     False where a signal stopped it."""
     build.check_pictures(config)
-    memorization.check(config)
+    evaluate.check(config)
     text = build_data.load_text(config)
     source, latents = build_data.latents(config, workdir, text)
     run = make_run(config, latents, text)

@@ -73,10 +73,13 @@ def start_two(workdir, *options, config="tests/tiny.py:L2", of_the_second=()):
 
 def test_processes_make_no_difference(one, tmp_path):
     options = (f"--config.latents_dir={one / 'latents'}", "--config.train.mesh_fsdp=2", *TRAIN)
+    options += ("--config.evaluate.num_samples=16", "--config.evaluate.memorization=8")
     outs = [finish(process, timeout=300)[0] for process in start_two(tmp_path, *options)]
     assert is_split(tmp_path)
     check_same(tmp_path, one)
     assert outs[1] == "" and f"picture: {tmp_path / 'samples.png'}" in outs[0]
+    said = json.loads((tmp_path / "memorization.json").read_text())
+    assert said["num_samples"] == 8 and (tmp_path / "memorization.png").exists()
 
 
 def test_a_mistake_in_one_process_ends_both(tmp_path):

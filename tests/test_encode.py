@@ -364,3 +364,17 @@ def test_a_shard_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(OSError, match=r"shard not written: open\(\) failed") as error:
         records.write_shard(tmp_path / "absent" / "shard", [b"x"])
     assert one_line(error)
+
+
+def test_all_images_are_read_before_the_first_is_encoded_once_and_by_one_process(tmp_path):
+    class Checked(Source):
+        checks = 0
+
+        def check(self):
+            Checked.checks += 1
+
+    for i, check in ((0, False), (1, True), (0, True), (0, True)):  # the second process leaves it to the first
+        with pytest.raises(TimeoutError):
+            run(tmp_path, Checked(), check=check, process_index=i, process_count=2, timeout_s=0.0)
+        assert Checked.checks == (check and i == 0)
+        assert (tmp_path / "checked.txt").exists() == bool(Checked.checks)

@@ -106,3 +106,15 @@ def test_a_plan_of_nothing_is_refused(tmp_path):
     for level in config.levels:
         level.source = "pixels"
     refused(build_data.plan_encoding, config, str(tmp_path), "", match="--plan: this config encodes nothing")
+
+
+def test_stored_text_is_counted(monkeypatch, tmp_path, capsys):
+    config = config_of(2)
+    config.data.source, config.levels[0].source = "image_folder", "map"
+    config.text.update(encoder="minilm", stored=True, max_tokens=10, width=50)
+    monkeypatch.setattr(build_data.encode_cost, "plan", lambda job, out: None)
+    monkeypatch.setattr(build_data, "encoding_job", lambda config, directory: None)
+    captioned = type("Captioned", (), {"captions": ("one", ("two", "three"), "one")})()
+    monkeypatch.setattr(build_data, "images", lambda config: captioned)
+    build_data.plan_encoding(config, str(tmp_path), "")
+    assert capsys.readouterr().out == "text:    3 captions, at most 3 kB of features beside (text.stored)\n"

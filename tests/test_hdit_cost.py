@@ -1,5 +1,6 @@
 """What HDiT's train steps cost to compile and to hold, by XLA; slow, so not in the default run."""
 
+import tempfile
 import time
 
 import jax
@@ -21,7 +22,7 @@ def uncached():
 def compiled_step(config, batch_size):
     """(seconds, XLA's program) of a train step, from shapes alone."""
     config.train.batch_size = batch_size
-    run = train.make_run(config, build_data.latents(config, "unused")[1])
+    run = train.make_run(config, build_data.latents(config, tempfile.mkdtemp())[1])
     (level,) = run.step.levels
     raw = {"x": jax.ShapeDtypeStruct((batch_size, *level.shape), jnp.float32)}
     raw["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)

@@ -356,7 +356,7 @@ def test_write_scores(tmp_path):
     content = json.loads((tmp_path / "scores.json").read_text())
     assert path == str(tmp_path / "scores.json")
     expected = dict(guided=True, guidance=[0.5, 0.3], fd=12.5, kid=0.25, num_samples=10, num_reference=20)
-    assert content == [expected | dict(input_size=32, step=7, clip=None)]
+    assert content == [expected | dict(input_size=32, step=7, clip=None, weights="")]
 
 
 def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):
@@ -369,3 +369,46 @@ def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypa
     generator.config.evaluate.num_samples = 0
     with pytest.raises(ValueError, match="evaluate.num_samples is 0, so nothing would be scored"):
         evaluate.evaluate(generator.config, str(tmp_path))
+
+
+def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch, capsys):
+    """Against the images of the split that scores are against; the file is named by its content."""
+    generator, source = fake_scoring(8, unguided=False)
+    generator.config.evaluate.split = "val2014"
+    file, opened = tmp_path / "w.npz", []
+    np.savez(file, a=np.zeros(1))
+
+    def fake_opened(config, workdir, weights):
+        opened.append((config.data.split, weights))
+        return generator, None, 0
+
+    def read(config):
+        assert config.data.split == "val2014"
+        return source
+
+    monkeypatch.setattr(build_data, "images", read)
+    monkeypatch.setattr(build_data, "latents", None)  # would encode
+    monkeypatch.setattr(sample, "opened", fake_opened)
+    evaluate.evaluate(generator.config, str(tmp_path), str(file))
+    assert opened == [("val2014", str(file))]
+    row = json.loads((tmp_path / "scores.json").read_text())[0]
+    assert row["step"] == 0 and row["weights"] == evaluate.identity(str(file)) and len(row["weights"]) == 16
+    np.savez(file, a=np.ones(1))
+    assert evaluate.identity(str(file)) != row["weights"]
+
+
+def test_what_cannot_be_scored_is_said_before_training(monkeypatch, tmp_path):
+    config = fake_scoring(8, unguided=False)[0].config
+    evaluate.check(config)
+    config.evaluate.split = "no such"
+
+    def read(config):
+        raise FileNotFoundError("no folder of it")
+
+    monkeypatch.setattr(build_data, "images", read)
+    with pytest.raises(ValueError, match="config.evaluate.split 'no such': no folder of it"):
+        evaluate.check(config)
+    config.evaluate.split, config.text.encoder = "", "minilm"
+    config.evaluate.clip.weights = str(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="absent: no such weight file"):
+        evaluate.check(config)

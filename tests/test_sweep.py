@@ -72,6 +72,21 @@ def test_every_combination_is_scored_in_order(tmp_path):
     assert lines[-1] == "| (1, 0.25) | inf | 3 | 12.00 | 0.1200 |" and lines[0] == "| 0 | 0 | 2 | 1.00 | 0.0100 |"
 
 
+def test_scores_of_another_weight_file_are_not_taken_over(tmp_path):
+    """Every weight file is step 0 of the same config."""
+    gen = swept(("sampler.steps", (2, 3)))
+    todo = sweep.combinations(gen)
+    for file, fds in (("aa", [1.0, 2.0]), ("bb", [1.0, 2.0]), ("bb", [1.0, 2.0])):
+        measure = Measure()
+
+        def measured(*arguments, measure=measure, file=file):
+            return dataclasses.replace(measure(*arguments), weights=file)
+
+        sweep.score(gen, None, todo, measured, 0, str(tmp_path), file)
+        assert [(row["fd"], row["weights"]) for row in rows_of(tmp_path)] == [(fd, file) for fd in fds]
+    assert measure.levels == []  # the third took over the rows of the second
+
+
 def values(option, value, config):
     """What a value of an option makes of (guidance, steps, eta) of every level."""
     levels = build.levels(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import tempfile
 import time
 
 import jax
@@ -20,7 +21,7 @@ def make(changes=(), config=None):
     """(run, records) of the tiny synthetic config with the dotted keys of `changes` set."""
     config = config or get_config("synthetic,L2")
     config.update_from_flattened_dict(dict(changes))
-    source, latents = build_data.latents(config, "unused")
+    source, latents = build_data.latents(config, tempfile.mkdtemp())
     return train.make_run(config, latents), source
 
 

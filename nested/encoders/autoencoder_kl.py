@@ -177,6 +177,8 @@ def slices_of(rows: int, most: int, devices: int = 1) -> list[slice]:
     """Equal slices of `rows`, so that memory does not grow with them: at most `most` for each of the devices, which are
     to divide them. Python's loop over them, not one in the program: XLA's convolutions in loops take 10 times as long
     on a CPU."""
+    if rows < 1 or rows % devices:
+        raise ValueError(f"{rows} images at a time do not divide by {devices} devices; use a multiple")
     each = rows // devices
     size = devices * max(number for number in range(1, min(most, each) + 1) if each % number == 0)
     return [slice(start, start + size) for start in range(0, rows, size)]
@@ -270,6 +272,17 @@ class AutoencoderKL:
     def decoder(self) -> Params:
         """What decode() needs."""
         return {name: x for name, x in self.params.items() if name.startswith(("decoder.", "post_quant_conv."))}
+
+    def grid(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of images of this shape."""
+        height, width, channels = image_shape
+        patch, wanted = self.layout.patch, self.layout.image_channels
+        if channels != wanted or height % patch or width % patch:
+            raise ValueError(
+                f"codec.name: 'sd_vae' given, whose weights take images of {wanted} channel(s) and sides that {patch} "
+                f"divides, found {height}x{width}x{channels}; set data.image_size and data.channels"
+            )
+        return height // patch, width // patch, self.layout.channels
 
 
 def load(path: str, *, prefix: str, patch: int, channels: int, what: str) -> AutoencoderKL:
