@@ -20,8 +20,9 @@ both; the statistics are then over both, the SVD basis is fitted to the images a
 
 Shards are the unit of work: shard i belongs to process i % process_count; a finished file is kept, a half-written one
 never has its final name (input_pipeline/latents.py, nested/files.py); what a shard holds depends on the shard alone.
-So a killed run resumes, and any number of processes writes the same bytes. encoding.json, written first, says what the
-files are made from; a run that differs in anything is refused. statistics/ serves resuming only.
+So a killed run resumes, and any number of processes writes the same bytes (of equally many devices each, which share a
+batch: sums over more of them are rounded otherwise). encoding.json, written first, says what the files are made from; a
+run that differs in anything is refused. statistics/ serves resuming only.
 """
 
 import collections

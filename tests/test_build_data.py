@@ -9,8 +9,8 @@ import tiny
 from test_build import ALL, changed, refused
 from toy_encoding import Source, Toy
 
-from configs import imagenet
-from nested import build, build_data, build_sources
+from configs import common, imagenet
+from nested import build, build_data, build_sources, codecs
 from nested.encoders import vit
 
 
@@ -221,3 +221,8 @@ def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
     refused(build.check_pictures, config, match="'synthetic', whose latents have no images")
     config.sample.num_samples = config.evaluate.num_samples = 0
     build.check_pictures(config)
+
+
+def test_what_a_codec_leaves_unset_is_what_the_defaults_say():
+    default = common.default().codec.to_dict()
+    assert codecs.UNSET == {name: value for name, value in default.items() if name not in ("name", "patch", "channels")}
