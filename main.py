@@ -65,7 +65,7 @@ def run() -> None:
     if FLAGS.runs and mode != "compare":
         raise ValueError(f"--runs is of --mode=compare, not of {mode}: leave it out")
     if FLAGS.weights and mode not in ("sample", "evaluate"):
-        raise ValueError(f"--weights is of --mode=sample and evaluate; for {mode} there is config.init_from.path")
+        raise ValueError(f"--weights is of --mode=sample and evaluate, not of {mode} (train has config.init_from.path)")
     if FLAGS.plan and mode != "encode":
         raise ValueError(f"--plan is of --mode=encode, not of {mode}: leave it out")
     if mode == "summary":

@@ -1,17 +1,23 @@
 """Rate of decoding images: JPEGs of 500 x 375 pixels to centre crops of 256, in one process and through the loader.
 
     python -m benchmarks.images [--images=256] [--workers=0,1,2] [--out=FILE]
+    python -m benchmarks.images --index=1281167 [--out=FILE]
 
 The JPEGs are made here, of gradients and noise, at quality 90: some 110 kB each, as ImageNet's are. `alone`: one thread
 decodes and crops them (transforms.decode_image, center_crop); the rate per CPU second depends least on other work on
 the machine. `decoding_share`: of that time, the rest is the crop. `loader_by_workers`: batches of 32 from a folder of
 them by loader.batches with that many worker processes (0: this process reads, with two threads), after their start and
 the first batches, which are not counted; and what an image costs the process that is fed, in CPU milliseconds.
+
+--index times opening ImageNet's tar of that many images in 1,000 classes instead: `walk_seconds`, where its index has
+to be made, and `again_seconds`, where it is kept. The headers are real, the images holes of INDEXED bytes in a sparse
+file of the folder for temporary files, where 1,281,167 of them take 5 GB; writing and removing it, minutes.
 """
 
 import itertools
 import os
 import pathlib
+import tarfile
 import tempfile
 import time
 
@@ -20,15 +26,17 @@ from absl import app, flags
 from PIL import Image
 
 from benchmarks.report import report
-from input_pipeline import image_files, loader, transforms
+from input_pipeline import image_files, imagenet, loader, tars, transforms
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("images", 256, "different JPEGs")
 flags.DEFINE_list("workers", ["0", "1", "2"], "numbers of the loader's worker processes")
 flags.DEFINE_integer("batches", 24, "of 32 images, that are timed with the loader")
+flags.DEFINE_integer("index", 0, "measure the index of a tar of so many images, and nothing else")
 flags.DEFINE_string("out", "", "the figures as JSON")
 
 WIDTH, HEIGHT, SIZE, QUALITY, NOISE, BATCH, THREADS = 500, 375, 256, 90, 32, 32, 2
+CLASSES, INDEXED = 1000, 110_080  # bytes of an image, whole blocks
 
 
 def write_jpegs(folder: pathlib.Path, number: int) -> float:
@@ -78,8 +86,45 @@ def through_loader(source, workers: int, number: int) -> dict:
     return {"images_per_second": rounded(images / took), "own_cpu_ms_per_image": rounded(1000 * cpu / images)}
 
 
+def header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def write_headers(path: pathlib.Path, number: int) -> None:
+    """ILSVRC2012_img_train.tar of `number` images that are holes in the file."""
+    counts = [len(part) for part in np.array_split(np.arange(number), CLASSES)]
+    with open(path, "wb") as file:
+        for label, count in enumerate(counts):
+            wnid = f"n{label:08}"
+            file.write(header(f"{wnid}.tar", count * (tars.BLOCK + INDEXED) + 2 * tars.BLOCK))
+            for image in range(count):
+                file.write(header(f"{wnid}_{image}.JPEG", INDEXED))
+                file.seek(INDEXED, os.SEEK_CUR)
+            file.seek(2 * tars.BLOCK, os.SEEK_CUR)
+        file.truncate(file.tell() + 2 * tars.BLOCK)
+
+
+def opening(number: int) -> dict:
+    """Seconds to open a tar of `number` images, without and with its index."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_headers(pathlib.Path(folder) / imagenet.TARS["train"], number)
+        seconds = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            source = imagenet.ImageNetTar(folder, "train", index_dir=folder)
+            seconds.append(rounded(time.perf_counter() - begin))
+        (index,) = pathlib.Path(folder).glob("*.npz")
+        size = index.stat().st_size
+    return {"images": len(source), "walk_seconds": seconds[0], "again_seconds": seconds[1], "index_bytes": size}
+
+
 def main(argv):
     del argv
+    if FLAGS.index:
+        report({"command": f"python -m benchmarks.images --index={FLAGS.index}", **opening(FLAGS.index)}, FLAGS.out)
+        return
     workers = [int(count) for count in FLAGS.workers]
     figures = {"command": f"python -m benchmarks.images --images={FLAGS.images} --workers={','.join(FLAGS.workers)}"}
     figures["load_average_before"] = rounded(os.getloadavg()[0])

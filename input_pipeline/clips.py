@@ -13,40 +13,43 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from input_pipeline.image_files import Folder
-from input_pipeline.transforms import DECODE_ERRORS, check_channels, to_array, to_channels
+from input_pipeline.transforms import DECODE_ERRORS, check_channels, open_image, to_array, to_channels
 
 ANIMATION_FORMATS = ("WEBP", "GIF", "PNG")
 VIDEO_SUFFIXES = (".mp4", ".avi")  # others are handed to Pillow
 CLIP_ERRORS = (*DECODE_ERRORS, EOFError, IndexError, struct.error)  # the last three: Pillow's GIF and PNG readers
 
 
-def decode_clip(path: pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
-    """The frames 0, stride, ..., (frames - 1) * stride of a file -> uint8 [frames, H, W, channels].
+def is_video(name: str) -> bool:
+    """Whether a file of this name is read through OpenCV."""
+    return pathlib.PurePath(name).suffix.lower() in VIDEO_SUFFIXES
 
-    Transparency is laid over white.
 
-    Raises: ValueError where the file has fewer frames; one of CLIP_ERRORS for what is not a whole clip.
+def decode_clip(clip: bytes | pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
+    """The frames 0, stride, ..., (frames - 1) * stride -> uint8 [frames, H, W, channels].
+
+    clip: the bytes of an animation, or a video's file. Transparency is laid over white.
+
+    Raises: ValueError where there are fewer frames; one of CLIP_ERRORS for what is not a whole clip.
     """
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        return _decode_video(path, frames, stride, channels)
-    with Image.open(path, formats=ANIMATION_FORMATS) as opened:
+    if isinstance(clip, pathlib.Path):
+        return _decode_video(clip, frames, stride, channels)
+    with open_image(clip, ANIMATION_FORMATS) as opened:
         first = int(getattr(opened, "default_image", False))  # of a PNG file, for viewers that show no animations
-        found, clip = opened.n_frames - first, []
+        found, images = opened.n_frames - first, []
         if found < _length(frames, stride):
             raise _too_short(found, frames, stride)
         for number in range(frames):
             opened.seek(first + number * stride)
-            clip.append(to_array(opened, channels))
-    return np.stack(clip)
+            images.append(to_array(opened, channels))
+    return np.stack(images)
 
 
 def _decode_video(path: pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
     import cv2
 
-    path.stat()  # OSError where there is no such file; OpenCV says only that nothing opened
     video, clip = cv2.VideoCapture(str(path)), []
     for number in range(_length(frames, stride)):
         whole, image_BGR = video.read()
@@ -66,7 +69,7 @@ def check_frames(frames: int, stride: int) -> None:
 
 def require_opencv(files: Sequence[str], root: pathlib.Path) -> None:
     """Raises ImportError (one line) where some of the files need OpenCV and it is not installed."""
-    videos = [file for file in files if pathlib.PurePath(file).suffix.lower() in VIDEO_SUFFIXES]
+    videos = [file for file in files if is_video(file)]
     if videos:
         try:
             import cv2  # noqa: F401  optional, asked for before training starts
@@ -122,8 +125,15 @@ class ClipFolder(Folder):
     def image_shape(self) -> tuple[int, None, None, int]:
         return (self.frames, None, None, self.channels)
 
-    def decode_file(self, path: pathlib.Path) -> np.ndarray:
-        return decode_clip(path, self.frames, self.stride, self.channels)
+    def data(self, index: int) -> bytes | pathlib.Path:
+        if not is_video(self.name(index)):
+            return super().data(index)
+        path = self.root / self.name(index)
+        with open(path, "rb"):  # OSError where it cannot be; OpenCV says only that nothing opened
+            return path
+
+    def decode(self, data: bytes | pathlib.Path) -> np.ndarray:
+        return decode_clip(data, self.frames, self.stride, self.channels)
 
     def describe(self) -> str:
         return f"{super().describe()}, {self.frames} frames at stride {self.stride}"

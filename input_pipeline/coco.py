@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from input_pipeline.decoded import Decoded, some
+from input_pipeline.decoded import JSON_ERRORS, Decoded, is_text, read_file, some
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
@@ -42,7 +42,7 @@ class Coco(Decoded):
                 )
         images, captions = _read(self.file)
         self._files = [images[number] for number in sorted(images)]
-        there = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        there = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
         absent = [file for file in self._files if file not in there]
         _refuse(self.file, absent, f"images that are not in {self.folder}", "copy them there")
         texts = [tuple(captions[number]) for number in sorted(images)]
@@ -58,8 +58,11 @@ class Coco(Decoded):
     def name(self, index: int) -> str:
         return self._files[index]
 
-    def decode(self, index: int) -> np.ndarray:
-        return decode_image(self.folder / self._files[index], self.channels)
+    def data(self, index: int) -> bytes:
+        return read_file(self.folder / self._files[index])
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return decode_image(data, self.channels)
 
     def describe(self) -> str:
         number = sum(len(texts) for texts in self._captions)
@@ -69,10 +72,10 @@ class Coco(Decoded):
 def _read(file: pathlib.Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     """({image id: file name}, {image id: captions})."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        listed = [(int(image["id"]), str(image["file_name"])) for image in content["images"]]
-        said = [(int(entry["id"]), int(entry["image_id"]), str(entry["caption"])) for entry in content["annotations"]]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(read_file(file))
+        listed = _rows(content, "images", {"id": int, "file_name": str})
+        said = _rows(content, "annotations", {"id": int, "image_id": int, "caption": str})
+    except (*JSON_ERRORS, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a file of COCO captions ({error!r}): get it again") from error
     images = dict(listed)
     repeated = _repeated([number for number, _ in listed]) + _repeated([name for _, name in listed])
@@ -87,6 +90,17 @@ def _read(file: pathlib.Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     if not images:
         raise ValueError(f"{file} names no images; get the file again")
     return images, captions
+
+
+def _rows(content: dict, name: str, types: dict[str, type]) -> list[tuple]:
+    """Those fields of each entry of a list in the file. TypeError names the first value of another type; a text with
+    half of a surrogate pair, which UTF-8 cannot hold, is none."""
+    rows = [tuple(entry[field] for field in types) for entry in content[name]]
+    for number, row in enumerate(rows):
+        for (field, wanted), value in zip(types.items(), row, strict=True):
+            if not (is_text(value) if wanted is str else type(value) is wanted):
+                raise TypeError(f"{name}[{number}] has {field} {value!r:.80}, expected {wanted.__name__}")
+    return rows
 
 
 def _repeated(values: list) -> list[str]:

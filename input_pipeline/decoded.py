@@ -7,8 +7,10 @@ An example that does not decode to a whole image is bad: record i is then the re
 around the end), with its own label and caption, so that the length and all other records stay what they are, for every
 reader. Each bad one is logged by name; once more than `max_bad` are known the source refuses and lists them. check()
 decodes everything to know them all at once; without it they are found as they are read, by each process for itself.
+Bytes that cannot be read say nothing of an example: OSError, which names the file, ends the run.
 """
 
+import pathlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +19,7 @@ from absl import logging
 
 NAMES_PER_MESSAGE = 10
 CHECK_THREADS, CHECKED_AT_ONCE = 8, 4096
+JSON_ERRORS = (ValueError, RecursionError)  # of json.loads: bytes that are not UTF-8, not JSON, or nested too deeply
 
 
 def some(names: Sequence[str]) -> str:
@@ -25,18 +28,32 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_PER_MESSAGE]) + more
 
 
+def read_file(path: pathlib.Path) -> bytes:
+    """The bytes of a file. OSError, which names it, where they cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_text(value) -> bool:
+    """Whether a value is a str that UTF-8 can hold: JSON may have half of a surrogate pair."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
+
+
 class Decoded:
     """A source of examples that are decoded when read; a subclass says what they are:
 
       NOUN, A_NOUN       for messages. ERRORS: what decode raises for a bad example.
       name(i)            of example i, for messages
-      decode(i)          -> uint8 array
+      data(i)            -> what decode turns into an array, such as a file's bytes; OSError names what cannot be read
+      decode(data)       -> uint8 array
       image_shape, fingerprint, describe()
 
     Args:
       place: what the examples are and where, for messages: "files in /data". number: of them. max_bad: as above.
       labels: integers [number], in the order of class_names; None for none. captions: [number], each a text or a tuple
-      of texts; None for none.
+      of texts; None for none. bad: {number: reason} of examples that are known to be bad.
     """
 
     NOUN: str
@@ -52,15 +69,21 @@ class Decoded:
         labels: Sequence[int] | None = None,
         class_names: tuple[str, ...] = (),
         captions: Sequence | None = None,
+        bad: dict[int, str] | None = None,
     ):
         self.place, self.max_bad, self.class_names = place, max_bad, class_names
         self._number, self._labels, self._captions = number, labels, captions
         self._bad: dict[int, str] = {}  # index -> reason, as far as known
+        for index, reason in (bad or {}).items():
+            self._add_bad(index, reason)
 
     def name(self, index: int) -> str:
         raise NotImplementedError
 
-    def decode(self, index: int) -> np.ndarray:
+    def data(self, index: int):
+        raise NotImplementedError
+
+    def decode(self, data) -> np.ndarray:
         raise NotImplementedError
 
     @property
@@ -86,8 +109,9 @@ class Decoded:
         for offset in range(len(self)):
             i = (index + offset) % len(self)
             if i not in self._bad:
+                data = self.data(i)
                 try:
-                    image = self.decode(i)
+                    image = self.decode(data)
                 except self.ERRORS as error:
                     self._add_bad(i, str(error))
                 else:
@@ -114,8 +138,11 @@ class Decoded:
         """Decodes every example; ValueError lists the bad ones."""
 
         def reason(index: int) -> str | None:
+            if index in self._bad:
+                return None
+            data = self.data(index)
             try:
-                self.decode(index)
+                self.decode(data)
             except self.ERRORS as error:
                 return str(error)
 
@@ -139,6 +166,14 @@ class Texts(Sequence):
         encoded = [text.encode() for text in texts]
         ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Texts"]) -> "Texts":
+        """The texts of all parts, in order."""
+        starts = np.cumsum([0, *(len(part.data) for part in parts)])
+        ends = [part.ends + start for part, start in zip(parts, starts[:-1], strict=True)]
+        empty = cls.of(())
+        return cls(np.concatenate([empty.data, *(part.data for part in parts)]), np.concatenate([empty.ends, *ends]))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -179,9 +214,17 @@ def choose_classes(
 
 
 def read_class_names(path) -> tuple[str, ...]:
-    """The names in a text file, one a line; blank lines do not count. ValueError for a file without any."""
-    with open(path, encoding="utf-8") as file:
-        names = tuple(line.strip() for line in file if line.strip())
+    """The names in a text file (config.data.classes), one a line; blank lines do not count.
+
+    Raises, in one line: FileNotFoundError where there is no such file; ValueError for one that is not UTF-8, or empty.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: set config.data.classes to a text file of class names, one a line")
+    try:
+        names = tuple(line.strip() for line in read_file(path).decode("utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} (config.data.classes) is not UTF-8 text ({error}): write one name a line") from error
     if not names:
-        raise ValueError(f"{path}: no names of classes; write one a line")
+        raise ValueError(f"{path} (config.data.classes): no names of classes; write one a line")
     return names

@@ -19,7 +19,10 @@ TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8", 16: "u1"}
 MATRIX, COMPRESSED = 14, 15
 STRUCT_CLASS, CHAR_CLASS = 2, 4
-ERRORS = (struct.error, zlib.error, KeyError, IndexError, ValueError, StopIteration)
+MAX_BYTES = 64 << 20  # of a file of the kit, and of what it is unpacked to: the real ones have less than 2 MB
+ERRORS = (
+    struct.error, zlib.error, KeyError, IndexError, ValueError, TypeError, OverflowError, RecursionError, StopIteration
+)  # fmt: skip
 
 
 def validation_wnids(path: pathlib.Path) -> list[str]:
@@ -35,6 +38,8 @@ def validation_wnids(path: pathlib.Path) -> list[str]:
                 found = [info for member, info in files.items() if member.endswith(name) and info.isreg()]
                 if not found:
                     raise ValueError(f"it has no {name}")
+                if found[0].size > MAX_BYTES:
+                    raise ValueError(f"its {name} has {found[0].size:,} bytes, at most {MAX_BYTES:,} are read")
                 content[name] = tar.extractfile(found[0]).read()
         wnid_of = synsets(content[META])
         numbers = [int(line) for line in content[TRUTH].split()]
@@ -52,13 +57,23 @@ def synsets(mat: bytes) -> dict[int, str]:
         raise ValueError(f"{META} is not a little-endian MAT file of level 5")
     for kind, data in _elements(mat[128:]):
         if kind == COMPRESSED:
-            kind, data = next(_elements(zlib.decompress(data)))
+            kind, data = next(_elements(_unpacked(data)))
         if kind == MATRIX:
             name, value = _matrix(data)
             if name == "synsets":
                 numbers, wnids = value["ILSVRC2012_ID"], value["WNID"]
+                if not all(isinstance(wnid, str) for wnid in wnids):
+                    raise TypeError("its WNID are not all texts")
                 return {int(number[0]): wnid for number, wnid in zip(numbers, wnids, strict=True)}
     raise ValueError(f"{META} has no struct array named synsets")
+
+
+def _unpacked(data: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
+    unpacked = unpacker.decompress(data, MAX_BYTES)
+    if not unpacker.eof:
+        raise ValueError(f"{META} is cut off, or unpacks to more than {MAX_BYTES:,} bytes")
+    return unpacked
 
 
 def _elements(data: bytes):

@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from input_pipeline.decoded import Decoded, choose_classes, some
+from input_pipeline.decoded import JSON_ERRORS, Decoded, choose_classes, is_text, read_file, some
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.tars import kept
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
@@ -29,9 +29,9 @@ def _read_captions(root: pathlib.Path) -> tuple[list[str], list[str]]:
             entry = json.loads(line)
             file, caption = entry["file"], entry["caption"]
             below = pathlib.PurePosixPath(file)
-            if not isinstance(caption, str):
+            if not is_text(file) or not is_text(caption):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (*JSON_ERRORS, KeyError, TypeError) as error:
             raise ValueError(f'{where} is not {{"file": "...", "caption": "..."}}: {line[:80]!r}') from error
         if below.is_absolute() or ".." in below.parts:
             raise ValueError(f"{where} names {file!r}, which is not a path below {root}")
@@ -53,7 +53,7 @@ def _list_files(root: pathlib.Path) -> list[str]:
 def _size(path: pathlib.Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # a dangling link: a bad image when read
+    except FileNotFoundError:  # a dangling link, or a line of captions.jsonl without its file
         return -1
 
 
@@ -84,10 +84,11 @@ class Folder(Decoded):
       classes   sub-folders only: their sorted names are the labels 0, 1, ...; examples sorted by path, at any depth.
 
     Every file is an example, except names with a leading dot; bad ones are treated as decoded.py says. A subclass has
-    NOUN, A_NOUN, ERRORS, image_shape and decode_file(path) -> uint8 array.
+    NOUN, A_NOUN, ERRORS, image_shape and decode(data) -> uint8 array. A file that is absent when the source is opened
+    is a bad one.
 
     Args:
-      path: the directory. max_bad: see decoded.py. reading: what decode_file() depends on, for the fingerprint.
+      path: the directory. max_bad: see decoded.py. reading: what decode() depends on, for the fingerprint.
       classes: names of the class folders to read; () for all of them.
 
     Raises: FileNotFoundError where there is no such directory, ValueError where there are no files, or files beside
@@ -115,11 +116,12 @@ class Folder(Decoded):
         if classes:
             numbers, labels, class_names = choose_classes(class_names, labels or (), classes, str(self.root))
             self._files = [self._files[i] for i in numbers]
-        sizes = (f"{file}:{_size(self.root / file)}" for file in self._files)
-        self.fingerprint = fingerprint_of((*reading, *sizes, *(captions or ())))
+        sizes = [_size(self.root / file) for file in self._files]
+        named = (f"{file}:{size}" for file, size in zip(self._files, sizes, strict=True))
+        self.fingerprint = fingerprint_of((*reading, *named, *(captions or ())))
         super().__init__(
             f"files in {self.root}", len(self._files), max_bad=max_bad, labels=labels, class_names=class_names,
-            captions=captions,
+            captions=captions, bad={i: "no such file" for i, size in enumerate(sizes) if size < 0},
         )  # fmt: skip
 
     def _read_classes(self) -> tuple[list[int] | None, tuple[str, ...]]:
@@ -139,11 +141,8 @@ class Folder(Decoded):
     def name(self, index: int) -> str:
         return self._files[index]
 
-    def decode(self, index: int) -> np.ndarray:
-        return self.decode_file(self.root / self._files[index])
-
-    def decode_file(self, path: pathlib.Path) -> np.ndarray:
-        raise NotImplementedError
+    def data(self, index: int) -> bytes:
+        return read_file(self.root / self._files[index])
 
     def describe(self) -> str:
         return f"{self.NOUN} folder {self.root}: {len(self)} files, {self.kind}"
@@ -175,8 +174,8 @@ class ImageFolder(Folder):
     def image_shape(self) -> tuple[None, None, int]:
         return (None, None, self.channels)
 
-    def decode_file(self, path: pathlib.Path) -> np.ndarray:
-        return decode_image(path, self.channels)
+    def decode(self, data: bytes) -> np.ndarray:
+        return decode_image(data, self.channels)
 
 
 class Tfds:
@@ -257,7 +256,14 @@ class Tfds:
             record, label = self._data[int(self._numbers[index])], self._labels[index]
         if label < 0:  # how TFDS marks a missing label
             raise ValueError(f"TFDS {self.name}: label {label} of example {index} is out of range: take another split")
-        return {"image": decode_image(record["image"], self.image_shape[-1]), "label": np.int32(label)}
+        try:
+            image = decode_image(record["image"], self.image_shape[-1])
+        except DECODE_ERRORS as error:
+            raise ValueError(
+                f"TFDS {self.name}: example {index} is not a whole image ({error}): prepare the data set again, a bad "
+                "record cannot be passed over here"
+            ) from error
+        return {"image": image, "label": np.int32(label)}
 
     def describe(self) -> str:
         return f"TFDS {self.name}: {len(self)} images, {self.num_classes} classes"

@@ -67,7 +67,8 @@ class ImageNetTar(Decoded):
             numbers, labels, names = choose_classes(names, labels, classes, str(self.tar))
         self._files, self._offsets, self._sizes = (index[key][numbers] for key in ("files", "offsets", "sizes"))
         self.shard_ends = np.searchsorted(labels, np.arange(len(names)), side="right")
-        self.fingerprint = fingerprint_of((self.tar.name, str(channels), self._files.tobytes(), self._sizes.tobytes()))
+        found = (self._files, self._sizes, np.asarray(labels, np.int32))
+        self.fingerprint = fingerprint_of((self.tar.name, str(channels), *names, *(array.tobytes() for array in found)))
         super().__init__(
             f"images in {self.tar}", len(self._files), max_bad=max_bad_images, labels=labels, class_names=names
         )
@@ -79,8 +80,11 @@ class ImageNetTar(Decoded):
     def name(self, index: int) -> str:
         return self._files[index].decode()
 
-    def decode(self, index: int) -> np.ndarray:
-        return decode_image(tars.read(self.tar, int(self._offsets[index]), int(self._sizes[index])), self.channels)
+    def data(self, index: int) -> bytes:
+        return tars.read(self.tar, int(self._offsets[index]), int(self._sizes[index]))
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return decode_image(data, self.channels)
 
     def describe(self) -> str:
         return f"ImageNet ({self.split}) in {self.tar}: {len(self)} images, {self.num_classes} classes"

@@ -1,12 +1,13 @@
 """A folder of Parquet files with a column of encoded images, as Hugging Face's data sets are kept.
 
-The image column holds bytes, or structs {"bytes", "path"} of which the bytes are read. Beside it stands a column of
-captions (a text, or a list of texts of one image), or of labels, whose names are taken from Hugging Face's note in the
-file where it has one. Files are taken in the order of their paths, at any depth.
+The image column holds bytes, or structs {"bytes", "path"} of which the bytes are read; paths alone are refused. Beside
+it stands a column of captions (a text, or a list of texts of one image), or of labels, whose names are taken from
+Hugging Face's note in the file where it has one. Files are taken in the order of their paths, at any depth.
 
 A file is read by row groups, all images of a group at once, and each process keeps the last few of them: images in a
-random order over everything are slow, so train with data.shuffle 'shards', where the row groups are the shards and
-data.shuffle_buffer a few of them.
+random order over everything are slow, so train with data.shuffle 'shards', where the row groups are the shards. Each
+process then keeps as many groups as data.shuffle_buffer images come from, so that each is read once in an epoch, or
+twice where two windows of images meet in it.
 """
 
 import json
@@ -16,11 +17,11 @@ from collections import OrderedDict
 
 import numpy as np
 
-from input_pipeline.decoded import Decoded, choose_classes
+from input_pipeline.decoded import JSON_ERRORS, Decoded, Texts, choose_classes
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
-GROUPS_KEPT = 4  # per process: hundreds of MB where a group has 1,000 images
+GROUPS_KEPT = 4  # per process, at least: hundreds of MB where a group has 1,000 images
 
 
 class Parquet(Decoded):
@@ -30,11 +31,13 @@ class Parquet(Decoded):
       path: the folder. image_key, caption_key, label_key: names of columns; of the last two, one may be absent.
       classes: names (or numbers, where labels have no names) of the classes to read; () for all of them.
       channels: 3 (RGB) or 1 (grey). max_bad_images: see decoded.py; an image without bytes is a bad one.
+      window: how many images in the order of shards are read in any order (loader.ShardOrder); 0: one after the other.
 
-    shard_ends: where each row group's examples end.
+    shard_ends: where each row group's examples end. A caption that is null is ''.
 
     Raises: FileNotFoundError for no folder; ValueError for one without *.parquet, damaged files, absent columns or ones
-      of another type, labels out of range; ImportError (one line) without pyarrow.
+      of another type, labels out of range; ImportError (one line) without pyarrow. When reading, OSError, which names
+      the file, for a row group that cannot be read.
     """
 
     NOUN, A_NOUN = "image", "an image"
@@ -50,6 +53,7 @@ class Parquet(Decoded):
         classes: tuple[str, ...] = (),
         channels: int = 3,
         max_bad_images: int = 0,
+        window: int = 0,
     ):
         check_channels(channels)
         self.root, self.image_key, self.channels = pathlib.Path(path).expanduser().absolute(), image_key, channels
@@ -70,9 +74,12 @@ class Parquet(Decoded):
         if not len(self._numbers):
             raise ValueError(f"no rows in the *.parquet files of {self.root}: set config.data.path to others")
         if classes:
-            self._numbers, labels, class_names = choose_classes(class_names, labels or (), classes, str(self.root))
+            found = () if labels is None else labels
+            self._numbers, labels, class_names = choose_classes(class_names, found, classes, str(self.root))
             captions = captions and [captions[i] for i in self._numbers]
+        captions = captions and _packed(captions)
         self.shard_ends = np.searchsorted(self._numbers, self._group_ends)
+        self._groups_kept = _groups_of(np.diff(self.shard_ends, prepend=0), window)
         sizes = (f"{file.relative_to(self.root)}:{file.stat().st_size}" for file in self._files)
         reading = (str(channels), image_key, caption_key, label_key, *class_names)
         self.fingerprint = fingerprint_of((*reading, *sizes))
@@ -92,10 +99,12 @@ class Parquet(Decoded):
         file, number = self._groups[group]
         return f"{self._files[file].relative_to(self.root)} row {row} of group {number}"
 
-    def decode(self, index: int) -> np.ndarray:
+    def data(self, index: int) -> bytes | None:
         group, row = self._place(index)
         cell = self._images(group)[row].as_py()
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        return cell["bytes"] if isinstance(cell, dict) else cell
+
+    def decode(self, data: bytes | None) -> np.ndarray:
         if not data:
             raise ValueError("no bytes")
         return decode_image(data, self.channels)
@@ -110,12 +119,9 @@ class Parquet(Decoded):
         """The image column of a row group."""
         with self._lock:  # threads of one process share what they read
             if group not in self._kept:
-                import pyarrow.parquet
-
                 file, number = self._groups[group]
-                table = pyarrow.parquet.ParquetFile(self._files[file]).read_row_group(number, columns=[self.image_key])
-                self._kept[group] = table.column(0)
-                if len(self._kept) > GROUPS_KEPT:
+                self._kept[group] = _read_group(self._files[file], number, self.image_key)
+                if len(self._kept) > self._groups_kept:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
             return self._kept[group]
@@ -128,6 +134,32 @@ class Parquet(Decoded):
 
     def describe(self) -> str:
         return f"{len(self._files)} Parquet files in {self.root}: {len(self)} images, {self.kind}"
+
+
+def _groups_of(sizes: np.ndarray, window: int) -> int:
+    """How many groups are kept: all that `window` successive images can come from, whatever the groups' order, and one
+    more, as some images may be held out of training.
+
+    sizes: of the groups, int [groups].
+    """
+    some = np.sort(sizes[sizes > 0])
+    inside = np.searchsorted(np.cumsum(some), window, side="right")  # and parts of one before and one after
+    return max(GROUPS_KEPT, int(inside) + 3) if window else GROUPS_KEPT
+
+
+def _read_group(file: pathlib.Path, number: int, column: str):
+    """A column of a row group."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file).read_row_group(number, columns=[column]).column(0)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise OSError(f"{file}: row group {number} cannot be read ({_first_line(error)}): copy it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 class _Table:
@@ -148,22 +180,59 @@ class _Table:
                 absent += [f"data.caption_key {caption_key!r} nor data.label_key {label_key!r}"]
             if absent:
                 raise ValueError(f"{file} has no column {absent[0]}, only {', '.join(columns)}: set the right one")
+            for what, name in (("image", image_key), ("caption", caption_key), ("label", label_key)):
+                if name in columns:
+                    _check_type(file, what, name, opened.schema_arrow.field(name).type)
             texts = opened.read([name for name in (caption_key, label_key) if name in columns])
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{file} is not a whole Parquet file ({reason}): copy it again") from error
+            self.captions = _texts(texts.column(caption_key).to_pylist()) if caption_key in columns else None
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not a whole Parquet file ({_first_line(error)}): copy it again") from error
         self.file = file
         self.rows = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        self.captions = _texts(texts.column(caption_key).to_pylist()) if caption_key in columns else None
         self.labels = texts.column(label_key).to_pylist() if label_key in columns else None
         note = (opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-        features = json.loads(note).get("info", {}).get("features", {})
-        self.class_names = tuple((features.get(label_key) or {}).get("names") or ())
+        self.class_names = _noted_names(file, note, label_key) if label_key in columns else ()
+
+
+def _check_type(file: pathlib.Path, what: str, name: str, found) -> None:
+    """ValueError for a column of another type than images, captions or labels have."""
+    from pyarrow import types
+
+    kinds = {
+        "image": ("bytes, or structs with bytes", (types.is_binary, types.is_large_binary)),
+        "caption": ("texts, or lists of texts", (types.is_string, types.is_large_string)),
+        "label": ("integers", (types.is_integer,)),
+    }
+    expected, allowed = kinds[what]
+    inner = found
+    if what == "image" and types.is_struct(found) and found.get_field_index("bytes") >= 0:
+        inner = found.field("bytes").type
+    if what == "caption" and (types.is_list(found) or types.is_large_list(found)):
+        inner = found.value_type
+    if not (types.is_null(inner) or any(fits(inner) for fits in allowed)):
+        shown = f"{found!s:.60}"
+        raise ValueError(f"{file}: column data.{what}_key {name!r} is {shown}, expected {expected}: set another column")
+
+
+def _noted_names(file: pathlib.Path, note: bytes, key: str) -> tuple[str, ...]:
+    """The names of the classes in Hugging Face's note; () where it has none."""
+    try:
+        names = json.loads(note)["info"]["features"][key]["names"]
+    except (KeyError, TypeError):
+        return ()
+    except JSON_ERRORS as error:
+        raise ValueError(f"{file}: its note of Hugging Face is not JSON ({error}): write the file anew") from error
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _texts(cells: list) -> list:
-    """A list of texts becomes a tuple; what is no text is none."""
-    return [tuple(cell) if isinstance(cell, list) else cell for cell in cells]
+    """A list of texts becomes a tuple, what is null ''."""
+    return [tuple(text or "" for text in cell) if isinstance(cell, list) else cell or "" for cell in cells]
+
+
+def _packed(captions: list) -> Texts | list:
+    """One text per image as one array; several stay what they are."""
+    return captions if any(isinstance(caption, tuple) for caption in captions) else Texts.of(captions)
 
 
 def _joined(tables: list[_Table], name: str, key: str) -> list | None:

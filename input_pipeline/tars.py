@@ -7,18 +7,20 @@ is read at its place, without state: any thread or process reads any member.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
 import tarfile
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
 
-BLOCK = 512
-VERSION = "1"  # of the indexes: those of another version are not read
+BLOCK, CHUNK = 512, 1 << 20
+VERSION = "2"  # of the indexes: those of another version are not read
 INDEX_ERRORS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)  # of a damaged .npz
 
 
@@ -28,9 +30,9 @@ def members(path: str | pathlib.Path, start: int = 0, size: int | None = None) -
     Args:
       path: a file. start, size: of the tar in it, where it is itself a member; size None: up to the end.
 
-    Raises: ValueError, one line that names the file: not a tar (a compressed one is none), cut off or damaged, which is
-      noticed as the two blocks of zeros at the end are missing, or a member whose name leaves the folder that it would
-      be unpacked into.
+    Raises: ValueError, one line that names the file: not a tar (a compressed one is none); cut off or damaged, which is
+      noticed as the block of zeros at the end is missing; several tars joined to one, as more than zeros come after
+      that block; a member whose name leaves the folder that it would be unpacked into, or that comes twice.
     """
     with open(path, "rb") as file:
         stop = os.fstat(file.fileno()).st_size if size is None else start + size
@@ -44,17 +46,32 @@ def members(path: str | pathlib.Path, start: int = 0, size: int | None = None) -
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK) or end + BLOCK > stop:
             raise ValueError(f"{path} is cut off or damaged at byte {end:,} of {stop:,}: copy the tar again")
-    for name, *_ in found:
-        parts = pathlib.PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"{path} has a member {name!r}, which is not a path below its folder: make the tar anew")
+        for position in range(end + BLOCK, stop, CHUNK):
+            rest = file.read(min(CHUNK, stop - position))
+            if rest.count(0) != len(rest):
+                raise ValueError(f"{path} goes on after its end at byte {end:,}: several tars were joined, split them")
+    _check_names(path, [name for name, *_ in found])
     return found
 
 
+def _check_names(path: str | pathlib.Path, names: Sequence[str]) -> None:
+    seen = set()
+    for name in names:
+        place = pathlib.PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts:
+            raise ValueError(f"{path} has a member {name!r}, which is not a path below its folder: make the tar anew")
+        if place in seen:
+            raise ValueError(f"{path} has two members {name!r}: make the tar anew, with one of each name")
+        seen.add(place)
+
+
 def read(path: str | pathlib.Path, offset: int, size: int) -> bytes:
-    """The bytes of a member. OSError where the file has become shorter."""
-    with open(path, "rb", buffering=0) as file:
-        data = os.pread(file.fileno(), size, offset)
+    """The bytes of a member. OSError, which names the file, where it cannot be read or has become shorter."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} at byte {offset:,}", str(path)) from error
     if len(data) != size:
         raise OSError(f"{path}: {len(data)} bytes at {offset:,}, expected {size}: it was changed while it was in use")
     return data
@@ -83,25 +100,59 @@ def kept(folder: str, made_from: Sequence[str], make: Callable[[], dict[str, np.
     Args:
       folder: data.index_dir, see index_folder. made_from: all that the arrays depend on. make: takes the time.
 
-    A folder that cannot be written is logged: the arrays are then made at every start. A damaged file is replaced.
+    One process makes them, the others of the same folder wait for its file. A folder that cannot be written is logged:
+    the arrays are then made at every start. A damaged file is replaced.
     """
     key = hashlib.sha256("\n".join((VERSION, *made_from)).encode()).hexdigest()[:24]
     path = index_folder(folder) / f"index-{key}.npz"
-    if path.exists():
+    with _alone(path.with_suffix(".lock")):
+        if path.exists():
+            try:
+                with np.load(path, allow_pickle=False) as archive:
+                    return {name: archive[name] for name in archive.files}
+            except INDEX_ERRORS as error:
+                logging.warning("%s is damaged (%s) and is made again", path, error)
+        arrays = make()
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except INDEX_ERRORS as error:
-            logging.warning("%s is damaged (%s) and is made again", path, error)
-    arrays = make()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+            _write(path, arrays)
+        except OSError as error:
+            form = "%s: the index was not kept (%s) and is made at every start; set data.index_dir to a folder for it"
+            logging.warning(form, path, error.strerror)
+    return arrays
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """Waits while another process holds this file; that one's end, however it comes, lets go of it. Where the folder
+    cannot be written, or its file system has no locks, nothing is waited for."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)
+        file = open(path, "w")
+    except OSError:
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.info("another process makes the index %s: waiting for it", path.with_suffix(".npz"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): every process makes its own index", path, error.strerror)
+        yield
+
+
+def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Whole or not at all: under another name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fchmod(handle, 0o644)  # others may read the folder
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        form = "%s: the index was not kept (%s) and is made at every start; set data.index_dir to a folder for it"
-        logging.warning(form, path, error.strerror)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return arrays
+    except BaseException:
+        os.unlink(temporary)
+        raise

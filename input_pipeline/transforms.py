@@ -12,16 +12,27 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from input_pipeline.sources import ImageSource, fingerprint_of
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 # Formats people keep pictures in. Pillow knows more, and runs Ghostscript for one of them (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# EXIF's orientation -> what makes the image upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 89_478_485  # of one image or frame, 1 GiB / 4 / 3: where Pillow begins to warn of decompression bombs
-# What Pillow raises on files of these formats with random bytes changed or cut off, and on more than 2 MAX_PIXELS.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+# What Pillow raises on files of these formats with random bytes changed or cut off, on a TIFF whose XMP is no text
+# (TypeError), and on more than 2 MAX_PIXELS.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, TypeError, Image.DecompressionBombError)
 
 
 def check_channels(channels: int) -> None:
@@ -33,15 +44,25 @@ def check_channels(channels: int) -> None:
 def decode_image(file: str | pathlib.Path | bytes, channels: int = 3) -> np.ndarray:
     """A file, or a file's bytes, of one of FORMATS in any mode -> uint8 [H, W, channels].
 
-    The camera's EXIF rotation is applied; transparency, of palettes too, is laid over white; 16-bit grey keeps its high
-    byte; CMYK, which JPEG files hold inverted as Adobe writes it, becomes RGB by (255 - ink)(255 - black) / 255 without
-    a colour profile; of an animation the first frame is taken.
+    The camera's EXIF rotation is applied, none where EXIF cannot be read; transparency, of palettes too, is laid over
+    white; 16-bit grey keeps its high byte; CMYK, which JPEG files hold inverted as Adobe writes it, becomes RGB by
+    (255 - ink)(255 - black) / 255 without a colour profile; of an animation the first frame is taken.
 
     Raises: one of DECODE_ERRORS for what is not a whole image, and for one of more than MAX_PIXELS.
     """
     check_channels(channels)
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
+    with open_image(file, FORMATS) as opened:
         return to_array(opened, channels)
+
+
+def open_image(file: str | pathlib.Path | bytes, formats: tuple[str, ...]) -> Image.Image:
+    """A file, or a file's bytes, of one of Pillow's formats. Raises: one of DECODE_ERRORS."""
+    if not isinstance(file, bytes):
+        return Image.open(file, formats=formats)
+    try:
+        return Image.open(io.BytesIO(file), formats=formats)
+    except UnidentifiedImageError as error:  # whose message is an address in memory
+        raise UnidentifiedImageError(f"cannot identify an image in its {len(file):,} bytes") from error
 
 
 def to_array(opened: Image.Image, channels: int) -> np.ndarray:
@@ -49,8 +70,8 @@ def to_array(opened: Image.Image, channels: int) -> np.ndarray:
     if opened.width * opened.height > MAX_PIXELS:
         raise ValueError(f"{opened.width}x{opened.height} pixels, at most {MAX_PIXELS:,} are read: make it smaller")
     opened.load()
-    upright = opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    image = opened if upright else ImageOps.exif_transpose(opened)  # which copies
+    turn = _to_upright(opened)
+    image = opened if turn is None else opened.transpose(turn)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -60,6 +81,14 @@ def to_array(opened: Image.Image, channels: int) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     mode = MODE_OF_CHANNELS[channels]
     return _to_array(image if image.mode == mode else image.convert(mode))
+
+
+def _to_upright(opened: Image.Image) -> Image.Transpose | None:
+    """How the camera was held, as EXIF or XMP says; None: upright, or they cannot be read."""
+    try:
+        return UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow reads a damaged block with errors of every kind, while the image is whole
+        return None
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
@@ -89,7 +118,8 @@ def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
 
     As ADM (guided-diffusion image_datasets.py, center_crop_arr), which U-ViT, DiT and the FID references use: halve
     both sides by box averages while the shorter one is at least twice `size`, then scale by bicubic interpolation, the
-    sides rounded half to even, and cut at floor((side - size) / 2).
+    sides rounded half to even, and cut at floor((side - size) / 2). Departure: images come here upright (decode_image),
+    ADM's as their files store them, so that what a camera held sideways took is turned there.
     """
     image = _to_pillow(image_HWC)
     while min(image.size) >= 2 * size:

@@ -12,17 +12,20 @@ on a disk without a moving head. Places and captions are found once and kept (ta
 import json
 import pathlib
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import logging
 
 from input_pipeline import clips, tars
-from input_pipeline.decoded import Decoded, Texts, some
+from input_pipeline.decoded import JSON_ERRORS, Decoded, Texts, is_text, some
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
 WALK_THREADS = 8
+LOG_EVERY = 30  # seconds
 
 
 class _Shards(Decoded):
@@ -56,7 +59,8 @@ class _Shards(Decoded):
         self._shards = [shard.name for shard in shards]
         made_from = ("webdataset", caption_key, *self.SUFFIXES, *map(tars.state_of, shards))
         index = tars.kept(index_dir, made_from, lambda: _walk(shards, self.SUFFIXES, caption_key))
-        self._names, self._places = index["names"], index["places"]  # S[N], int64 [N, 3]: shard, offset, size
+        self._places = index["places"]  # int64 [N, 3]: shard, offset, size
+        self._names = Texts(index["names"], index["name_ends"])
         self._refuse_incomplete(index["incomplete"].astype(str).tolist(), max_bad)
         if not len(self._names):
             raise ValueError(f"no samples with a .{' or .'.join(self.SUFFIXES)} and a caption in {self.root}: {where}")
@@ -76,7 +80,7 @@ class _Shards(Decoded):
             logging.warning("%d samples in %s are left out: %s", len(names), self.root, some(names))
 
     def name(self, index: int) -> str:
-        return f"{self._shards[self._places[index, 0]]}/{self._names[index].decode()}"
+        return f"{self._shards[self._places[index, 0]]}/{self._names[index]}"
 
     def data(self, index: int) -> bytes:
         """The bytes of the image or clip."""
@@ -113,8 +117,8 @@ class WebDataset(_Shards):
     def image_shape(self) -> tuple[None, None, int]:
         return (None, None, self.channels)
 
-    def decode(self, index: int) -> np.ndarray:
-        return decode_image(self.data(index), self.channels)
+    def decode(self, data: bytes) -> np.ndarray:
+        return decode_image(data, self.channels)
 
 
 class WebDatasetClips(_Shards):
@@ -143,41 +147,81 @@ class WebDatasetClips(_Shards):
         self.frames, self.stride, self.channels = frames, stride, channels
         reading = ("clips", str(frames), str(stride), str(channels))
         super().__init__(path, caption_key=caption_key, max_bad=max_bad_clips, index_dir=index_dir, reading=reading)
-        clips.require_opencv([name.decode() for name in self._names], self.root)
+        clips.require_opencv(self._names, self.root)
 
     @property
     def image_shape(self) -> tuple[int, None, None, int]:
         return (self.frames, None, None, self.channels)
 
-    def decode(self, index: int) -> np.ndarray:
-        with tempfile.NamedTemporaryFile(suffix=pathlib.PurePosixPath(self.name(index)).suffix) as file:
-            file.write(self.data(index))
-            file.flush()
-            return clips.decode_clip(pathlib.Path(file.name), self.frames, self.stride, self.channels)
+    def data(self, index: int):
+        """The bytes of an animation, or an open temporary file of a video."""
+        data, name = super().data(index), self._names[index]
+        if not clips.is_video(name):
+            return data
+        file = tempfile.NamedTemporaryFile(suffix=pathlib.PurePosixPath(name).suffix)  # decode() closes it
+        file.write(data)
+        file.flush()
+        return file
+
+    def decode(self, data) -> np.ndarray:
+        how = (self.frames, self.stride, self.channels)
+        if isinstance(data, bytes):
+            return clips.decode_clip(data, *how)
+        with data:
+            return clips.decode_clip(pathlib.Path(data.name), *how)
 
     def describe(self) -> str:
         return f"{super().describe()}, {self.frames} frames at stride {self.stride}"
 
 
 def _walk(shards: list[pathlib.Path], suffixes: tuple[str, ...], caption_key: str) -> dict[str, np.ndarray]:
-    """The index of all shards; one line for all that cannot be read."""
+    """The index of all shards. Each becomes arrays at once: millions of samples as Python objects take 10 GB."""
     with ThreadPoolExecutor(WALK_THREADS) as pool:
-        found = list(pool.map(lambda shard: _samples(shard, suffixes, caption_key), shards))
-    rows = [(number, *row) for number, (complete, _) in enumerate(found) for row in complete]
-    texts = Texts.of(row[4] for row in rows)
+        walks = pool.map(lambda shard: _samples(shard, suffixes, caption_key), shards)
+        found = list(_with_progress(walks, len(shards)))
+    names, texts = (Texts.joined([part[key] for part in found]) for key in ("names", "texts"))
     return {
-        "names": tars.names_array(row[1] for row in rows),
-        "places": np.array([(row[0], row[2], row[3]) for row in rows], np.int64).reshape(-1, 3),
+        "names": names.data,
+        "name_ends": names.ends,
+        "places": np.concatenate([np.insert(part["places"], 0, shard, axis=1) for shard, part in enumerate(found)]),
         "text": texts.data,
         "text_ends": texts.ends,
-        "incomplete": tars.names_array(name for _, incomplete in found for name in incomplete),
+        "incomplete": tars.names_array(name for part in found for name in part["incomplete"]),
     }
 
 
-def _samples(
-    shard: pathlib.Path, suffixes: tuple[str, ...], caption_key: str
-) -> tuple[list[tuple[str, int, int, str]], list[str]]:
-    """((name of the medium, offset, size, caption) of each complete sample, what the others lack) of a tar."""
+def _with_progress(walks: Iterable[dict], number: int) -> Iterator[dict]:
+    """The same, with a line in the log every LOG_EVERY seconds."""
+    begin = said = time.monotonic()
+    for done, walk in enumerate(walks, 1):
+        now = time.monotonic()
+        if now - said >= LOG_EVERY:
+            said, left = now, (now - begin) * (number - done) / done / 60
+            logging.info("%d of %d tars have been walked, %.1f minutes to go", done, number, left)
+        yield walk
+
+
+def _samples(shard: pathlib.Path, suffixes: tuple[str, ...], caption_key: str) -> dict:
+    """Of a tar: "names" of the media, "places" int64 [N, 2] (offset, size) and "texts" of the complete samples;
+    "incomplete": what the others lack."""
+    complete, incomplete = [], []
+    for key, parts in _grouped(shard).items():
+        media = [parts[suffix] for suffix in suffixes if suffix in parts]
+        caption = _caption(shard, parts, caption_key)
+        if media and caption:
+            complete.append((*media[0], caption))
+        else:
+            incomplete.append(f"{shard.name}/{key} (no {'caption' if media else f'.{suffixes[0]}'})")
+    return {
+        "names": Texts.of(name for name, *_ in complete),
+        "places": np.array([(offset, size) for _, offset, size, _ in complete], np.int64).reshape(-1, 2),
+        "texts": Texts.of(caption for *_, caption in complete),
+        "incomplete": incomplete,
+    }
+
+
+def _grouped(shard: pathlib.Path) -> dict[str, dict[str, tuple[str, int, int]]]:
+    """{sample: {suffix: (name, offset, size)}} of the members of a tar."""
     samples: dict[str, dict] = {}
     last = None
     for name, offset, size in tars.members(shard):
@@ -193,25 +237,21 @@ def _samples(
         if suffix.lower() in parts:
             raise ValueError(f"{shard}: {name!r} comes twice; give every sample a name of its own")
         parts[suffix.lower()] = (name, offset, size)
-    complete, incomplete = [], []
-    for key, parts in samples.items():
-        media = [parts[suffix] for suffix in suffixes if suffix in parts]
-        caption = _caption(shard, parts, caption_key)
-        if media and caption:
-            complete.append((*media[0], caption))
-        else:
-            incomplete.append(f"{shard.name}/{key} (no {'caption' if media else f'.{suffixes[0]}'})")
-    return complete, incomplete
+    return samples
 
 
 def _caption(shard: pathlib.Path, parts: dict, key: str) -> str:
     """The caption of a sample, '' where it has none."""
     if "json" in parts:
+        name, *place = parts["json"]
+        data = tars.read(shard, *place)
         try:
-            found = json.loads(tars.read(shard, *parts["json"][1:]))
-        except ValueError as error:
-            raise ValueError(f"{shard}: {parts['json'][0]} is not JSON ({error}): make the tar anew") from error
+            found = json.loads(data)
+        except JSON_ERRORS as error:
+            raise ValueError(f"{shard}: {name} is not JSON ({error}): make the tar anew") from error
         if isinstance(found, dict) and isinstance(found.get(key), str):
+            if not is_text(found[key]):
+                raise ValueError(f"{shard}: {name} has a {key!r} that UTF-8 cannot hold: {found[key]!r:.80}; mend it")
             return found[key].strip()
     if "txt" in parts:
         return tars.read(shard, *parts["txt"][1:]).decode("utf-8", errors="replace").strip()

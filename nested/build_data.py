@@ -23,7 +23,7 @@ from nested import latents as latents_
 from nested import text as text_store
 from nested.build import as_shape
 from nested.build_process import choose, construct, is_joint
-from nested.build_sources import images, shard_window
+from nested.build_sources import check_options, images, shard_window
 from nested.encoders import autoencoder_kl, efficientnet, grids, vit
 from nested.encoders import text as text_encoders
 from nested.files import atomic_write
@@ -129,6 +129,7 @@ def latents(config, workdir: str, text: "Text | None" = None):
     shard_window(config)
     check_augmentation(config)
     if config.data.source == "synthetic":
+        check_options(config.data)
         made = SyntheticVariables({level.name: as_shape(level.shape) for level in config.levels})
         tokens = (config.text.max_tokens, config.text.width) if config.text.encoder else ()
         data = config.data

@@ -47,7 +47,7 @@ def webdataset_clips(data):
 
 def parquet_files(data):
     keys = dict(image_key=data.image_key, caption_key=data.caption_key, label_key=data.label_key)
-    return parquet.Parquet(data.path, classes=classes(data), **keys, **of_images(data))
+    return parquet.Parquet(data.path, classes=classes(data), window=data.shuffle_buffer, **keys, **of_images(data))
 
 
 def of_images(data) -> dict:
@@ -95,22 +95,24 @@ SOME_READ = {
     "image_key": ("image", ("parquet",)),
     "caption_key": ("caption", ("webdataset", "webdataset_clips", "parquet")),
     "label_key": ("label", ("parquet",)),
-    "num_examples": (0, ()),
+    "num_examples": (0, ("synthetic",)),
 }
 
 
 def check_options(data) -> None:
-    """ValueError for an option that is set and would not be read: by this source, or without a data.image_size."""
+    """ValueError for an option that is set and would not be read: by this source (synthetic is one), or without a
+    data.image_size."""
     for name, (unset, readers) in SOME_READ.items():
         if data[name] != unset and data.source not in readers:
             raise ValueError(
                 f"config.data.{name} is {data[name]!r}, which data.source {data.source!r} does not read, only "
-                f"{', '.join(readers) or 'synthetic'}; set it to {unset!r}"
+                f"{', '.join(readers)}; set it to {unset!r}"
             )
-    if data.crop != "center" and not data.image_size:
-        raise ValueError(
-            f"config.data.crop is {data.crop!r} but data.image_size is 0, so that nothing is cropped: set both"
-        )
+    for name, unset in (("crop", "center"), ("small_images", "resize")):
+        if data[name] != unset and not data.image_size:
+            raise ValueError(
+                f"config.data.{name} is {data[name]!r} but data.image_size is 0, so that nothing is cropped: set both"
+            )
 
 
 def images(config):

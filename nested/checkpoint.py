@@ -135,10 +135,8 @@ class Checkpoints:
             shown = differences[:_SHOWN]
             if len(differences) > _SHOWN:
                 shown.append(f"and {len(differences) - _SHOWN} more")
-            raise ValueError(
-                f"{self._workdir}: checkpoint {step} was made with another config: {'; '.join(shown)}; "
-                f"use a new --workdir, or config.init_from to take over weights"
-            )
+            raise ValueError(f"{self._workdir}: checkpoint {step} was made with another config: {'; '.join(shown)}; "
+                             "use a new --workdir, or config.init_from to take over weights")  # fmt: skip
 
     @contextlib.contextmanager
     def _one_line_errors(self):
@@ -164,16 +162,22 @@ def read_config(workdir):
     return json.loads(path.read_text())
 
 
-def restore_subtree(workdir, abstract):
-    """Part of the newest whole checkpoint of the run in `workdir`: {'ema': {'z3': tree}} reads the EMA of level z3.
+def restore_part(workdir, abstract):
+    """(part of the newest whole checkpoint of the run in `workdir`, its step); of {'ema': {'z3': tree}} level z3's EMA.
 
     abstract: the part wanted, nested dicts from the top of the train state, leaves jax.ShapeDtypeStruct with shardings.
-    Nothing is changed on disk. Returns a tree like `abstract`, complete.
+    Nothing is changed on disk. The part is a tree like `abstract`, complete.
     Raises FileNotFoundError where there is no checkpoint, ValueError where a leaf is absent or of another shape.
     """
     if not (steps := _agreed_steps(workdir)):
         raise FileNotFoundError(f"{_folder(workdir)}: no checkpoint found; give the --workdir of a run that has saved")
-    return _newest_whole(workdir, steps, abstract, check_config=None)[0]
+    state, damaged = _newest_whole(workdir, steps, abstract, check_config=None)
+    return state, steps[len(damaged)]
+
+
+def restore_subtree(workdir, abstract):
+    """The tree of restore_part alone."""
+    return restore_part(workdir, abstract)[0]
 
 
 def saved_shapes(workdir):
@@ -260,10 +264,8 @@ def _newest_whole(workdir, steps, abstract, check_config):
         else:
             logging.info("restored checkpoint %d from %s", step, workdir)
             return state, damaged
-    raise ValueError(
-        f"{_folder(workdir)}: no checkpoint is whole ({'; '.join(reasons)}); nothing was changed: "
-        f"repair it, or use a new --workdir"
-    )
+    raise ValueError(f"{_folder(workdir)}: no checkpoint is whole ({'; '.join(reasons)}); nothing was changed: "
+                     "repair it, or use a new --workdir")  # fmt: skip
 
 
 def _read(folder, step, abstract, check_config):
@@ -324,23 +326,17 @@ def _check_leaves(folder, saved, wanted):
     """ValueError naming the first leaf wanted that the checkpoint lacks, or holds in another shape or dtype."""
     for name, leaf in wanted.items():
         if name not in saved:
-            raise ValueError(
-                f"{folder}: has no {name}, which the model of this config needs; "
-                f"use a new --workdir, or take only levels that both have"
-            )
+            raise ValueError(f"{folder}: has no {name}, which the model of this config needs; use a new --workdir, or "
+                             "take only levels that both have")  # fmt: skip
         found, expected = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (saved[name], leaf))
         if found != expected:
-            raise ValueError(
-                f"{folder}: {name} is {found}, the model of this config needs {expected}; "
-                f"use a new --workdir, or the config the checkpoint was made with"
-            )
+            raise ValueError(f"{folder}: {name} is {found}, the model of this config needs {expected}; use a new "
+                             "--workdir, or the config the checkpoint was made with")  # fmt: skip
 
 
 def _with_sharding(leaf):
-    if leaf.sharding is not None:
-        return leaf
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _by_name(tree):

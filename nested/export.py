@@ -15,9 +15,10 @@ import numpy as np
 from absl import logging
 
 from nested import build, hierarchy, partition, weights
-from nested.checkpoint import config_differences, latest_step, read_config, restore_subtree
+from nested.checkpoint import config_differences, read_config, restore_part
 
 SUFFIX = ".safetensors"
+CONFIG = "nested_config"  # the key of a run's config in a file's metadata: others have a "config" there, as k-diffusion
 CONSTANTS = ("t_emb",)  # what a network's code computes, by its last name: ml-mdm's frequencies of the time
 
 
@@ -31,10 +32,10 @@ def export(config, workdir: str, out: str) -> None:
     levels, mesh = build.levels(config), partition.make_mesh(-1, 1)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
     whole = jax.tree.map(lambda _: partition.replicated(mesh), shapes)
-    ema = restore_subtree(workdir, {"ema": partition.abstract(shapes, whole)})["ema"]
+    state, step = restore_part(workdir, {"ema": partition.abstract(shapes, whole)})
     if jax.process_index():
         return
-    notes = {"step": str(latest_step(workdir)), "config": json.dumps(read_config(workdir))}
+    ema, notes = state["ema"], {"step": str(step), CONFIG: json.dumps(read_config(workdir))}
     weights.write(base + suffix, {name: np.asarray(leaf) for name, leaf in named(ema).items()}, notes)
     for name, params in ema.items():
         path = f"{base}.{name}{suffix}"
@@ -43,17 +44,22 @@ def export(config, workdir: str, out: str) -> None:
     logging.info("export: step %s of %s in %s", notes["step"], workdir, base + suffix)
 
 
-def load(path: str, config, abstract):
+def load(path: str, config, abstract, trained_on: bool = False):
     """The parameters of every level of `config` from the weight file or folder `path`.
 
-    abstract: {level: parameters} as shapes and shardings. Raises, in one line: as weights.files and weights.load;
-    ValueError where the file's networks are not those of the config (the options that differ, or the tensors that are
-    missing, left over or of another shape, are named), or of a file by an author's names where there are levels.
+    abstract: {level: parameters} as shapes and shardings. trained_on: they are only where training starts; else they
+    are sampled from, and a file of ours must be of the config's processes, variables and codec too. Raises, in one
+    line: as weights.files and weights.load; ValueError where the file's networks are not those of the config (the
+    options that differ, or the tensors that are missing, left over or of another shape, are named), or of a file by an
+    author's names where there are levels.
     """
     files = weights.files(path)
     notes = weights.metadata(files[0]) if files[0].endswith(SUFFIX) else {}
-    if "config" in notes:
-        filled = ours(files[0], json.loads(notes["config"]), config, abstract)
+    if CONFIG in notes:
+        saved = json.loads(notes[CONFIG])
+        if not trained_on:
+            check_meaning(files[0], saved, build.plain(config), abstract)
+        filled = ours(files[0], saved, config, abstract)
     elif len(abstract) > 1:
         raise ValueError(
             f"{path}: holds one network, by its authors' names, and the config has the levels {', '.join(abstract)}: "
@@ -64,16 +70,36 @@ def load(path: str, config, abstract):
     return jax.tree.map(placed, filled, abstract)
 
 
+def differences(saved: dict, config: dict, keys: tuple[str, ...], name: str) -> list[str]:
+    """Where these options of two dicts differ, as config_differences says it."""
+    return config_differences(*({key: some.get(key) for key in keys} for some in (saved, config)), name)
+
+
+def by_name(config: dict) -> dict[str, dict]:
+    return {level["name"]: level for level in config["levels"]}
+
+
+def check_meaning(path: str, saved: dict, config: dict, names) -> None:
+    """ValueError where what the networks of these levels compute is something else in the config `saved`: the process
+    that they were trained in, the variable, the codec. All that differs is named."""
+    there, here, found = by_name(saved), by_name(config), []
+    for name in names:
+        if name in there:
+            found += differences(there[name], here[name], ("process", "source", "standardize"), name)
+    found += differences(saved["codec"], config["codec"], ("name", "patch", "channels", "scale"), "codec")
+    if found:
+        raise ValueError(f"{path}: its networks mean something else ({'; '.join(found)}); give the config of its run")
+
+
 def ours(path: str, saved: dict, config, abstract):
     """Of a file of the first kind, whose run had the config `saved`."""
     fitting = build.shared_levels(saved, config)
     for name in abstract:
         if name not in fitting:
-            there, here = ({level["name"]: level for level in some["levels"]} for some in (saved, build.plain(config)))
-            keys = ("shape", "backbone")
-            pair = [{key: some.get(name, {}).get(key) for key in keys} for some in (there, here)]
-            differing = "; ".join(config_differences(*pair, name)) or "its conditions, classes or text"
-            raise ValueError(f"{path}: no level {name} like this config's ({differing}); give the config of its run")
+            there, here = by_name(saved).get(name, {}), by_name(build.plain(config))[name]
+            found = differences(there, here, ("shape", "backbone"), name) or ["its conditions, classes or text"]
+            raise ValueError(f"{path}: no level {name} like this config's ({'; '.join(found)}); give the config of its "
+                             "run")  # fmt: skip
     tensors, leaves = weights.read(path), named(abstract)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     chosen = {name: tensors[name] for name in tensors if name in leaves or name.partition(".")[0] in abstract}

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from nested import build, build_data, export, hierarchy, partition, pictures
-from nested.checkpoint import latest_step, restore_subtree
+from nested.checkpoint import latest_step, restore_part
 from nested.files import atomic_write
 from nested.writers import Progress, read_metrics
 
@@ -228,14 +228,14 @@ def drawer(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, progra
 
 def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
     """(generator, EMA parameters, step) of the newest checkpoint in `workdir`."""
-    step = latest_step(workdir)
-    if step is None:
+    if latest_step(workdir) is None:
         folder = os.path.join(workdir, "checkpoints")
         raise FileNotFoundError(
             f"{folder}: no checkpoint found; give the --workdir of a run that has saved, or --weights=FILE"
         )
     made, abstract = prepared(config, workdir)
-    return made, restore_subtree(workdir, {"ema": abstract})["ema"], step
+    state, step = restore_part(workdir, {"ema": abstract})  # an older step where the newest is damaged
+    return made, state["ema"], step
 
 
 def opened(config, workdir: str, weights: str) -> tuple[Generator, Tree, int]:

@@ -8,14 +8,18 @@ A pickle is a program. Here it can build dicts, lists, numbers, strings and *des
 every global it names is looked up in a short table (never imported), anything not in the table is refused by name,
 and storages are looked at only after the pickle has ended, with every offset and stride checked against the bytes
 present. Tensors are views of the file, which is mapped into memory; of a zip's members the checksums are tested.
+Nothing small may become large: the pickle's memo is as long as the pickle at most, compressed members have the size
+that is expected of them, and ITEMS bounds what containers that are shared can make of few bytes.
 """
 
 import collections
 import dataclasses
 import io
+import itertools
 import math
 import mmap
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterator
 
@@ -25,6 +29,8 @@ import numpy as np
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 LIMIT = 2**40  # elements in a tensor; a stride of 0 could claim any number of them
+ITEMS = 2**22  # of containers that are looked at
+PICKLE_BYTES = 2**24  # a compressed pickle may be larger than the whole file up to here
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 STORAGES = {
@@ -71,9 +77,10 @@ class _Inert:
     def __init__(self, *args, **kwargs):
         pass
 
-    @staticmethod
-    def __setstate__(*state):
+    def swallow(self, *content):
         pass
+
+    __setstate__ = __setitem__ = append = extend = swallow
 
 
 class _ScriptModule(_Inert):
@@ -92,10 +99,14 @@ _INERT = {
     ("_codecs", "encode"), ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "scalar"), ("torch", "device"),
 }  # fmt: skip
-# Packages whose objects are options: of a training script, of ml-mdm (older files have its modules without their root).
+_DTYPES = {
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64",
+}  # fmt: skip
+# Packages whose objects are options: of a training script, of Lightning (its callbacks and hyper-parameters, in Stable
+# Diffusion's own files), of ml-mdm (older files have its modules without their root).
 _OPTIONS = {
     "argparse", "simple_parsing", "pathlib", "ml_mdm", "config", "models", "diffusion", "samplers", "reader",
-    "language_models",
+    "language_models", "lightning", "lightning_fabric", "pytorch_lightning",
 }  # fmt: skip
 _SCRIPT_LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
 
@@ -114,6 +125,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
+        if module == "torch" and name in _DTYPES:
+            return name
         if (module, name) in _INERT or module.split(".")[0] in _OPTIONS:
             return _Inert
         if module.split(".")[0] == "__torch__":
@@ -153,8 +166,12 @@ class _Unpickler(pickle.Unpickler):
 
 def _unpickle(stream) -> tuple[object, dict[str, Storage]]:
     """(the object, the storages it refers to by key) of one pickle."""
-    unpickler = _Unpickler(stream)
+    unpickler, start = _Unpickler(stream), stream.tell()
     try:
+        for opcode, index, position in pickletools.genops(stream):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and index > position:
+                raise _Refused(f"its pickle gives an object the number {index} at byte {position}; the file is hostile")
+        stream.seek(start)
         return unpickler.load(), unpickler.storages
     except _Refused:
         raise
@@ -163,16 +180,23 @@ def _unpickle(stream) -> tuple[object, dict[str, Storage]]:
         raise ValueError(f"its pickle cannot be read ({reason}); the file is truncated or foreign") from error
 
 
-def _flatten(value, name: str) -> Iterator[tuple[str, Tensor]]:
+def _flatten(content) -> Iterator[tuple[str, Tensor]]:
     """(dotted name, tensor) for every tensor inside nested dicts, lists and modules; anything else is left out."""
-    if isinstance(value, _ScriptModule):
-        value = value.attributes
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _flatten(item, f"{name}.{key}" if name else str(key))
+    number = itertools.count()
+
+    def walk(value, name):
+        if next(number) == ITEMS:
+            raise _Refused(f"its containers hold more than {ITEMS} items, shared ones again; the file is hostile")
+        if isinstance(value, _ScriptModule):
+            value = value.attributes
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                yield from walk(item, f"{name}.{key}" if name else str(key))
+
+    yield from walk(content, "")
 
 
 def _numbers(storage: Storage, raw: np.ndarray) -> np.ndarray:
@@ -210,13 +234,18 @@ def mapped(stream) -> np.ndarray:
     return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _member(archive: zipfile.ZipFile, name: str, file_bytes: np.ndarray) -> np.ndarray:
-    """The bytes of a zip's member: where they lie in the file, if they are stored as they are."""
+def _member(archive: zipfile.ZipFile, name: str, file_bytes: np.ndarray, limit: int) -> np.ndarray:
+    """The bytes of a zip's member: where they lie in the file, if they are stored as they are. A compressed one of more
+    than `limit` bytes is refused."""
     try:
         info = archive.getinfo(name)
-        if info.compress_type != zipfile.ZIP_STORED:
-            return np.frombuffer(archive.read(info), np.uint8)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"compression {info.compress_type}, expected none or deflate")
         with archive.open(info) as member:  # zipfile tests the member's local header and, at its end, the checksum
+            if info.compress_type == zipfile.ZIP_DEFLATED:
+                if info.file_size > limit:
+                    raise ValueError(f"{info.file_size} bytes when decompressed, expected at most {limit}")
+                return np.frombuffer(member.read(info.file_size), np.uint8)  # no more than that is decompressed
             while member.read(2**20):
                 pass
     except Exception as error:  # zipfile and zlib each fail in their own way on a damaged member
@@ -240,15 +269,15 @@ def _zip_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     root = pickles[0].removesuffix("data.pkl")
     file_bytes = mapped(stream)
 
-    def member(name: str) -> np.ndarray:
+    def member(name: str, limit: int) -> np.ndarray:
         if root + name not in names:
             raise ValueError(f"the zip has no member {root + name!r}; the file is damaged, get it again")
-        return _member(archive, root + name, file_bytes)
+        return _member(archive, root + name, file_bytes, limit)
 
     if root + "byteorder" in names:
-        _require_little_endian(member("byteorder").tobytes() == b"little")
-    content, _ = _unpickle(io.BytesIO(member("data.pkl").tobytes()))
-    return content, lambda storage: member(f"data/{storage.key}")
+        _require_little_endian(member("byteorder", len("little")).tobytes() == b"little")
+    content, _ = _unpickle(io.BytesIO(member("data.pkl", max(PICKLE_BYTES, len(file_bytes))).tobytes()))
+    return content, lambda storage: member(f"data/{storage.key}", storage.nbytes)
 
 
 def _legacy_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
@@ -272,8 +301,8 @@ def _legacy_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     return content, lambda storage: raw[storage.key]
 
 
-def read_stream(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(tensors whose dotted name starts with `prefix`, by full name; every tensor name) of an open binary .pth file."""
+def read_stream(stream) -> dict[str, np.ndarray]:
+    """The tensors of an open binary .pth file by their dotted names."""
     start = stream.read(4)
     stream.seek(0)
     if start == b"PK\x03\x04":
@@ -285,16 +314,14 @@ def read_stream(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
         raise ValueError(f"not a torch checkpoint: it begins with {start!r}, expected a zip or torch's legacy stream; "
                          "a web page or another format was saved under this name? Get it again")  # fmt: skip
     try:
-        tensors = list(_flatten(content, ""))
+        tensors = list(_flatten(content))
     except RecursionError as error:
         raise ValueError("its pickle holds a container within itself; the file is damaged or foreign") from error
     numbers, found = {}, {}
     for name, tensor in tensors:
-        if not name.startswith(prefix):
-            continue
         if name in found:
             raise ValueError(f"two tensors have the name {name!r}; the file is damaged")
         if tensor.storage not in numbers:
             numbers[tensor.storage] = _numbers(tensor.storage, raw(tensor.storage))
         found[name] = _view(name, tensor, numbers[tensor.storage])
-    return found, [name for name, _ in tensors]
+    return found

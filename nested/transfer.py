@@ -30,7 +30,7 @@ def taken(config, path: str, abstract: Mapping) -> dict:
                 "config.init_from.weights to 'ema'"
             )
         asked = tuple(config.init_from.levels) or tuple(abstract)
-        loaded = export.load(path, config, {name: abstract[name] for name in asked})
+        loaded = export.load(path, config, {name: abstract[name] for name in asked}, trained_on=True)
         logging.info("init_from %s: took %s; the rest starts fresh", path, ", ".join(asked))
         return {(name,): tree for name, tree in loaded.items()}
     other, weights, shapes = read_config(path), config.init_from.weights, saved_shapes(path)

@@ -36,6 +36,7 @@ SAVED_NAMES = (  # of a folder that a library saved a model to, the preferred fi
     ("model", ".safetensors"), ("diffusion_pytorch_model", ".safetensors"), ("pytorch_model", ".bin"),
     ("diffusion_pytorch_model", ".bin"),
 )  # fmt: skip
+HEADER_BYTES = 100_000_000  # of a .safetensors, the format's own limit
 _SAFETENSORS_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": torch_pickle.BFLOAT16, "I64": "<i8", "I32": "<i4", "I16": "<i2",
     "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
@@ -67,29 +68,30 @@ def files(path: str | os.PathLike) -> list[str]:
 def _indexed(index: pathlib.Path) -> list[str]:
     """The shards that an index names, all of which are there."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"{index}: not an index of weight files ({reason}); get it again") from error
+    if not names:
+        raise ValueError(f"{index}: lists no weight files; get it again")
     for name in names:
         if not isinstance(name, str) or name in ("", "..") or pathlib.PurePath(name).name != name:
             raise ValueError(f"{index}: names the shard {name!r}, expected a file of its own folder; get it again")
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index.parent / name}: this shard is missing, {index.name} lists {len(names)}; "
                                     "get the whole folder")  # fmt: skip
-    return [str(index.parent / name) for name in names]
+    return [str(index.parent / name) for name in sorted(names)]
 
 
-def read(path: str | os.PathLike, prefix: str = "") -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays in a weight file by their public names, in the dtypes they are stored in (bfloat16 by ml_dtypes).
 
     path: .npz, .safetensors, or .pth / .pt / .bin / .ckpt / .tar (torch zip, TorchScript or legacy stream). Nested
     dicts are flattened with '.', so a wrapper stays in the name: 'state_dict.module.momentum_encoder.cls_token'.
     Arrays are read-only views of the file, mapped into memory: what is not used takes none, and the file must stay as
     it is while they are in use. Arrays of a .npz, and those that a zip holds compressed, are copies.
-    prefix: only the names that start with it are returned, without it. The whole of it, wrapper included.
     Errors, one line that names the file: FileNotFoundError; ValueError for an unknown suffix, an empty, truncated,
-    damaged or foreign file, a pickle that asks for code (named, not run), a prefix that no name has.
+    damaged or foreign file, one without tensors, a pickle that asks for code (named, not run).
     """
     path = _existing(path)
     suffix = os.path.splitext(path)[1]
@@ -101,13 +103,12 @@ def read(path: str | os.PathLike, prefix: str = "") -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: the weight file is empty (0 bytes); get it again")
     try:
         with open(path, "rb") as stream:
-            found, names = readers[suffix](stream, prefix)
+            found = readers[suffix](stream)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not found:
-        having = f"it has {_some(names)}" if names else "it has no tensors"
-        raise ValueError(f"{path}: no tensor's name starts with {prefix!r}; {having}")
-    return {name.removeprefix(prefix): array for name, array in found.items()}
+        raise ValueError(f"{path}: the weight file has no tensors; give the file of the network's weights")
+    return found
 
 
 # Weights that were averaged while training, by the words that public files have for them.
@@ -127,8 +128,9 @@ def load(
     anchor: a name that the network has, such as 'cls_token'; what stands before it in the file ('state_dict.module.
     momentum_encoder.') is the wrapper, and only what stands behind the same wrapper is returned, without it. Of several
     names, which different files have for the same tensor, the first that the file has counts.
-    prefix: the wrapper to take; '' finds it. Of several, the one is taken that has a word of `prefer` among its parts,
-    the earlier word first. unused: starts of names (without the wrapper) that the network does not need.
+    prefix: the wrapper to take, '.' for none; '' finds it. Of several, the one is taken that has a word of `prefer`
+    among its parts, the earlier word first. unused: starts of names (without the wrapper) that the network does not
+    need.
     Raises, in one line: as read(); ValueError where nothing is called like the anchor, or two networks are and none is
     preferred (named, to choose from).
     """
@@ -141,28 +143,30 @@ def load(
     anchors = (anchor,) if isinstance(anchor, str) else tuple(anchor)
     behind = {f".{name}" for name in tensors}
     present = (name for name in anchors if any(found.endswith(f".{name}") for found in behind))
-    wrapper = _wrapper(list(tensors), next(present, anchors[0]), prefix, prefer, where)
-    inside = {name.removeprefix(wrapper): array for name, array in tensors.items() if name.startswith(wrapper)}
+    wrapper, others = _wrapper(list(tensors), next(present, anchors[0]), prefix, prefer, where)
+    kept = (name for name in tensors if name.startswith(wrapper) and not name.startswith(others))
+    inside = {name.removeprefix(wrapper): tensors[name] for name in kept}
     return {name: array for name, array in inside.items() if not name.startswith(unused)}
 
 
-def _wrapper(names: list[str], anchor: str, prefix: str, prefer: Sequence[str], where: str) -> str:
+def _wrapper(names: list[str], anchor: str, prefix: str, prefer: Sequence[str], where: str) -> tuple[str, tuple]:
+    """(the wrapper to take, those of other such networks inside of it)."""
     found = [name.removesuffix(anchor) for name in names if f".{name}".endswith(f".{anchor}")]
-    if prefix:
-        wanted = prefix if prefix.endswith(".") else f"{prefix}."
-        if wanted not in found:
-            raise ValueError(f"{where}: no {wanted + anchor!r}; the file has it behind {_some(map(repr, found))}")
-        return wanted
+    shown = _some(repr(wrapper or ".") for wrapper in found)
     if not found:
         raise ValueError(f"{where}: no tensor is called {anchor!r}, with or without a prefix; it has {_some(names)}")
-    for word in prefer:
-        preferred = [wrapper for wrapper in found if word in wrapper.split(".")]
-        if len(preferred) == 1 and len(found) > 1:
-            logging.info("%s: takes the weights behind %r, of %s", where, *preferred, _some(map(repr, found)))
-            return preferred[0]
-    if len(found) > 1:
-        raise ValueError(f"{where}: holds more than one such network: give one of {_some(map(repr, found))} as prefix")
-    return found[0]
+    if prefix:
+        chosen = [wrapper for wrapper in found if wrapper.rstrip(".") == prefix.rstrip(".")]
+        if not chosen:
+            raise ValueError(f"{where}: no {prefix.rstrip('.') + '.' + anchor!r}; the file has it behind {shown}")
+    else:
+        by_word = ([wrapper for wrapper in found if word in wrapper.split(".")] for word in prefer)
+        chosen = found if len(found) == 1 else next((some for some in by_word if len(some) == 1), [])
+        if not chosen:
+            raise ValueError(f"{where}: holds more than one such network: give one of {shown} as prefix")
+        if len(found) > 1:
+            logging.info("%s: takes the weights behind %r, of %s", where, *chosen, shown)
+    return chosen[0], tuple(other for other in found if other != chosen[0] and other.startswith(chosen[0]))
 
 
 def checked(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple], what: str) -> dict[str, np.ndarray]:
@@ -191,6 +195,8 @@ def sha256(path: str | os.PathLike) -> str:
 
 def _existing(path: str | os.PathLike) -> str:
     path = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: a folder, expected a weight file; give the file in it")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such weight file; check the path in the config or download the file")
     return path
@@ -201,7 +207,7 @@ def _some(names, limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
-def _read_npz(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read_npz(stream) -> dict[str, np.ndarray]:
     start = stream.read(24)
     stream.seek(0)
     if not start.startswith(b"PK\x03\x04"):
@@ -210,9 +216,8 @@ def _read_npz(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
     try:
         with np.load(stream, allow_pickle=False) as archive:
             for name in archive.files:
-                if name.startswith(prefix):
-                    found[name] = archive[name]
-            return found, archive.files
+                found[name] = archive[name]
+            return found
     except Exception as error:  # zipfile, zlib and numpy each fail in their own way on a damaged member
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"cannot read {name!r} of the .npz ({reason}); it is truncated, damaged or pickled") from error
@@ -224,6 +229,8 @@ def _safetensors_header(stream) -> tuple[dict[str, dict], dict[str, str], int, i
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"bad safetensors header: it claims {length} bytes, the file has {size}; foreign or truncated")
+    if length > HEADER_BYTES:
+        raise ValueError(f"bad safetensors header: {length} bytes, expected at most {HEADER_BYTES}; damaged or foreign")
     try:
         header = json.loads(stream.read(length))
         notes = dict(header.pop("__metadata__", {}))
@@ -239,7 +246,7 @@ def _safetensors_header(stream) -> tuple[dict[str, dict], dict[str, str], int, i
     return header, notes, 8 + length, size
 
 
-def _read_safetensors(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read_safetensors(stream) -> dict[str, np.ndarray]:
     entries, _, start, size = _safetensors_header(stream)
     data, found, end = torch_pickle.mapped(stream), {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
@@ -249,11 +256,11 @@ def _read_safetensors(stream, prefix: str) -> tuple[dict[str, np.ndarray], list[
             raise ValueError(f"tensor {name!r} lies at {entry['data_offsets']}, expected {expected} from its shape "
                              f"{shape} and the tensor before it; the safetensors header is damaged")  # fmt: skip
         end = expected[1]
-        if name.startswith(prefix) and start + end <= size:
+        if start + end <= size:
             found[name] = data[start + expected[0] : start + end].view(dtype).reshape(shape)
     if start + end != size:
         raise ValueError(f"truncated or damaged: the header describes {start + end} bytes, the file has {size}")
-    return found, list(entries)
+    return found
 
 
 _WRITTEN_DTYPES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
@@ -319,8 +326,9 @@ def from_torch(tensors: Mapping[str, np.ndarray], template) -> dict:
     for name, (path, leaf) in zip(names, leaves, strict=True):
         if name in tensors:
             array = _from_torch_layout(path, np.asarray(tensors[name]))
-            filled.append(array.astype(leaf.dtype))
-            if array.shape != tuple(leaf.shape):
+            if array.shape == tuple(leaf.shape):  # else it may be too large to be copied
+                filled.append(array.astype(leaf.dtype))
+            else:
                 misshapen.append(f"{name} (found {array.shape}, expected {leaf.shape})")
     problems = [("missing", missing), ("unexpected", extra), ("of another shape", misshapen)]
     if any(wrong for _, wrong in problems):

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 
 from input_pipeline.loader import collate
-from nested import build_data, train
+from nested import build_data, build_sources, train
 
 ROWS = 4
 
 
 def on_random_data(config):
     """The config with batches of four random latents and three tokens of text, if any."""
+    config.data.update({name: unset for name, (unset, _) in build_sources.SOME_READ.items()})
     config.data.update(source="synthetic", num_examples=ROWS, flip=False)
     config.text.update(max_tokens=3, width=8)
     config.train.update(batch_size=ROWS, remat=False)

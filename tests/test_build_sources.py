@@ -12,7 +12,7 @@ from test_parquet import structs
 from test_parquet import write as write_parquet
 from test_webdataset import animation
 
-from configs import common
+from configs import coco, common, imagenet, mdm
 from input_pipeline import text
 from nested import build_data, build_sources, evaluate
 
@@ -27,7 +27,7 @@ def with_source(source, path, **data):
 def test_the_table_has_the_defaults_of_the_configs():
     defaults = common.data_options()
     for name, (unset, readers) in build_sources.SOME_READ.items():
-        assert defaults[name] == unset and set(readers) <= set(build_sources.SOURCES)
+        assert defaults[name] == unset and set(readers) <= {*build_sources.SOURCES, "synthetic"}
 
 
 def test_imagenet_tars(tmp_path):
@@ -39,7 +39,7 @@ def test_imagenet_tars(tmp_path):
     config.data.update(classes=str(tmp_path / "subset.txt"), num_classes=2)
     assert [int(record["label"]) for record in map(build_data.images(config).__getitem__, range(3))] == [0, 1, 1]
     (tmp_path / "subset.txt").write_text("\n")
-    refused(build_data.images, config, match="subset.txt: no names of classes; write one a line")
+    refused(build_data.images, config, match="subset.txt (config.data.classes): no names of classes; write one a line")
 
 
 def test_webdataset_tars(tmp_path):
@@ -120,11 +120,30 @@ def test_options_that_a_source_does_not_read_are_refused(source, option, value, 
     refused(build_data.images, config, match=message)
 
 
+def test_options_that_random_latents_do_not_read_are_refused():
+    data = changed(("data.source", "synthetic"), ("data.num_examples", 5)).data
+    build_sources.check_options(data)
+    data.path = "/data"
+    refused(build_sources.check_options, data, match="config.data.path is '/data', which data.source 'synthetic' does")
+    for module in (coco, imagenet, mdm):
+        build_sources.check_options(module.get_config("synthetic").data)
+
+
+def test_the_window_of_parquet_is_the_buffer(tmp_path):
+    write_parquet(tmp_path, "a.parquet", {"image": structs([8] * 9), "label": [0] * 9}, group=1)
+    config = with_source("parquet", tmp_path, num_classes=1)
+    kept = build_data.images(config)._groups_kept
+    config.data.update(shuffle="shards", shuffle_buffer=6)
+    assert build_data.images(config)._groups_kept > kept
+
+
 def test_crops():
     config = changed(("data.crop", "stretch"))
     refused(build_data.images, config, match="config.data.crop is 'stretch' but data.image_size is 0, so that nothing")
-    config.data.image_size = 4
-    assert build_data.images(config).crop == "stretch"
+    small = changed(("data.small_images", "refuse"))
+    refused(build_data.images, small, match="config.data.small_images is 'refuse' but data.image_size is 0, so that")
+    config.data.image_size = small.data.image_size = 4
+    assert build_data.images(config).crop == "stretch" and build_data.images(small).small == "refuse"
     config.data.crop = "middle"
     refused(build_data.images, config, match="config.data.crop: 'middle' given; choose from 'center', 'center_lanczos'")
 

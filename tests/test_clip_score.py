@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tracemalloc
 import types
 
 import numpy as np
@@ -56,6 +57,18 @@ def test_vectors_of_images_and_texts(folder, network):  # noqa: F811
     ids, _ = clip.tokenize(texts)
     assert found.shape == (4, 8) and np.array_equal(found[0], found[2]) and not np.allclose(found[0], found[1])
     np.testing.assert_allclose(found, clip_text.clip_text_embeds(network, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_one_long_text_does_not_make_all_of_them_long(folder):
+    """500 texts of the longest's length would be 80 MB."""
+    clip = clip_score.load("clip_vitb16", folder)
+    texts = ["red " * 10_000] + ["red"] * 500
+    clip.text_vectors(texts[:2])  # compiled before it is measured
+    tracemalloc.start()
+    found = clip.text_vectors(texts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.shape == (501, 8) and peak < 2**24
 
 
 def test_load_refuses(folder):

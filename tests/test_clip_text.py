@@ -1,5 +1,8 @@
 """CLIP's text encoder against transformers, by every file's names, and its padding through tokens and the store."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,6 +53,25 @@ def test_keeps_the_dtype(recorded, x64):
     assert double.dtype == jnp.float64 and half.dtype == jnp.bfloat16
     np.testing.assert_allclose(double, wanted, rtol=0, atol=4e-6 * np.abs(wanted).max())
     np.testing.assert_allclose(np.asarray(half, np.float64), wanted, rtol=0, atol=0.1 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("dtype, highest", [(np.float32, 2), (jnp.bfloat16, 0)])
+def test_products_of_float32_are_float32_on_accelerators(dtype, highest, recorded, golden):
+    """The precision of every product of the lowered text, of each of the three networks."""
+    clip, ids, _ = recorded
+    t5 = {name[2:]: array for name, array in golden("enc_t5.npz").items() if name.startswith("w/")}
+    minilm = {name: np.empty(shape) for name, shape in encoders.NETWORKS["minilm"].shapes({}).items()}
+    mask = np.ones(ids.shape, bool)
+    for network, tensors, arguments in (
+        (functools.partial(clip_text.clip_text_embeds, heads=HEADS), clip, (ids,)),
+        (encoders.minilm, minilm, (ids, mask)),
+        (encoders.t5, t5, (ids, mask)),
+    ):
+        params = {name: jax.ShapeDtypeStruct(array.shape, dtype) for name, array in tensors.items()}
+        lines = jax.jit(network).lower(params, *arguments).as_text().splitlines()
+        products = [line for line in lines if "dot_general" in line]
+        assert len(products) > 8
+        assert all(line.count("HIGHEST") == highest for line in products)  # of both factors
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -100,6 +100,13 @@ def test_the_draw_is_a_function_of_seed_and_position(tmp_path):
         ({"annotations": [*ANNOTATIONS, ANNOTATIONS[0]]}, "names 1 captions that come twice: 1000; get the file again"),
         ({"images": [{"id": 1}]}, r"is not a file of COCO captions \(KeyError\('file_name'\)\): get it again"),
         ({"images": 3}, "is not a file of COCO captions .TypeError"),
+        ({"images": [{"id": 1, "file_name": None}]}, r"is not .*images\[0\] has file_name None, expected str"),
+        ({"images": [{"id": "1", "file_name": "a.jpg"}]}, r"is not .*images\[0\] has id '1', expected int"),
+        (
+            {"annotations": [*ANNOTATIONS, {"id": 1, "image_id": 10, "caption": None}]},
+            r"is not a file of COCO captions \(TypeError\('annotations\[6\] has caption None, expected str'\)\): get",
+        ),
+        ({"annotations": [{"id": 1, "image_id": 10, "caption": "\ud83d"}]}, r"is not .*has caption '\\+ud83d', expe"),
         ({"images": [], "annotations": []}, "names no images"),
     ],
 )
@@ -119,6 +126,16 @@ def test_absent_images_are_counted_and_named(tmp_path):
         Coco(tmp_path, "train2014")
 
 
+def test_dangling_links(tmp_path):
+    write(tmp_path)
+    (tmp_path / "train2014" / "other.jpg").symlink_to(tmp_path / "nowhere")
+    assert len(Coco(tmp_path, "train2014")) == 3
+    (tmp_path / "train2014" / "a.jpg").unlink()
+    (tmp_path / "train2014" / "a.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"names 1 images that are not in {tmp_path}/train2014: a.jpg; copy them"):
+        Coco(tmp_path, "train2014")
+
+
 def test_what_is_not_there(tmp_path):
     write(tmp_path)
     with pytest.raises(FileNotFoundError, match="no .*/annotations/captions_val2014.json: set .*, and data.split"):
@@ -128,6 +145,9 @@ def test_what_is_not_there(tmp_path):
         Coco(tmp_path, "val2014")
     (tmp_path / "val2014").mkdir()
     with pytest.raises(ValueError, match="is not a file of COCO captions .JSONDecodeError"):
+        Coco(tmp_path, "val2014")
+    (tmp_path / "annotations" / "captions_val2014.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a file of COCO captions .RecursionError"):
         Coco(tmp_path, "val2014")
 
 

@@ -5,14 +5,19 @@ import pickle
 import numpy as np
 import pytest
 
-from input_pipeline.decoded import Texts, choose_classes, read_class_names, some
+from input_pipeline.decoded import Texts, choose_classes, is_text, read_class_names, some
 
 
 def test_texts_as_one_array():
     texts = ["", "ein Bär", "a", ""]
     packed = pickle.loads(pickle.dumps(Texts.of(iter(texts))))
     assert list(packed) == texts and packed[1] == "ein Bär" and len(packed) == 4
-    assert list(Texts.of([])) == []
+    assert list(Texts.of([])) == [] == list(Texts.joined([])) and Texts.joined([]).ends.dtype == np.int64
+    assert list(Texts.joined([Texts.of(texts), Texts.of([]), Texts.of(["bü"])])) == [*texts, "bü"]
+
+
+def test_texts_that_utf8_cannot_hold():
+    assert is_text("ein Bär?") and is_text("\U0001f600") and not is_text("\ud83d") and not is_text(None)
 
 
 def test_chosen_classes_are_numbered_in_sorted_order():
@@ -29,8 +34,13 @@ def test_names_in_messages():
     assert some(["a", "b"]) == "a, b" and some([str(i) for i in range(12)]).endswith("8, 9 and 2 more")
 
 
-def test_class_names_of_a_file(tmp_path):
+def test_class_names_of_a_file(tmp_path, monkeypatch):
     (tmp_path / "names.txt").write_text("\nküche\n tench \n")
     assert read_class_names(tmp_path / "names.txt") == ("küche", "tench")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=f"^no file {tmp_path}/no.txt: set config.data.classes to a text file"):
         read_class_names(tmp_path / "no.txt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_class_names("~/names.txt") == ("küche", "tench")
+    (tmp_path / "names.txt").write_bytes("küche".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/names.txt .config.data.classes. is not UTF-8 text"):
+        read_class_names("~/names.txt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ def test_what_is_written(run, exported):
         "weights.safetensors", "weights.x2.safetensors", "weights.x8.safetensors"
     ]  # fmt: skip
     notes, ema = weights.metadata(exported), ema_of(run)
-    assert json.loads(notes["config"]) == checkpoint.read_config(run) and notes["step"] == "1"
+    assert json.loads(notes["nested_config"]) == checkpoint.read_config(run) and notes["step"] == "1"
     tensors = load_file(exported)  # by the public library
     assert tensors.keys() == export.named(ema).keys()
     attention = ema["x8"]["mid_block"]["attn"]
@@ -60,6 +61,8 @@ def test_what_is_written(run, exported):
 
 
 def test_the_authors_names_are_those_of_torch(run, exported):
+    """That to_torch gives what their load_state_dict takes is tested on the recorded state dicts: U-ViT's in
+    test_weights.py, the others' in test_hdit.py, test_dit.py, test_nested_unet.py and test_res_mlp.py."""
     ema = ema_of(run)
     for name, params in ema.items():
         path = exported.with_name(f"weights.{name}.safetensors")
@@ -124,6 +127,32 @@ def test_the_file_must_be_of_the_configs_networks(exported, run, tmp_path):
         sample.restored(config_of(), str(tmp_path))
 
 
+def test_a_file_of_another_process_is_not_sampled_from(exported):
+    """The networks are the same: what they predict, of what variable, at which time, is not."""
+    for change, message in (
+        ({"process": {"parameterization": "v"}}, "x8.process.parameterization: checkpoint eps, config v"),
+        ({"process": {"schedule": "cosine"}}, "x8.process.schedule: checkpoint sd_scaled_linear, config cosine"),
+        ({"source": "patch_pca"}, "x8.source: checkpoint pixels, config patch_pca"),
+        ({"standardize": "none"}, "x8.standardize: checkpoint channel, config none"),
+    ):
+        config = config_of()
+        config.levels[1].update(change)
+        refused(f"its networks mean something else .{message}.; give the config of its run", exported, config)
+        export.load(str(exported), config, abstract(config), trained_on=True)
+    config = config_of(codec__scale=0.5)
+    config.levels[0].process.parameterization = "v"
+    refused("x2.process.parameterization: .*; codec.scale: checkpoint 0.0, config 0.5.; give", exported, config)
+
+
+def test_the_step_noted_is_the_one_that_was_restored(run, tmp_path):
+    """The newest of two checkpoints is damaged."""
+    workdir = shutil.copytree(run, tmp_path / "run")
+    newest = shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "2")
+    shutil.rmtree(newest / "meta")
+    export.export(config_of(), str(workdir), str(tmp_path / "w.safetensors"))
+    assert [weights.metadata(tmp_path / name)["step"] for name in ("w.safetensors", "w.x2.safetensors")] == ["1", "1"]
+
+
 def single():
     """The 8 pixels alone, without conditions."""
     return small_runs.config_of(1, evaluate__num_samples=0)
@@ -146,8 +175,10 @@ def test_the_authors_names_load_from_all_that_they_save(state, tmp_path):
     both |= {f"nnet_ema.{name}": array for name, array in state.items()}
     write_state(tmp_path / "d.pth", both)
     write_state(tmp_path / "e.pth", state | {"t_emb": np.zeros((1, 4), np.float32)})
+    kdiffusion = {"config": json.dumps({"model": {"type": "image_transformer_v2"}})}  # their files for inference
+    weights.write(tmp_path / "f.safetensors", state, kdiffusion)
     config = single()
-    for name in ("a.npz", "b.safetensors", "nnet_ema.pth", "c.pth", "d.pth", "e.pth"):
+    for name in ("a.npz", "b.safetensors", "nnet_ema.pth", "c.pth", "d.pth", "e.pth", "f.safetensors"):
         loaded = export.load(str(tmp_path / name), config, abstract(config))
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
         for key, array in weights.to_torch(loaded["x8"]).items():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import pickle
 import sys
 
@@ -83,6 +84,8 @@ def test_captions(tmp_path):
         ('["a.png", "a"]', "is not"),
         ('{"file": "a.png", "caption": 3}', "is not"),
         ('{"file": 3, "caption": "a"}', "is not"),
+        ('{"file": "a.png", "caption": "half \\ud83d of a pair"}', "is not"),
+        ("[" * 100_000, "is not"),
         ('{"file": "/etc/passwd", "caption": "a"}', "names '/etc/passwd', which is not a path below"),
         ('{"file": "x/../../a.png", "caption": "a"}', "names 'x/../../a.png', which is not a path below"),
     ],
@@ -142,20 +145,37 @@ def test_bad_images_are_refused_by_name(tmp_path):
 def test_bad_images_are_refused_when_read_without_check(tmp_path):
     source = ImageFolder(damaged_folder(tmp_path))
     assert source[0]["image"][0, 0, 0] == 1
-    with pytest.raises(ValueError, match="1 of 5 files .*: b.png .*; repair or remove them"):
+    with pytest.raises(ValueError, match="2 of 5 files .*: b.png .*, e.png .no such file.; repair or remove them"):
         source[1]
-    with pytest.raises(ValueError, match="1 of 5 files"):  # nor is it passed over the second time
+    with pytest.raises(ValueError, match="2 of 5 files"):  # nor is it passed over the second time
         source[1]
     two_allowed = ImageFolder(tmp_path, max_bad_images=2)
     with pytest.raises(ValueError, match="3 of 5 files .*, data.max_bad_images is 2: b.png .*c.png .*e.png"):
         levels(two_allowed)
 
 
+def test_what_cannot_be_read_is_no_bad_image(tmp_path, monkeypatch):
+    """Records are a function of the index: an error that passes must not make one process take other images."""
+    source = ImageFolder(write(tmp_path, {"a.png": png(1), "b.png": png(2)}), max_bad_images=2)
+    read_bytes = pathlib.Path.read_bytes
+
+    def fails(path):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", fails)
+    for read in (lambda: source[0], source.check):
+        with pytest.raises(OSError, match=f"Too many open files: '{tmp_path}/a.png'"):
+            read()
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    assert levels(source) == [1, 2]
+
+
 def test_within_the_limit_the_next_good_image_takes_the_place(tmp_path, warnings_logged):
     damaged_folder(tmp_path)
-    checked, unchecked = ImageFolder(tmp_path, max_bad_images=3), ImageFolder(tmp_path, max_bad_images=3)
+    checked = ImageFolder(tmp_path, max_bad_images=3)
     checked.check()
-    assert [line.split()[0] for line in warnings_logged] == ["b.png", "c.png", "e.png"]
+    assert [line.split()[0] for line in warnings_logged] == ["e.png", "b.png", "c.png"]  # the link, when it is opened
+    unchecked = ImageFolder(tmp_path, max_bad_images=3)
     for source in (checked, unchecked, pickle.loads(pickle.dumps(checked))):
         assert levels(source) == levels(source) == [1, 4, 4, 4, 1]
     assert len(warnings_logged) == 6  # once for each source that found out by itself
@@ -294,6 +314,15 @@ def test_tfds_that_cannot_be_read(prepared, tmp_path):
     renamed = copy_of(prepared, tmp_path / "b", "features.json", '"image":', '"picture":')
     with pytest.raises(ValueError, match="feature 'image' must be of type Image, found None") as error:
         Tfds(renamed, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_image_of_tfds_is_named(prepared, monkeypatch):
+    source = Tfds(prepared, "train")
+    monkeypatch.setattr(source, "_data", [{"image": png(3)[:-30], "label": 0}])
+    message = r"^TFDS seven/1.0.0 \(train\): example 0 is not a whole image \(.*\): prepare the data set again, a bad"
+    with pytest.raises(ValueError, match=message) as error:
+        source[0]
     assert "\n" not in str(error.value)
 
 

@@ -3,7 +3,10 @@
 import io
 import os
 import pickle
+import struct
 import tarfile
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -114,6 +117,13 @@ def test_a_labels_file_counts_before_the_kit(tmp_path):
     lines = [f"{name} n0000000{i}" for i, name in enumerate(sorted(VALIDATION))]
     (tmp_path / "val_labels.txt").write_text("\n".join(lines))
     assert opened(tmp_path, "validation").class_names == ("n00000000", "n00000001", "n00000002")
+    other = lines[:1] + [lines[2][:-1] + "1", lines[1][:-1] + "2"]  # two labels are exchanged
+    first = opened(tmp_path, "validation").fingerprint
+    (tmp_path / "val_labels.txt").write_text("\n".join(other))
+    exchanged = opened(tmp_path, "validation")
+    assert exchanged.fingerprint != first and exchanged.class_names == ("n00000000", "n00000001", "n00000002")
+    (tmp_path / "val_labels.txt").write_text("\n".join(lines).replace("n00000002", "n00000003"))
+    assert opened(tmp_path, "validation").fingerprint not in (first, exchanged.fingerprint)
     (tmp_path / "val_labels.txt").write_text("\n".join(lines[:2]))
     with pytest.raises(ValueError, match="1 of 3 images have no label: ILSVRC2012_val_00000003.JPEG; check val_labels"):
         opened(tmp_path, "validation")
@@ -129,7 +139,20 @@ def test_the_kit_as_scipy_writes_it(compressed):
     assert devkit._matrix(b"") == ("", None)  # how MATLAB writes a cell that was never set
 
 
-def test_damaged_kits(tmp_path):
+def test_random_bytes_in_the_kit_raise_the_errors_that_are_expected():
+    rng, mat, refused = np.random.default_rng(0), meta_mat(), 0
+    for _ in range(1000):
+        changed = bytearray(mat)
+        for position in rng.integers(128, len(mat), rng.integers(1, 5)):
+            changed[position] = rng.choice([0, 1, 5, 9, 14, 16, 255])
+        try:
+            assert all(isinstance(wnid, str) for wnid in devkit.synsets(bytes(changed)).values())
+        except devkit.ERRORS:
+            refused += 1
+    assert refused > 300
+
+
+def test_damaged_kits(tmp_path, monkeypatch):
     write_validation(tmp_path)
     kit = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
     whole = kit.read_bytes()
@@ -141,6 +164,18 @@ def test_damaged_kits(tmp_path):
         with pytest.raises(ValueError, match=f"{kit} is not ImageNet's development kit .*: copy it again") as error:
             devkit.validation_wnids(kit)
         assert "\n" not in str(error.value)
+    bomb = zlib.compress(bytes(devkit.MAX_BYTES * 2))  # 128 MB in 130 kB
+    write_validation(tmp_path, mat=mat[:128] + struct.pack("<II", devkit.COMPRESSED, len(bomb)) + bomb)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="data/meta.mat is cut off, or unpacks to more than 67,108,864 bytes"):
+        devkit.validation_wnids(kit)
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * devkit.MAX_BYTES
+    tracemalloc.stop()
+    monkeypatch.setattr(devkit, "MAX_BYTES", len(mat) - 1)
+    write_validation(tmp_path)
+    with pytest.raises(ValueError, match=f"its data/meta.mat has {len(mat):,} bytes, at most {len(mat) - 1:,} are"):
+        devkit.validation_wnids(kit)
+    monkeypatch.undo()
     write_validation(tmp_path, numbers=(1, 4, 2))
     with pytest.raises(ValueError, match=r"data/meta.mat has no ILSVRC2012_ID 4 \(1 such\)"):
         devkit.validation_wnids(kit)
@@ -180,6 +215,9 @@ def test_damaged_training_tars(tmp_path):
         with pytest.raises(ValueError, match=message):
             opened(tmp_path)
     inner = tar(TRAIN["n02119789.tar"])
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar([("n02119789.tar", inner), ("n02119789.tar", inner)]))
+    with pytest.raises(ValueError, match="img_train.tar has two members 'n02119789.tar': make the tar anew"):
+        opened(tmp_path)
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar({"n02119789.tar": inner[:900]}))
     with pytest.raises(ValueError, match=r"cut off or damaged .* \(its member n02119789.tar\)"):
         opened(tmp_path)

@@ -193,6 +193,11 @@ def test_a_workdir_is_needed():
     assert refused() == "error: --mode=train needs --workdir, the folder of the run"
 
 
+def test_weights_are_of_sampling_and_scoring():
+    message = "error: --weights is of --mode=sample and evaluate, not of encode (train has config.init_from.path)"
+    assert refused("--mode=encode", "--weights=w.npz") == message
+
+
 def test_resuming_with_another_model(trained, latents):
     workdir, _ = trained
     options = ("--config.levels[2].backbone.width=32", "--config.optimizer.b2=0.99")

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from tar_files import jpeg, levels
 
-from input_pipeline import loader, parquet
+from input_pipeline import loader, parquet, text
+from input_pipeline.decoded import Texts
 from input_pipeline.parquet import Parquet
 
 LEVELS = (10, 20, 30, 40, 50)
@@ -85,6 +86,41 @@ def test_only_a_few_row_groups_are_kept(tmp_path, monkeypatch):
     assert reads == [0, 1, 2, 3, 4, 1] and len(source._kept) == parquet.GROUPS_KEPT
 
 
+def test_every_row_group_of_a_window_is_kept(tmp_path, monkeypatch):
+    """In the order of shards a group is read once an epoch, or twice where windows meet, whatever sizes groups have."""
+    for number, group in enumerate((1, 2, 3, 5)):
+        rows = 7 * group
+        columns = {"image": [jpeg(9)] * rows, "label": [i % 2 for i in range(rows)]}
+        write(tmp_path, f"{number}.parquet", columns, group=group)
+    reads = []
+    read = parquet._read_group
+    monkeypatch.setattr(parquet, "_read_group", lambda *where: reads.append(where[:2]) or read(*where))
+    for options in ({}, {"classes": ("1",)}):  # fewer images of a group: more groups in a window
+        sources = {window: Parquet(tmp_path, window=window, **options) for window in (0, 20)}
+        for window, source in sources.items():
+            reads.clear()
+            order = loader.ShardOrder(source.shard_ends, seed=0, window=20, epochs=1)
+            for position in range(len(source)):
+                source.data(order[position])
+            groups, windows = int((np.diff(source.shard_ends, prepend=0) > 0).sum()), -(-len(source) // 20)
+            assert len(set(reads)) == groups
+            assert (len(reads) <= groups + windows - 1) == (window == 20)
+        pickled = pickle.loads(pickle.dumps(sources[20]))
+        assert pickled._groups_kept == sources[20]._groups_kept < 28 and sources[0]._groups_kept == parquet.GROUPS_KEPT
+
+
+def test_a_group_that_cannot_be_read_is_no_bad_image(captioned, monkeypatch):
+    source = Parquet(captioned, max_bad_images=5)
+    file = captioned / "data" / "train-1.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=f"^{file}: row group 0 cannot be read .*: copy it again$") as error:
+        source[3]
+    assert "\n" not in str(error.value)
+    file.write_bytes(whole)
+    assert close(levels(source), LEVELS)
+
+
 def test_bad_images(tmp_path):
     rows = [{"bytes": None, "path": "a.jpg"}, None, {"bytes": jpeg(9)[:-40], "path": ""}, *structs([90])]
     write(tmp_path, "a.parquet", {"image": rows, "caption": list("abcd")})
@@ -99,6 +135,11 @@ def test_bad_images(tmp_path):
     [
         ({"picture": [b""], "caption": ["a"]}, "no column data.image_key 'image', only picture, caption: set the"),
         ({"image": [b""], "text": ["a"]}, "no column data.caption_key 'caption' nor data.label_key 'label', only"),
+        ({"image": ["/etc/passwd"], "label": [0]}, "data.image_key 'image' is string, expected bytes, or structs with"),
+        ({"image": [{"path": "a.jpg"}], "label": [0]}, "data.image_key 'image' is struct<path: string>, expected"),
+        ({"image": [b""], "caption": [7]}, "a.parquet: column data.caption_key 'caption' is int64, expected texts, or"),
+        ({"image": [b""], "caption": [[7]]}, "data.caption_key 'caption' is list<.*: int64>, expected texts, or lists"),
+        ({"image": [b""], "label": ["cat"]}, "data.label_key 'label' is string, expected integers: set another column"),
         ({"image": [b"", b""], "label": [0, -1]}, "1 of 2 labels in column 'label' are not in 0 to .*, such as -1"),
         ({"image": [b""], "label": [None]}, "1 of 1 labels in column 'label' are not in 0 to .*, such as None"),
         ({"image": pyarrow.array([], pyarrow.binary()), "label": pyarrow.array([], pyarrow.int64())}, "no rows in the"),
@@ -109,6 +150,25 @@ def test_other_columns(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message) as error:
         Parquet(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_notes_of_hugging_face(tmp_path):
+    table = pyarrow.table({"image": [jpeg(9)], "label": [0]})
+    notes = {'{"info": null}': ("0",), "[]": ("0",), '{"info": {"features": {"label": {"names": "cat"}}}}': ("0",)}
+    for note, names in notes.items():
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": note}), tmp_path / "a.parquet")
+        assert Parquet(tmp_path).class_names == names
+    for note in ("{", "[" * 100_000):
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": note}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=f"{tmp_path}/a.parquet: its note of Hugging Face is not JSON .*: write"):
+            Parquet(tmp_path)
+
+
+def test_captions_that_are_null_are_named_before_the_first_step(tmp_path):
+    source = Parquet(write(tmp_path, "a.parquet", {"image": structs(LEVELS[:3]), "caption": ["a", None, "c"]}))
+    assert isinstance(source._captions, Texts) and source.captions == ("a", "", "c")
+    with pytest.raises(ValueError, match="1 of 3 examples have no caption or an empty one, such as 1: give"):
+        text.captions(source)
 
 
 def test_labels_beyond_the_names_and_files_that_differ(tmp_path):
@@ -128,6 +188,14 @@ def test_damaged_files(captioned):
         with pytest.raises(ValueError, match=f"{file} is not a whole Parquet file .*: copy it again") as error:
             Parquet(captioned)
         assert "\n" not in str(error.value)
+
+
+def test_captions_that_are_not_utf8(tmp_path):
+    ends = pyarrow.array([0, 1], pyarrow.int32()).buffers()[1]
+    latin = pyarrow.StringArray.from_buffers(1, ends, pyarrow.py_buffer(b"\xfc"))
+    write(tmp_path, "a.parquet", {"image": structs([1]), "caption": latin})
+    with pytest.raises(ValueError, match="a.parquet is not a whole Parquet file .'utf-8' codec can't decode"):
+        Parquet(tmp_path)
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):

@@ -89,22 +89,32 @@ def test_sampling_is_that_of_the_release(name):
     assert config.codec.scale == (0.0 if pixels else 0.23010 if "coco" in name else 0.18215)
 
 
-def test_training_is_that_of_the_release():
-    def recipe(name):
-        config = uvit_release.get_config(name)
-        some = config.optimizer
-        return config.train.steps, config.train.batch_size, some.b1, some.b2, some.warmup_steps, config.data.flip
+TRAINING = {  # steps, batch size, betas, warm-up steps, mirrored: configs/*.py of U-ViT and its data sets
+    "imagenet256_large": (300_000, 1024, 0.99, 0.99, 5000, True),
+    "imagenet256_huge": (500_000, 1024, 0.99, 0.99, 5000, True),
+    "imagenet512_large": (500_000, 1024, 0.99, 0.99, 5000, True),
+    "imagenet512_huge": (500_000, 1024, 0.99, 0.99, 5000, True),
+    "coco_small": (1_000_000, 256, 0.9, 0.9, 5000, False),
+    "coco_deep": (1_000_000, 256, 0.9, 0.9, 5000, False),
+    "cifar10": (500_000, 128, 0.99, 0.999, 2500, True),
+    "celeba64": (500_000, 128, 0.99, 0.99, 5000, True),
+}
 
-    assert recipe("imagenet256_large") == (300_000, 1024, 0.99, 0.99, 5000, True)
-    assert recipe("imagenet512_huge") == (500_000, 1024, 0.99, 0.99, 5000, True)
-    assert recipe("coco_deep") == (1_000_000, 256, 0.9, 0.9, 5000, False)
-    assert recipe("cifar10") == (500_000, 128, 0.99, 0.999, 2500, True)
-    assert recipe("celeba64") == (500_000, 128, 0.99, 0.99, 5000, True)
+
+@pytest.mark.parametrize("name", uvit_release.MODELS)
+def test_training_is_that_of_the_release(name):
+    config = uvit_release.get_config(name)
+    train_, some = config.train, config.optimizer
+    found = (train_.steps, train_.batch_size, some.b1, some.b2, some.warmup_steps, config.data.flip)
+    assert found == TRAINING[name]
+    assert (some.learning_rate, some.weight_decay, some.ema_decay, train_.dtype) == (2e-4, 0.03, 0.9999, "float32")
 
 
 @pytest.mark.parametrize("name, steps, eta", [("s64", 50, 0.0), ("s64s256", 100, 0.0), ("s64s256s1024", 250, 1.0)])
 def test_ml_mdm_samples_as_its_demo(name, steps, eta):
-    (level,) = build.levels(importlib.import_module("configs.mdm").get_config(f"{name},released"))
+    config = importlib.import_module("configs.mdm").get_config(f"{name},released")
+    (level,) = build.levels(config)
+    assert config.train.dtype == "bfloat16"
     assert level.sampler == samplers.DDIM(steps, eta, grid="released") and level.guidance == 6.5
     assert level.threshold.keywords == dict(percentile=0.95, maximum=1.5)
 

@@ -2,6 +2,8 @@
 
 import os
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -37,6 +39,13 @@ def test_damaged_tars_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
     path.write_bytes(whole[:3072 + 512])
     assert len(tars.members(path)) == 2
+    path.write_bytes(whole + bytes(3 * tars.CHUNK))  # any number of zeros may follow
+    assert len(tars.members(path)) == 2
+    for more in (tar({"c": b"3"}), b"\0" * 600 + b"x", bytes(tars.CHUNK) + whole):
+        path.write_bytes(whole + more)
+        with pytest.raises(ValueError, match=f"^{path} goes on after its end at byte 3,072: several tars were joined"):
+            tars.members(path)
+    path.write_bytes(whole[: 3072 + 512])
     with pytest.raises(ValueError, match="cut off or damaged at byte 3,072 of 3,072"):
         tars.members(path, 0, 3072)  # an inner tar that runs over its end
     path.write_bytes(whole[:1000])
@@ -49,6 +58,18 @@ def test_paths_that_climb_out_are_refused_by_name(tmp_path, name):
     (tmp_path / "a.tar").write_bytes(tar({"a.jpg": b"", name: b""}))
     with pytest.raises(ValueError, match=f"a.tar has a member '{name}', which is not a path below its folder"):
         tars.members(tmp_path / "a.tar")
+
+
+def test_members_that_come_twice_are_refused_by_name(tmp_path):
+    for names in (("a.jpg", "a.jpg"), ("a.jpg", "./a.jpg")):
+        (tmp_path / "a.tar").write_bytes(tar([(names[0], b"1"), ("b.jpg", b""), (names[1], b"2")]))
+        with pytest.raises(ValueError, match=f"^{tmp_path}/a.tar has two members '{names[1]}': make the tar anew"):
+            tars.members(tmp_path / "a.tar")
+
+
+def test_errors_of_reading_name_the_tar(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"No such file or directory at byte 512: '{tmp_path}/a.tar'"):
+        tars.read(tmp_path / "a.tar", 512, 3)
 
 
 def test_links_and_devices_are_no_members(tmp_path):
@@ -78,10 +99,11 @@ def test_an_index_is_made_once(tmp_path, warnings_logged):
     for _ in range(3):
         found = tars.kept(folder, ("x", "y"), make)
         assert [name.decode() for name in found["names"]] == ["a", "bü"] and found["sizes"].tolist() == [3, 2**40]
-    assert len(made) == 1 and len(os.listdir(folder)) == 1  # nothing temporary stays
+    kept = sorted(os.path.splitext(name)[1] for name in os.listdir(folder))
+    assert len(made) == 1 and kept == [".lock", ".npz"]  # nothing temporary stays
     tars.kept(folder, ("x", "z"), make)
     assert len(made) == 2 and warnings_logged == []
-    for path in (tmp_path / "new" / "index").iterdir():
+    for path in (tmp_path / "new" / "index").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-30])
     assert tars.kept(folder, ("x", "y"), make)["sizes"][1] == 2**40 and len(made) == 3
     assert "is damaged" in warnings_logged[0] and "and is made again" in warnings_logged[0]
@@ -93,6 +115,44 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, warnings_logged):
     (tmp_path / "file").write_text("")
     assert tars.kept(str(tmp_path / "file"), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
     assert "the index was not kept (" in warnings_logged[0] and "set data.index_dir" in warnings_logged[0]
+
+
+def test_one_process_makes_an_index_and_the_others_wait(tmp_path, monkeypatch):
+    begun, go_on, waits = threading.Event(), threading.Event(), threading.Event()
+    made = []
+
+    def make():
+        made.append(1)
+        begun.set()
+        assert go_on.wait(10)
+        return {"a": np.arange(3)}
+
+    monkeypatch.setattr(tars.logging, "info", lambda *line: waits.set())
+    with ThreadPoolExecutor(2) as pool:  # a lock is of an open file: threads stand for processes
+        found = [pool.submit(tars.kept, str(tmp_path), ("x",), make) for _ in range(2)]
+        assert begun.wait(10) and waits.wait(10)
+        go_on.set()
+        assert [each.result()["a"].tolist() for each in found] == [[0, 1, 2]] * 2
+    assert made == [1]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, warnings_logged, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(tars.fcntl, "flock", no_locks)
+    assert tars.kept(str(tmp_path), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+    assert "cannot be locked (No locks available)" in warnings_logged[0] and len(warnings_logged) == 1
+
+
+def test_an_index_that_cannot_be_finished_leaves_nothing(tmp_path, warnings_logged, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tars.os, "fsync", full)
+    assert tars.kept(str(tmp_path), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+    assert "was not kept (No space left on device)" in warnings_logged[0]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_where_indexes_are(monkeypatch, tmp_path):

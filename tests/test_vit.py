@@ -9,6 +9,7 @@ import pytest
 import toy_encoding
 import weight_files
 
+from nested import weights
 from nested.encoders import vit, vit_files
 
 # Widths of the recorded networks; what else distinguishes them is the variant's.
@@ -301,6 +302,17 @@ def test_the_prefix_takes_the_other_encoder(files, tiny_variants):
     assert not np.any(np.asarray(momentum.params["cls"]["tokens"]))
     with pytest.raises(ValueError, match=r"no 'state_dict.ema.cls_token'; the file has it behind 'state_dict.mod"):
         load("mocov3_vitb16", path, prefix="state_dict.ema")
+
+
+def test_a_folder_is_read_whole(files, tiny_variants, tmp_path):
+    """As transformers saves a model, in two shards: both count for the fingerprint."""
+    tensors, whole = files[0]["clip_vitb16"][1], load("clip_vitb16", files[0]["clip_vitb16"][0])
+    shards = [tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, path in enumerate(shards):
+        weights.write(path, dict(list(tensors.items())[i::2]), {})
+    encoder = load("clip_vitb16", str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, encoder.params, whole.params)
+    assert encoder.fingerprint == "-".join(map(weights.sha256, shards))
 
 
 def test_features_are_grids_of_vectors_and_of_the_map(files, tiny_variants):

@@ -55,10 +55,11 @@ def test_images_with_captions(tmp_path, monkeypatch):
     assert source.describe() == f"images of 2 tars in {tmp_path}: 4 samples, captions"
     assert source.name(3) == "00001.tar/b/8.PNG" and source.check() is None
     monkeypatch.setattr(tars, "members", lambda *args: pytest.fail("the index is there"))
-    monkeypatch.setattr(webdataset.Decoded, "__getitem__", lambda *args: pytest.fail("no image is read for captions"))
     again = pickle.loads(pickle.dumps(opened(tmp_path, channels=1)))
-    assert text.captions(Transformed(again, 2, "center", 1)) == list(source.captions)
-    assert again.decode(2).shape == (4, 5, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(webdataset.Decoded, "__getitem__", lambda *args: pytest.fail("no image is read for captions"))
+        assert text.captions(Transformed(again, 2, "center", 1)) == list(source.captions)
+    assert again[2]["image"].shape == (4, 5, 1)
     assert again.fingerprint != source.fingerprint == opened(tmp_path).fingerprint
 
 
@@ -101,6 +102,8 @@ def test_images_that_cannot_be_decoded(tmp_path, warnings_logged):
         ({"a.jpg": b"", "../b.jpg": b""}, "has a member '../b.jpg', which is not a path below its folder"),
         ([("a.jpg", b""), ("b.jpg", b""), ("a.txt", b"")], "sample 'a' comes twice; give every sample a name"),
         ([("a.jpg", b""), ("a.JPG", b"")], "'a.JPG' comes twice; give every sample"),
+        ({"a.jpg": b"", "a.json": b'{"caption": "\\ud83d"}'}, r"a.json has a 'caption' that UTF-8 cannot hold: '.ud8"),
+        ({"a.jpg": b"", "a.json": b"[" * 100_000}, "a.json is not JSON .*recursion depth.*: make the tar anew"),
         ({"a.jpg": b"", "a.json": b"{"}, "a.json is not JSON .*: make the tar anew"),
         ({"a.mp4": b"", "a.txt": b"clip"}, "1 samples in .* lack a part, .*: 0.tar/a .no .jpg.; complete"),
         ({}, "no samples with a .jpg or .jpeg or .png or .webp and a caption in "),
@@ -126,6 +129,25 @@ def test_what_is_not_there(tmp_path):
         opened(tmp_path / "no")
     with pytest.raises(ValueError, match=r"no \*.tar in .*: set config.data.path to the folder of the tars"):
         opened(tmp_path)
+
+
+def test_what_cannot_be_read_is_no_bad_image(tmp_path):
+    source = opened(write(tmp_path, SHARDS), max_bad_images=4)
+    shard = tmp_path / "00001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"")
+    with pytest.raises(OSError, match=f"{shard}: 0 bytes at .*: it was changed while it was in use"):
+        source[2]
+    shard.write_bytes(whole)
+    assert close(levels(source), [10, 20, 30, 40])
+
+
+def test_a_long_walk_is_reported(monkeypatch):
+    said, clock = [], iter([0, 10, 40, 50, 69, 80])  # the start, then each tar's end
+    monkeypatch.setattr(webdataset.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(logging, "info", lambda form, *values: said.append(form % values))
+    assert list(webdataset._with_progress(iter("abcde"), 5)) == list("abcde")
+    assert said == [f"{n} of 5 tars have been walked, {left:.1f} minutes to go" for n, left in ((2, 1), (5, 0))]
 
 
 def animation(base, frames=9):
@@ -157,16 +179,17 @@ def test_videos_go_through_opencv(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match="1 of 1 clips in .* need OpenCV to be read, such as 1.mp4: pip install"):
         opened(tmp_path, WebDatasetClips)
-    seen = []
+    seen, temporary = [], []
 
     def decode(path, frames, stride, channels):
+        temporary.append(path)
         seen.append((path.suffix, path.read_bytes(), frames, stride, channels))
         return np.zeros((frames, 2, 2, channels), np.uint8)
 
     monkeypatch.setattr(clips, "require_opencv", lambda *args: None)
     monkeypatch.setattr(clips, "decode_clip", decode)
     assert opened(tmp_path, WebDatasetClips, frames=2, stride=3)[0]["image"].shape == (2, 2, 2, 3)
-    assert seen == [(".mp4", b"bytes of a video", 2, 3, 3)]
+    assert seen == [(".mp4", b"bytes of a video", 2, 3, 3)] and len(temporary) == 1 and not temporary[0].exists()
 
 
 def test_training_reads_shard_by_shard(tmp_path):

@@ -12,7 +12,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from weight_files import Call, pickled, tensor, write_legacy, write_safetensors, write_zip
+from weight_files import Call, Global, opcodes, pickled, tensor, write_legacy, write_safetensors, write_zip
 
 from nested import weights
 
@@ -52,6 +52,69 @@ def test_options_of_training_scripts_are_skipped(tmp_path):
     content = {"state_dict": {"w": tensor()}, "args": args, "path": Call("pathlib PosixPath", "a"), "batch_num": 3}
     write_zip(tmp_path / "w.pth", content, {"0": SIX})
     assert list(weights.load([tmp_path / "w.pth"], "w")) == ["w"]
+
+
+def test_what_lightning_saves_beside_the_weights_is_skipped(tmp_path):
+    """Stable Diffusion's .ckpt: {'state_dict': ..., 'callbacks': {the class ModelCheckpoint: ...}}, and objects that
+    are dicts and lists of their own kinds, filled after they are made; nothing of it is imported."""
+    made = b"cpytorch_lightning.utilities.parsing\nAttributeDict\n)\x81" + opcodes("a") + opcodes(1) + b"s"
+    made += b"}b" + b"clightning.fabric\nL\n)\x81(" + opcodes(1) + opcodes(2) + b"e" + opcodes(3) + b"a"
+    kind = opcodes(Global("pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint"))
+    other = opcodes({"dtype": Global("torch float32"), "state_dict": {"w": tensor()}, "epoch": 3})[:-1]
+    content = other + opcodes("callbacks") + b"}" + kind + opcodes({"best": 0.1}) + b"s" + opcodes("more") + b"("
+    with zipfile.ZipFile(tmp_path / "w.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + content + made + b"tu.")
+        archive.writestr("archive/data/0", SIX.tobytes())
+    assert list(weights.load([tmp_path / "w.ckpt"], "w")) == ["w"]
+    assert not {"pytorch_lightning", "lightning"} & sys.modules.keys()
+
+
+# --- few bytes that would become many ----------------------------------------------------------------------------
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message) as error:
+        weights.read(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("opcode", [b"r" + (2**28).to_bytes(4, "little"), b"p268435456\n"])
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_a_memo_longer_than_the_pickle_is_refused(kind, opcode, tmp_path):
+    hostile = b"\x80\x02]" + opcode + b"."
+    if kind == "legacy":
+        (tmp_path / "w.pth").write_bytes(hostile)
+    else:
+        with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+            archive.writestr("archive/data.pkl", hostile)
+    refused(tmp_path / "w.pth", "w.pth: its pickle gives an object the number 268435456 at byte 3; the file is hostile")
+
+
+def test_containers_that_are_shared_may_not_multiply(tmp_path, monkeypatch):
+    """60 lists, each of which holds the one before it twice: 2^60 paths."""
+    monkeypatch.setattr(weights.torch_pickle, "ITEMS", 2**12)
+    lists = b"\x80\x02]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"."
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", lists)
+    refused(tmp_path / "w.pth", "hold more than 4096 items, shared ones again; the file is hostile")
+
+
+def test_compressed_members_have_the_size_that_is_expected(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights.torch_pickle, "PICKLE_BYTES", 2**16)
+
+    def write(pickle_bytes, storage, kind=zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "w.pth", "w", kind) as archive:
+            archive.writestr("archive/data.pkl", pickle_bytes)
+            archive.writestr("archive/data/0", storage)
+
+    write(pickled({"w": tensor(), "more": "x" * 2**17}), SIX.tobytes())
+    refused(tmp_path / "w.pth", "data.pkl' is damaged .131... bytes when decompressed, expected at most 65536.")
+    write(pickled({"w": tensor()}), bytes(2**20))
+    refused(tmp_path / "w.pth", "'archive/data/0' is damaged .1048576 bytes when decompressed, expected at most 24.")
+    write(pickled({"w": tensor()}), SIX.tobytes(), zipfile.ZIP_BZIP2)
+    refused(tmp_path / "w.pth", "is damaged .compression 12, expected none or deflate.")
+    write(pickled({"w": tensor()}), SIX.tobytes())
+    assert weights.read(tmp_path / "w.pth")["w"].sum() == 15
 
 
 def test_a_container_within_itself_is_refused(tmp_path):
@@ -98,6 +161,8 @@ def test_files_of_a_folder(tmp_path):
         (tmp_path / name).touch()
     assert weights.files(tmp_path) == [str(tmp_path / "model.safetensors")]
     assert weights.files(tmp_path / "training.bin") == [str(tmp_path / "training.bin")]
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: a folder, expected a weight file; give the file in it"):
+        weights.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent.bin: no such weight file"):
         weights.files(tmp_path / "absent.bin")
 
@@ -126,6 +191,13 @@ def test_an_index_is_followed(tmp_path):
 def test_an_index_may_not_leave_its_folder(name, tmp_path):
     with pytest.raises(ValueError, match="names the shard .*, expected a file of its own folder"):
         weights.files(sharded(tmp_path, {"weight_map": {"w": name}}))
+
+
+@pytest.mark.parametrize("weight_map, message", [({}, "lists no weight files"), ({"a": 3, "b": "w"}, "the shard 3, ")])
+def test_an_index_without_names(weight_map, message, tmp_path):
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json: .*{message}") as error:
+        weights.files(sharded(tmp_path, {"weight_map": weight_map}))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])

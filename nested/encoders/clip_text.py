@@ -71,7 +71,7 @@ def clip_text_embeds(params, ids_BL, heads=None):
     The end of text has the largest id; of several, which fill up a short text, the first counts."""
     features_BLC = clip_text(params, ids_BL, heads=heads)
     ends_B = jnp.argmax(ids_BL, -1)
-    return features_BLC[jnp.arange(len(ids_BL)), ends_B] @ params[PROJECTION].T
+    return layers.matmul(features_BLC[jnp.arange(len(ids_BL)), ends_B], params[PROJECTION].T)
 
 
 def num_layers(params):

@@ -1,18 +1,25 @@
 """What the text encoders have in common, as functions of parameters by transformers' names (Dense weights [out, in]).
 
-Statistics of norms and softmaxes are float32 or better; the rest is of the dtype of what goes in.
+Statistics of norms and softmaxes are float32 or better; the rest is of the dtype of what goes in. Products of float32
+are float32 whatever the accelerator's default.
 """
 
 import jax
 import jax.numpy as jnp
+
+from nested.encoders import precision
 
 
 def statistics_dtype(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def matmul(x, y):
+    return jnp.matmul(x, y, precision=precision.of_products(x.dtype))
+
+
 def linear(params, name, x_BLC):
-    y_BLC = x_BLC @ params[f"{name}.weight"].T
+    y_BLC = matmul(x_BLC, params[f"{name}.weight"].T)
     bias = params.get(f"{name}.bias")
     return y_BLC if bias is None else y_BLC + bias[None, None]
 
@@ -34,10 +41,11 @@ def attention(params, names, x_BLC, heads, scale, bias_BHLL):
     """names: of the q, k, v and output layers. bias: added to the logits, broadcast over its axes of size 1."""
     q, k, v, out = names
     q_BLHD, k_BLHD, v_BLHD = (linear(params, name, x_BLC).reshape(*x_BLC.shape[:2], heads, -1) for name in (q, k, v))
-    logits_BHLL = jnp.einsum("bqhd,bkhd->bhqk", q_BLHD, k_BLHD) * scale
+    exact = precision.of_products(x_BLC.dtype)
+    logits_BHLL = jnp.einsum("bqhd,bkhd->bhqk", q_BLHD, k_BLHD, precision=exact) * scale
     logits_BHLL = logits_BHLL.astype(statistics_dtype(x_BLC)) + bias_BHLL
     weights_BHLL = jax.nn.softmax(logits_BHLL, -1).astype(x_BLC.dtype)
-    x_BLHD = jnp.einsum("bhqk,bkhd->bqhd", weights_BHLL, v_BLHD)
+    x_BLHD = jnp.einsum("bhqk,bkhd->bqhd", weights_BHLL, v_BLHD, precision=exact)
     return linear(params, out, x_BLHD.reshape(*x_BLC.shape[:2], -1))
 
 

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested import weights
-from nested.encoders import grids, vit_files
+from nested.encoders import grids, precision, vit_files
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -140,14 +140,10 @@ def _positions(table_NC, vit, height, width):
     return jnp.concatenate([table_NC[:1], grid_HWC.reshape(height * width, -1)])
 
 
-def _precision(dtype):
-    return None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-
-
 def _linear(p, x):
     """x [..., in] -> [..., out]: the product in the weights' dtype, the sum in that of x."""
     w = p["weight"]
-    y = jnp.matmul(x.astype(w.dtype), w, precision=_precision(w.dtype), preferred_element_type=x.dtype)
+    y = jnp.matmul(x.astype(w.dtype), w, precision=precision.of_products(w.dtype), preferred_element_type=x.dtype)
     return y + jnp.expand_dims(p["bias"], range(y.ndim - 1)) if "bias" in p else y
 
 
@@ -159,7 +155,7 @@ def _layer_norm(p, x_BLC, eps):
 
 def _attention(p, vit, x_BLC):
     (batch, length, width), dtype = x_BLC.shape, p["qkv"]["weight"].dtype
-    products = dict(precision=_precision(dtype), preferred_element_type=x_BLC.dtype)
+    products = dict(precision=precision.of_products(dtype), preferred_element_type=x_BLC.dtype)
     qkv_BLSHD = _linear(p["qkv"], x_BLC).reshape(batch, length, 3, vit.heads, width // vit.heads).astype(dtype)
     q_BHLD, k_BHLD, v_BHLD = qkv_BLSHD.transpose(2, 0, 3, 1, 4)
     logits_BHLM = jnp.matmul(q_BHLD, k_BHLD.swapaxes(2, 3), **products) * (width // vit.heads) ** -0.5
@@ -227,7 +223,7 @@ def prepare(images, vit, size):
 class VitEncoder:
     """Encoder: images -> the feature grids to store (see nested/encode.py).
 
-    params: from load(). fingerprint: sha256 of the weight file. input_size: every image or crop is resized to it.
+    params: from load(). fingerprint: sha256 of the weight files. input_size: every image or crop is resized to it.
     vector: which output the vector of an image or a crop is. feature_names: the grids that features() returns.
     """
 
@@ -256,7 +252,7 @@ class VitEncoder:
 
 
 def load(name, path, *, input_size, map, vector, features, prefix, dtype):
-    """VitEncoder `name`, a key of VARIANTS, with the weights of the file `path`, of any kind that nested.weights reads.
+    """VitEncoder `name`, a key of VARIANTS, with the weights of the file or folder `path` (nested.weights).
 
     input_size: a positive multiple of the patch (pixels). map: 'last'. vector: 'cls' | 'pool' | 'projected' (CLIP,
     MoCo-v3). features: names of grids.py, not those of the codec. prefix: what stands before the network's names in the
@@ -277,8 +273,10 @@ def load(name, path, *, input_size, map, vector, features, prefix, dtype):
         raise FileNotFoundError(
             f"{name} comes in no package: give its weight file, such as {vit.released}, in config.encoder.weights"
         )
-    params = vit_files.read(path, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
-    return VitEncoder(name, vit, params, weights.sha256(path), input_size, vector, tuple(features))
+    files = weights.files(path)
+    params = vit_files.read(files, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
+    fingerprint = "-".join(weights.sha256(file) for file in files)
+    return VitEncoder(name, vit, params, fingerprint, input_size, vector, tuple(features))
 
 
 def _one_of(key, found, allowed, name):

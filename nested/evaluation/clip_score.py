@@ -38,11 +38,11 @@ class Clip:
 
     def text_vectors(self, texts):
         """float32 [N, D] of texts, not normalised; each distinct one is encoded once, TEXTS at a time."""
-        distinct, rows = np.unique(np.asarray(texts), return_inverse=True)
-        ids, _ = self.tokenize([str(text) for text in distinct])
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        ids, _ = self.tokenize(list(rows))
         ids = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % TEXTS, 0)])
         found = [_text_vectors(self.params, some) for some in ids.reshape(-1, TEXTS, ids.shape[1])]
-        return np.concatenate(found)[rows]
+        return np.concatenate(found)[[rows[text] for text in texts]]
 
 
 def load(name, folder):
