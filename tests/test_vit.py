@@ -72,9 +72,8 @@ def layout_of(network):
 
 def close(found, wanted, message, tolerance=1e-5):
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    np.testing.assert_allclose(
-        found.reshape(wanted.shape), wanted, rtol=0, atol=tolerance * np.abs(wanted).max(), err_msg=message
-    )
+    atol = tolerance * np.abs(wanted).max()
+    np.testing.assert_allclose(found.reshape(wanted.shape), wanted, rtol=0, atol=atol, err_msg=message)
 
 
 # --- the network -------------------------------------------------------------------------------------------------
@@ -376,13 +375,12 @@ def refused(message, name, path, error=ValueError, **changes):
 
 
 def test_networks_without_a_projection_say_so():
-    message = "encoder.vector: 'projected' given; {} takes 'cls', 'pool'"
     for name in ("dino_vits16", "dinov2_vitl14_reg", "mae_vitb16"):
-        refused(message.format(name), name, "absent.pth", vector="projected")
+        refused(f"'projected' given; {name} takes 'cls', 'pool'", name, "absent.pth", vector="projected")
 
 
 def test_no_file():
-    message = "mae_vitb16 comes in no package: give its weight file, such as mae_pretrain_vit_base.pth, in config.enc"
+    message = "mae_vitb16 comes in no package: give its weight file, such as mae_pretrain_vit_base.pth, in config"
     refused(message, "mae_vitb16", "", FileNotFoundError)
     refused("absent.pth: no such weight file", "mae_vitb16", "absent.pth", FileNotFoundError)
 
@@ -394,8 +392,7 @@ def test_refuses_another_networks_file(files, tiny_variants, tmp_path):
     refused("no tensor is called 'vision_model.embeddings.class_embedding'", "clip_vitb16", dino)
     refused("not the weights of mae_vitb16: tensor 'blocks.1.norm1.weight' (48,) is unknown", "mae_vitb16", dino)
     refused("not the weights of dinov2_vitb14: tensor 'blocks.0.ls1.gamma' (48,) is missing", "dinov2_vitb14", dino)
-    path = tmp_path / "dino.pth"
-    save(path, found["mocov3_vitb16"][1])
+    path = save(tmp_path / "dino.pth", found["mocov3_vitb16"][1])
     refused("tensor 'head.0.weight' (12, 48) is missing", "mocov3_vitb16", path, vector="projected")
     save(path, tensors | {"pos_embed": np.zeros((1, 10, 48), np.float32)})
     refused("tensor 'pos_embed' has shape (1, 10, 48), expected (1, 17, 48)", "dino_vitb16", path)

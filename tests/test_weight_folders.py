@@ -309,3 +309,64 @@ def test_write_and_read(tmp_path):
     assert os.listdir(tmp_path) == ["sub"]
     with pytest.raises(ValueError, match="ckpt_badheader.safetensors: bad safetensors header"):
         weights.metadata(GOLDEN / "ckpt_badheader.safetensors")
+
+
+# --- one network among what a file holds --------------------------------------------------------------------------
+
+
+def saved(path, **trees):
+    """A .npz with {prefix.name: array} of each tree."""
+    np.savez(path, **{f"{prefix}.{name}": array for prefix, tree in trees.items() for name, array in tree.items()})
+    return path
+
+
+def test_load_finds_the_network_behind_its_wrapper(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(weights.logging, "info", lambda message, *values: said.append(message % values))
+    tree = {"cls_token": SIX, "head.weight": SIX + 1, "norm.bias": SIX + 2}
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, **tree)
+    assert list(weights.load([bare], "cls_token", unused=("head.",))) == ["cls_token", "norm.bias"]
+    wrapped = saved(tmp_path / "a.npz", **{"state_dict.module.base_encoder": tree, "optimizer": {"step": SIX}})
+    assert list(weights.load([wrapped], "cls_token")) == list(tree)
+    later = {name: array + 10 for name, array in tree.items()}
+    both = saved(tmp_path / "b.npz", **{"student.module.backbone": tree, "teacher.backbone": later})
+    np.testing.assert_array_equal(weights.load([both], "cls_token")["cls_token"], SIX + 10)
+    assert len(said) == 1 and "takes the weights behind 'teacher.backbone.', of 'student.module" in said[0]
+    for prefix in ("student.module.backbone", "student.module.backbone."):
+        np.testing.assert_array_equal(weights.load([both], "cls_token", prefix=prefix)["cls_token"], SIX)
+    np.testing.assert_array_equal(weights.load([both], "cls_token", prefer=("student",))["cls_token"], SIX)
+    shard = saved(tmp_path / "c.npz", **{"teacher.backbone": {"extra": SIX}})
+    assert list(weights.load([both, shard], "cls_token")) == [*tree, "extra"]
+
+
+def test_load_refuses_what_it_cannot_tell_apart(tmp_path):
+    tree = {"cls_token": SIX}
+    path = saved(tmp_path / "a.npz", first=tree, second=tree)
+    with pytest.raises(ValueError, match="a.npz: holds more than one such network: give one of 'first.', 'second.'"):
+        weights.load([path], "cls_token")
+    with pytest.raises(ValueError, match="a.npz: no 'third.cls_token'; the file has it behind 'first.', 'second.'"):
+        weights.load([path], "cls_token", prefix="third")
+    np.savez(tmp_path / "b.npz", **tree, **{"aux.cls_token": SIX + 1, "aux.more": SIX})
+    with pytest.raises(ValueError, match="b.npz: holds more than one such network: give one of '.', 'aux.' as prefix"):
+        weights.load([tmp_path / "b.npz"], "cls_token")
+    assert list(weights.load([tmp_path / "b.npz"], "cls_token", prefix=".")) == ["cls_token"]
+    assert list(weights.load([tmp_path / "b.npz"], "cls_token", prefix="aux")) == ["cls_token", "more"]
+    with pytest.raises(ValueError, match="a.npz: no tensor is called 'token', with or without a prefix; it has first"):
+        weights.load([path], "token")  # a part of a name is none
+    with pytest.raises(ValueError, match="a.npz and 1 more: first.cls_token, .* in more than one shard"):
+        weights.load([path, path], "cls_token")
+
+
+def test_checked_accounts_for_every_tensor():
+    shapes = {"a": (6,), "b": (2, 3)}
+    tensors = {"b": SIX.reshape(2, 3), "a": SIX}
+    assert list(weights.checked(tensors, shapes, "w")) == ["a", "b"]
+    for wrong, message in (
+        ({"a": SIX}, r"w: tensor 'b' \(2, 3\) is missing; give"),
+        (tensors | {"c": SIX}, r"w: tensor 'c' \(6,\) is unknown; give"),
+        (tensors | {"b": SIX}, r"w: tensor 'b' has shape \(6,\), expected \(2, 3\); give"),
+        ({"c": SIX}, r"w: tensor 'a' \(6,\) is missing \(3 such problems\); give"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.checked(wrong, shapes, "w")
