@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import toy_encoding as toy
 from small_runs import config_of
@@ -82,8 +83,9 @@ def test_features_may_have_components_of_their_own(tmp_path):
     encode.encode(job)
     toy.run(tmp_path / "five")
     few, all_of_them = toy.batch(tmp_path), toy.batch(tmp_path / "five")
-    assert few["map"].shape[-1] == 2 and (few["crops1"] == all_of_them["crops1"]).all()
-    assert (few["map"] == all_of_them["map"][..., :2]).all()
+    np.testing.assert_array_equal(few["crops1"], all_of_them["crops1"])
+    # a product with fewer columns may sum in another order, which float16 shows in its last digit
+    np.testing.assert_allclose(few["map"], all_of_them["map"][..., :2], rtol=1e-3, atol=1e-3)
     for components, message in (
         ((1, 2, 3), "encoder.components: (1, 2, 3) given for 2 features; give one number, or one for each of crops1"),
         ((5, 0), "encoder.components: (5, 0) given; it must be at least 1"),
