@@ -66,9 +66,9 @@ def test_idx_files(tmp_path):
     "changes, message",
     [
         ([("encoder.name", "vgg")], "config.encoder.name: 'vgg' given; choose from 'efficientnet_lite0'"),
-        ([("encoder.map", "stage9")], "encoder.map: 'stage9' given; choose from 'stage4'"),
+        ([("encoder.map", "stage9")], "encoder.map: 'stage9' given; efficientnet_lite0 takes 'stage4'"),
         ([("encoder.features", ("crops3",))], "encoder.features: 'crops3' given; choose from 'crops1'"),
-        ([("encoder.vector", "cls")], "encoder.vector: 'cls' given; choose from 'pool'"),
+        ([("encoder.vector", "cls")], "encoder.vector: 'cls' given; efficientnet_lite0 takes 'pool'"),
         ([("encoder.prefix", "module.")], "encoder.prefix: 'module.' given"),
         ([("encoder.dtype", "bfloat16")], "encoder.dtype: 'bfloat16' given"),
         ([("encoder.name", "mae_vitb16"), ("encoder.map", "last")], "mae_vitb16 comes in no package: give its weight"),

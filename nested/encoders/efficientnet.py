@@ -185,20 +185,15 @@ def load(path, *, input_size, map, vector, features, prefix="", dtype="float32")
     """
     if input_size < 32 or input_size % 32:
         raise ValueError(f"encoder.input_size: {input_size} given; {NAME} takes positive multiples of 32 (its stride)")
-    _one_of("encoder.map", map, tuple(MAP_CHANNELS))
-    _one_of("encoder.vector", vector, ("pool",))
-    _one_of("encoder.prefix", prefix, ("",))
-    _one_of("encoder.dtype", dtype, ("float32",))
+    grids.one_of("encoder.map", map, tuple(MAP_CHANNELS), NAME)
+    grids.one_of("encoder.vector", vector, ("pool",), NAME)
+    grids.one_of("encoder.prefix", prefix, ("",), NAME)
+    grids.one_of("encoder.dtype", dtype, ("float32",), NAME)
     for feature in features:
         grids.parse(feature)
     path = pathlib.Path(path).expanduser() if path else package_file()
     tensors = weights.read(path)
     return EfficientNetLite0(_fold(tensors, path), weights.sha256(path), input_size, map, tuple(features))
-
-
-def _one_of(key, found, allowed):
-    if found not in allowed:
-        raise ValueError(f"{key}: {found!r} given; choose from {', '.join(map(repr, allowed))}")
 
 
 def package_file():

@@ -18,6 +18,12 @@ import numpy as np
 CROPS = (1, 2, 4)
 
 
+def one_of(key, found, allowed, encoder):
+    """ValueError for a value of an option that the encoder of that name does not take."""
+    if found not in allowed:
+        raise ValueError(f"{key}: {found!r} given; {encoder} takes {', '.join(repr(word) for word in allowed)}")
+
+
 def parse(name):
     """'map' -> ('map', 0), 'map4' -> ('map', 4), 'crops2' -> ('crops', 2); ValueError for another word."""
     match = re.fullmatch("(crops|map|codec)([1-9][0-9]*)?", name)

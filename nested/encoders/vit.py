@@ -264,9 +264,9 @@ def load(name, path, *, input_size, map, vector, features, prefix, dtype):
         raise ValueError(
             f"encoder.input_size: {input_size} given; {name} takes positive multiples of its patch, {vit.patch}"
         )
-    _one_of("encoder.map", map, (MAP,), name)
-    _one_of("encoder.vector", vector, VECTORS if vit.projector else VECTORS[:2], name)
-    _one_of("encoder.dtype", dtype, DTYPES, name)
+    grids.one_of("encoder.map", map, (MAP,), name)
+    grids.one_of("encoder.vector", vector, VECTORS if vit.projector else VECTORS[:2], name)
+    grids.one_of("encoder.dtype", dtype, DTYPES, name)
     for feature in features:
         grids.parse(feature)
     if not path:
@@ -277,8 +277,3 @@ def load(name, path, *, input_size, map, vector, features, prefix, dtype):
     params = vit_files.read(files, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
     fingerprint = "-".join(weights.sha256(file) for file in files)
     return VitEncoder(name, vit, params, fingerprint, input_size, vector, tuple(features))
-
-
-def _one_of(key, found, allowed, name):
-    if found not in allowed:
-        raise ValueError(f"{key}: {found!r} given; {name} takes {', '.join(repr(word) for word in allowed)}")
