@@ -58,8 +58,14 @@ def start_jax(workdir: str) -> None:
 
 
 def run() -> None:
-    from nested import build, build_data, compare, evaluate, export, neighbors, sample, search, summary, train
-    from nested.files import check_writable
+    from nested.build import data as build_data
+    from nested.build import levels as build
+    from nested.evaluation import report as evaluate
+    from nested.modes import compare, neighbors, search, summary
+    from nested.runtime.files import check_writable
+    from nested.sampling import generator as sample
+    from nested.training import loop as train
+    from nested.weights import exchange as export
 
     config, mode = FLAGS.config, FLAGS.mode
     if FLAGS.runs and mode != "compare":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.encode [--images=4096] [--rounds=4] [--parts=False] [--out=FILE]
 
-whole: nested/encode.py on random images of 64 x 64 in memory (EfficientNet-Lite0's map at 64 px, patch_pca), both
-passes, SVD and writing included, against the network alone on a batch that lies on the device. 'small data': all raw
-features fit into memory between the passes, so that the network sees an image once. 'large data': none does, and the
-basis is fitted to one of eight shards, so that the share cannot exceed 8/9. The share must be .70 or more. What is
+whole: nested/latents/passes.py on random images of 64 x 64 in memory (EfficientNet-Lite0's map at 64 px, patch_pca),
+both passes, SVD and writing included, against the network alone on a batch that lies on the device. 'small data': all
+raw features fit into memory between the passes, so that the network sees an image once. 'large data': none does, and
+the basis is fitted to one of eight shards, so that the share cannot exceed 8/9. The share must be .70 or more. What is
 compared runs in turn, `rounds` times, and the median of the rounds' shares counts, since other work on the machine
 comes and goes; the share in CPU seconds of all threads depends less on it.
 
@@ -26,9 +26,12 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.report import report
-from input_pipeline import latents as records
-from nested import codecs, encode, encoding
-from nested.encoders import compress, efficientnet
+from input_pipeline import latent_records as records
+from nested.encoders import efficientnet
+from nested.latents import job as encoding
+from nested.latents import passes as encode
+from nested.spaces import codecs
+from nested.spaces import svd as compress
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("images", 4096, "images that are encoded")

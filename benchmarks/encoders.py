@@ -23,8 +23,9 @@ from absl import app, flags
 
 from benchmarks.matmul import matmul_rate
 from benchmarks.report import report
-from nested import summary
-from nested.encoders import autoencoder_kl, vit, vit_files
+from nested.encoders import vit, vit_files
+from nested.modes import summary
+from nested.spaces import autoencoder_kl
 
 FLAGS = flags.FLAGS
 AUTOENCODER = {"sd_vae_encoder": autoencoder_kl.moments, "sd_vae_decoder": autoencoder_kl.decode}

@@ -20,8 +20,11 @@ from benchmarks import matmul
 from benchmarks.report import report
 from configs import mdm
 from input_pipeline.loader import collate
-from nested import build_data, partition, summary, train
+from nested.build import data as build_data
 from nested.models import unet_blocks
+from nested.modes import summary
+from nested.runtime import partition
+from nested.training import loop as train
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("scale", 8, "the paper's channels are divided by this, and resolutions by 4 where it is above 1")

@@ -7,7 +7,7 @@ import time
 import flax
 import jax
 
-from nested.files import atomic_write
+from nested.runtime.files import atomic_write
 
 
 def report(figures: dict, out: str) -> None:

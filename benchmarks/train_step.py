@@ -17,7 +17,10 @@ from ml_collections import config_flags
 
 from benchmarks import matmul
 from benchmarks.report import report
-from nested import build_data, partition, summary, train
+from nested.build import data as build_data
+from nested.modes import summary
+from nested.runtime import partition
+from nested.training import loop as train
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)

@@ -98,7 +98,7 @@ def default() -> ConfigDict:
                 dtype="float32",  # of decoding: float32 | bfloat16; encoding is float32
             ),
             hierarchy=dict(
-                preset="",  # cvpr | iclr: the options must be those of that paper (nested/presets.py); "": any
+                preset="",  # cvpr | iclr: the options must be those of that paper (nested/build/presets.py); "": any
                 conditioning="all_higher",  # all_higher (CVPR) | next_higher (Markovian)
                 cond_drop=0.1,
                 drop_mode="joint",  # joint | independent
@@ -174,7 +174,7 @@ def default() -> ConfigDict:
                 clip=dict(name="clip_vitb16", weights=""),  # of the CLIP score: a folder of transformers; "": none
                 neighbors=dict(queries=4, nearest=8, k=20),  # of the mode neighbors; k: of its k-NN accuracy
             ),
-            search=dict(sigmas=(0.0, 0.5, 1.0)),  # of the mode search: tried at every level (nested/search.py)
+            search=dict(sigmas=(0.0, 0.5, 1.0)),  # of the mode search: tried at every level (nested/modes/search.py)
         )
     )
 
@@ -256,8 +256,9 @@ def synthetic(config: ConfigDict, num_examples: int) -> ConfigDict:
 
 
 def use_preset(config: ConfigDict, name: str) -> None:
-    """Sets hierarchy.preset and the options that it means (nested/presets.py), also those of every level's network."""
-    from nested import presets
+    """Sets hierarchy.preset and the options that it means (nested/build/presets.py), also those of every level's
+    network."""
+    from nested.build import presets
 
     config.hierarchy.update(preset=name, **presets.HIERARCHY[name])
     for level in config.levels:

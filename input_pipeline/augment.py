@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.latents import MIRRORED, unflipped
+from input_pipeline.latent_records import MIRRORED, unflipped
 
 SCALE = 2**0.2  # s
 TRANSLATION = 1 / 8  # of the side

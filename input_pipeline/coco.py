@@ -1,7 +1,8 @@
 """COCO's images with their captions: annotations/captions_SPLIT.json beside the folder SPLIT of JPEGs.
 
 One record per image, sorted by the image's id; "caption" is the tuple of its texts (five or more), in the order of the
-file. Training draws one of them each time, everything else takes the first (input_pipeline/text.py): U-ViT's recipe.
+file. Training draws one of them each time, everything else takes the first (input_pipeline/captions.py): U-ViT's
+recipe.
 """
 
 import json

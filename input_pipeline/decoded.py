@@ -1,7 +1,7 @@
 """What sources have in common whose images or clips are decoded when they are read: bad ones, labels, captions.
 
 Record i is {"image", "label"} and, where there are captions, "caption": a text, or a tuple of texts of one image, of
-which training draws one (input_pipeline/text.py).
+which training draws one (input_pipeline/captions.py).
 
 An example that does not decode to a whole image is bad: record i is then the record of the next good one (i + 1, ...,
 around the end), with its own label and caption, so that the length and all other records stay what they are, for every

@@ -60,7 +60,8 @@ def searched(tmp_path_factory):
     import small_runs
     from test_sample import Pooler
 
-    from nested import build_data, search
+    from nested.build import data as build_data
+    from nested.modes import search
 
     workdir, pooler, printed = tmp_path_factory.mktemp("searched"), Pooler(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested.process import Process
-from nested.sampler_tables import Row, run
+from nested.diffusion.process import Process
+from nested.diffusion.samplers.table import Row, run
 
 MEAN, STD = 0.7, 0.3
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # not as in conftest.py

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 
 from input_pipeline.loader import collate
-from nested import build_data, build_sources, train
+from nested.build import data as build_data
+from nested.build import sources as build_sources
+from nested.training import loop as train
 
 ROWS = 4
 

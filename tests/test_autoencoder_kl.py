@@ -1,4 +1,4 @@
-"""nested/encoders/autoencoder_kl.py against diffusers' outputs; names, weights that do not fit, draws, memory."""
+"""nested/spaces/autoencoder_kl.py against diffusers' outputs; names, weights that do not fit, draws, memory."""
 
 import json
 import math
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import partition, weights
-from nested.encoders import autoencoder_kl as kl
+from nested.runtime import partition
+from nested.spaces import autoencoder_kl as kl
+from nested.weights import files as weights
 
 MOMENTS = jax.random.normal(jax.random.key(3), (6, 2, 3, 8))
 

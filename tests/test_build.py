@@ -1,4 +1,4 @@
-"""nested/build.py: what a config builds, and one line for each thing that it refuses."""
+"""nested/build/levels.py: what a config builds, and one line for each thing that it refuses."""
 
 import json
 
@@ -8,7 +8,8 @@ import tiny
 import tiny_mdm
 
 from configs import common, imagenet, rcg
-from nested import build, train
+from nested.build import levels as build
+from nested.training import loop as train
 
 
 def changed(*changes, config=None):

@@ -1,4 +1,4 @@
-"""nested/build_data.py: images, encoder and latents of a config, and one line for each thing that it refuses."""
+"""nested/build/data.py: images, encoder and latents of a config, and one line for each thing that it refuses."""
 
 import gzip
 import json
@@ -10,8 +10,11 @@ from test_build import ALL, changed, refused
 from toy_encoding import Source, Toy
 
 from configs import common, imagenet
-from nested import build, build_data, build_sources, codecs
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.build import sources as build_sources
 from nested.encoders import vit
+from nested.spaces import codecs
 
 
 def test_frozen_networks_ask_for_their_files_before_the_data_are_asked_for(tmp_path):

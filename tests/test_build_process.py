@@ -1,4 +1,4 @@
-"""nested/build_process.py: samplers, schedules and limits by their names, and the schedules of joint resolutions."""
+"""nested/build/process.py: samplers, schedules and limits by their names, and the schedules of joint resolutions."""
 
 import jax
 import numpy as np
@@ -7,7 +7,11 @@ import tiny
 from test_build import changed, refused
 
 from configs import common
-from nested import build, build_process, denoiser, samplers, schedules, sigma_samplers
+from nested.build import levels as build
+from nested.build import process as build_process
+from nested.diffusion import denoiser, schedules
+from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion.samplers import k_diffusion as sigma_samplers
 
 
 @pytest.mark.parametrize(

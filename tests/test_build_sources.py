@@ -1,4 +1,4 @@
-"""nested/build_sources.py: every source from its config, and options that a source does not read."""
+"""nested/build/sources.py: every source from its config, and options that a source does not read."""
 
 import json
 
@@ -13,8 +13,10 @@ from test_parquet import write as write_parquet
 from test_webdataset import animation
 
 from configs import coco, common, imagenet, mdm
-from input_pipeline import text
-from nested import build_data, build_sources, evaluate
+from input_pipeline import captions as text
+from nested.build import data as build_data
+from nested.build import sources as build_sources
+from nested.evaluation import report as evaluate
 
 
 def with_source(source, path, **data):

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from test_text import CAPTIONS, MAX_TOKENS, WORDS, encoder, folder, write_tokenizer  # noqa: F401
 
-from input_pipeline import loader, text, tokens
+from input_pipeline import captions as text
+from input_pipeline import loader, tokens
 from input_pipeline.image_files import ImageFolder
 from input_pipeline.sources import Fields, Part, draw
 from input_pipeline.transforms import Transformed
-from nested import text as text_store
+from nested.latents import captions as text_store
 
 
 def image_folder(path, captions):

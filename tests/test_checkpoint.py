@@ -1,4 +1,5 @@
-"""nested/checkpoint.py: what is saved comes back bit for bit, damage is noticed, signals end a run in good order."""
+"""nested/runtime/checkpoint.py: what is saved comes back bit for bit, damage is noticed, signals end a run in good
+order."""
 
 import json
 import logging
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from nested import checkpoint
+from nested.runtime import checkpoint
 
 CONFIG = {
     "levels": [{"name": "z2", "width": 32}, {"name": "z1", "width": 64}],

@@ -1,4 +1,5 @@
-"""nested/checkpoint.py in real processes: other meshes, a truncated file, a full disk, SIGTERM to one and to two."""
+"""nested/runtime/checkpoint.py in real processes: other meshes, a truncated file, a full disk, SIGTERM to one and to
+two."""
 
 import os
 import signal
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from processes import finish, free_port, run_python, start_python, wait_for
 
-from nested import checkpoint
+from nested.runtime import checkpoint
 
 
 def steps_in(workdir):
@@ -22,7 +23,7 @@ def truncate_largest(folder):
 
 FOUR_DEVICES = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from nested import checkpoint, partition
+from nested.runtime import checkpoint, partition
 
 tree = {"params": {"z1": {"w": jnp.arange(96.0).reshape(8, 12), "b": jnp.arange(5.0)}}}
 def place(*shape):
@@ -56,7 +57,7 @@ def test_four_devices_to_any_mesh_and_to_one(tmp_path):
 
 TRUNCATED = """
 import asyncio, os, pathlib, sys, jax.numpy as jnp, numpy as np
-from nested import checkpoint
+from nested.runtime import checkpoint
 
 state = {f"w{i}": jnp.asarray(np.random.default_rng(i).normal(size=(32, 16)), jnp.float32) for i in range(40)}
 def run():
@@ -96,7 +97,7 @@ def test_damage_is_two_lines_and_hides_nothing_else(tmp_path):
 
 DISK_FULL = """
 import resource, sys, jax, jax.numpy as jnp, numpy as np
-from nested import checkpoint
+from nested.runtime import checkpoint
 
 state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)}
 run = checkpoint.Checkpoints(sys.argv[1], {"model": 1}, ("model",), 2, 1)
@@ -132,7 +133,7 @@ if len(sys.argv) > 3:
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", int(sys.argv[4]), int(sys.argv[5]),
         initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=30)
 import jax.numpy as jnp, numpy as np
-from nested import checkpoint, partition
+from nested.runtime import checkpoint, partition
 
 mesh = partition.make_mesh(1, -1)
 def init():

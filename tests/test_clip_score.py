@@ -11,9 +11,12 @@ from safetensors.numpy import load_file, save_file
 from small_runs import config_of
 from test_clip_text import hugging_face, network, write_tokenizer  # noqa: F401  network is a fixture
 
-from nested import build_data, evaluate, plots, sweep
+from nested.build import data as build_data
 from nested.encoders import clip_text, vit, vit_files
 from nested.evaluation import clip_score
+from nested.evaluation import report as evaluate
+from nested.figures import curves as plots
+from nested.modes import sweep
 
 TINY = dict(width=16, depth=1, heads=2, patch=4, grid=2, hidden=16, projector=(8,))
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from input_pipeline import text
-from nested import text as text_store
+from input_pipeline import captions as text
 from nested.encoders import clip_text
-from nested.encoders import text as encoders
+from nested.encoders import text_encoder as encoders
 from nested.encoders.clip_text import PROJECTION
+from nested.latents import captions as text_store
 
 HEADS, END = 4, 98  # of the recording: 32 wide, short texts filled up with 98
 SPECIAL = {"start": 49406, "end": 49407}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tar_files import jpeg, levels
 
-from input_pipeline import loader, text
+from input_pipeline import captions as text
+from input_pipeline import loader
 from input_pipeline.coco import Coco
 from input_pipeline.sources import Fields, Part
 from input_pipeline.transforms import Transformed

@@ -17,10 +17,18 @@ from toy_encoding import Source, Toy
 
 from configs import imagenet
 from input_pipeline import loader
-from nested import build_data, build_sources, encoding, evaluate, memorization, neighbors, partition, sample, train
-from nested.encoders import autoencoder_kl as kl
-from nested.encoders import compress
-from nested.writers import read_metrics
+from nested.build import data as build_data
+from nested.build import sources as build_sources
+from nested.evaluation import memorization
+from nested.evaluation import report as evaluate
+from nested.latents import job as encoding
+from nested.modes import neighbors
+from nested.runtime import partition
+from nested.runtime.writers import read_metrics
+from nested.sampling import generator as sample
+from nested.spaces import autoencoder_kl as kl
+from nested.spaces import svd as compress
+from nested.training import loop as train
 
 SIDE, COUNT = 16, 44
 NAMES = ("map", "map.mirrored")

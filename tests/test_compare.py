@@ -1,4 +1,4 @@
-"""nested/compare.py: runs of several depths side by side, configs read back, and what cannot be compared."""
+"""nested/modes/compare.py: runs of several depths side by side, configs read back, and what cannot be compared."""
 
 import json
 import shutil
@@ -9,7 +9,11 @@ from PIL import Image
 from small_runs import config_of
 from test_build import refused
 
-from nested import build, checkpoint, compare, pictures, sample
+from nested.build import levels as build
+from nested.figures import grids as pictures
+from nested.modes import compare
+from nested.runtime import checkpoint
+from nested.sampling import generator as sample
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested.encoders import compress, grids
+from nested.encoders import grids
+from nested.spaces import svd as compress
 
 
 def features(seed, images=60, grid=(3, 4), channels=7, offset=3.0):

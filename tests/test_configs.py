@@ -12,8 +12,11 @@ import pytest
 from conftest import ROOT
 
 from configs import coco, common, imagenet, mdm, mdm_baselines, uvit_release
-from nested import build, build_data, samplers, train
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.diffusion.samplers import dpm_solver as samplers
 from nested.encoders import grids, vit
+from nested.training import loop as train
 
 DEPTHS = ("L1", "L2", "L3", "L4", "L5", "L1_wide")
 ARGUMENTS = {  # file of configs/ -> its groups of words; None: get_config takes no argument

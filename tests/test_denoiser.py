@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested.denoiser import denoiser, guided, interleave, thresholded
-from nested.process import Process
-from nested.schedules import LinearVP, cosine, sd_scaled_linear
+from nested.diffusion.denoiser import denoiser, guided, interleave, thresholded
+from nested.diffusion.process import Process
+from nested.diffusion.schedules import LinearVP, cosine, sd_scaled_linear
 
 SPACES = ("eps", "v", "x0")
 T = np.asarray([0.1, 0.6, 0.9])

@@ -9,8 +9,8 @@ from PIL import Image
 from processes import finish, free_port
 from tiny import run_main, start_main
 
-from input_pipeline.latents import LatentRecords
-from nested.writers import read_metrics
+from input_pipeline.latent_records import LatentRecords
+from nested.runtime.writers import read_metrics
 
 TRAIN = ("--config.train.steps=3", "--config.train.fsdp_min_bytes=1024", "--config.evaluate.num_samples=0")
 

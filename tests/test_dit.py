@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import summary, weights
 from nested.models import dit
 from nested.models.dit import VARIANTS, DiT
+from nested.modes import summary
+from nested.weights import files as weights
 
 TINY = DiT(patch_size=2, width=12, depth=2, num_heads=3, mlp_ratio=2, num_classes=4)
 

@@ -13,8 +13,11 @@ import optax
 import pytest
 
 from configs import common, hdit
-from nested import build, hierarchy, optimizer, schedules, weights
-from nested.process import Process
+from nested.build import levels as build
+from nested.diffusion import hierarchy, schedules
+from nested.diffusion.process import Process
+from nested.training import optimizer
+from nested.weights import files as weights
 
 GOLDEN = "hdit_loss_sigma.npz"
 

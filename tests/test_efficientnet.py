@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_image
 
-from nested import weights
 from nested.encoders import efficientnet
+from nested.weights import files as weights
 
 ALL = ("crops1", "crops2", "crops4", "map", "map3")
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from toy_encoding import CODEC, CONFIG, IMAGES, LEVELS, PIXELS, Killed, Source, Toy, batch, content, one_line, run
 
-from input_pipeline import latents as records
-from nested import encode, encoding, latents
-from nested.encoders import compress, efficientnet, grids
+from input_pipeline import latent_records as records
+from nested.encoders import efficientnet, grids
+from nested.latents import job as encoding
+from nested.latents import passes as encode
+from nested.latents import store as latents
+from nested.spaces import svd as compress
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""nested/encode_cost.py: bytes against what encoding writes, the arithmetic of time, and that a plan writes nothing."""
+"""nested/latents/cost.py: bytes against what encoding writes, the arithmetic of time, and that a plan writes
+nothing."""
 
 import dataclasses
 import json
@@ -9,8 +10,11 @@ import toy_encoding as toy
 from small_runs import config_of
 from test_build import refused
 
-from input_pipeline import latents as records
-from nested import build_data, encode, encode_cost, encoding
+from input_pipeline import latent_records as records
+from nested.build import data as build_data
+from nested.latents import cost as encode_cost
+from nested.latents import job as encoding
+from nested.latents import passes as encode
 
 COST = encode_cost.Cost(
     images=1_281_167, fitted=131_072, field_bytes={"label": 4, "map": 25_088}, shards=313, free_bytes=10**11,

@@ -1,5 +1,5 @@
 # ruff: noqa: F811  fixtures are imported, and then named as arguments
-"""nested/evaluate.py beyond a run of its own: weight files, and what is refused before anything is trained."""
+"""nested/evaluation/report.py beyond a run of its own: weight files, and what is refused before anything is trained."""
 
 import json
 
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from test_sample import fake_scoring, pooler  # noqa: F401
 
-from nested import build_data, evaluate, sample
+from nested.build import data as build_data
+from nested.evaluation import report as evaluate
+from nested.sampling import generator as sample
 
 
 def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from nested.evaluation import frechet, scores
+from nested.evaluation import frechet
+from nested.evaluation import kernel as scores
 
 PAIRS = (
     "full_rank_d2 full_rank_d16 full_rank_d48 identical mean_shift_only diagonal rank_deficient "

@@ -12,7 +12,13 @@ from safetensors.numpy import load_file
 from test_sample import Pooler
 from weight_files import write_safetensors, write_state
 
-from nested import build_data, checkpoint, evaluate, export, partition, sample, train, weights
+from nested.build import data as build_data
+from nested.evaluation import report as evaluate
+from nested.runtime import checkpoint, partition
+from nested.sampling import generator as sample
+from nested.training import loop as train
+from nested.weights import exchange as export
+from nested.weights import files as weights
 
 NUMBER = 8
 

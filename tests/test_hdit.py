@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import weights
+from nested.diffusion.process import Process
+from nested.diffusion.schedules import ExponentialVE
 from nested.models import hdit_blocks as blocks
 from nested.models.hdit import HDiT, merge_tokens, split_tokens
-from nested.process import Process
-from nested.schedules import ExponentialVE
+from nested.weights import files as weights
 
 MODELS = ("l2_k7", "l2_na_cls", "l3_swin", "norope", "plain_gelu", "single_gray")
 KINDS = {"global": "global", "neighborhood": "neighborhood", "shifted-window": "shifted_window", "none": "none"}

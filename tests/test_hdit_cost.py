@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import hdit, hdit_ffhq1024
-from nested import build_data, train
+from nested.build import data as build_data
+from nested.training import loop as train
 
 
 @pytest.fixture

@@ -13,8 +13,12 @@ from tiny import get_config, run_main
 
 from configs import common
 from input_pipeline import sources
-from nested import build, build_data, checkpoint, hierarchy, train
-from nested.encoders import compress
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.diffusion import hierarchy
+from nested.runtime import checkpoint
+from nested.spaces import svd as compress
+from nested.training import loop as train
 
 GROUPS = common.hdit_groups()
 DIGITS = sources.Fields(sources.Digits(), ("label", "image"))

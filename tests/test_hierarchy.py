@@ -1,4 +1,4 @@
-"""nested/hierarchy.py: what conditions what, noise and drops row by row, the cascade of sampling."""
+"""nested/diffusion/hierarchy.py: what conditions what, noise and drops row by row, the cascade of sampling."""
 
 import dataclasses
 import math
@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
-from nested import build, hierarchy, process, samplers, schedules, sigma_samplers
+from nested.build import levels as build
+from nested.diffusion import hierarchy, process, schedules
+from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion.samplers import k_diffusion as sigma_samplers
 from nested.models import layers
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy_uvit import deconvolve, numpy_uvit
 
-from nested import summary
 from nested.models.injection import Deconvolution, Injection
 from nested.models.uvit import UViT
+from nested.modes import summary
 
 QUICKLY = {"xla_backend_optimization_level": 0}
 CONDITIONS = (("z3", 1), ("z2", 5))  # patch sizes that do not divide: deconv_concat makes no use of them

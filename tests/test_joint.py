@@ -1,4 +1,5 @@
-"""nested/hierarchy.py, Matryoshka's part: joint resolutions, mixed batches, text, noisy conditions, steps shown."""
+"""nested/diffusion/hierarchy.py, Matryoshka's part: joint resolutions, mixed batches, text, noisy conditions, steps
+shown."""
 
 import dataclasses
 
@@ -13,8 +14,14 @@ from test_hierarchy import draw, make_levels
 from test_train import assert_equal
 from tiny_mdm import get_config
 
-from nested import build_data, hierarchy, latents, partition, process, sample, samplers, schedules, train
+from nested.build import data as build_data
+from nested.diffusion import hierarchy, process, schedules
+from nested.diffusion.samplers import dpm_solver as samplers
+from nested.latents import store as latents
 from nested.models import layers
+from nested.runtime import partition
+from nested.sampling import generator as sample
+from nested.training import loop as train
 
 SHAPES = ((2, 2, 1), (4, 4, 1))
 NULL_TEXT = {"text": np.full((3, 2), -5.0, np.float32), "text_mask": np.array([True, False, False])}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from toy_encoding import CONFIG, IMAGES, LEVELS, PIXELS, Source, Toy, batch, one_line, run
 
-from input_pipeline import latents as records
-from nested import latents
+from input_pipeline import latent_records as records
+from nested.latents import store as latents
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested.learned_variance import variational_bound
-from nested.process import Process
-from nested.schedules import ExponentialVE, LinearVP, ddpm_linear
+from nested.diffusion.process import Process
+from nested.diffusion.schedules import ExponentialVE, LinearVP, ddpm_linear
+from nested.diffusion.variational_bound import variational_bound
 
 DIT = Process((ddpm_linear(),), learned_variance=True)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_sigma_samplers import mixture_denoiser
 
-from nested import likelihood
-from nested.likelihood import log_likelihood
-from nested.process import Process
-from nested.schedules import ExponentialVE, LinearVP
+from nested.diffusion import likelihood
+from nested.diffusion.likelihood import log_likelihood
+from nested.diffusion.process import Process
+from nested.diffusion.schedules import ExponentialVE, LinearVP
 
 VE, VP = Process((ExponentialVE(),), discrete_steps=0), Process((LinearVP(),))
 KEYS = jax.random.split(jax.random.key(3), 5)

@@ -11,8 +11,9 @@ from PIL import Image
 from processes import finish, wait_for
 from tiny import run_main, start_main
 
-from nested import checkpoint, pictures
-from nested.writers import read_metrics
+from nested.figures import grids as pictures
+from nested.runtime import checkpoint
+from nested.runtime.writers import read_metrics
 
 QUIET = ("--config.sample.num_samples=0", "--config.evaluate.num_samples=0")  # training only
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from exact import STD, exact_errors
 
-from nested.denoiser import denoiser, thresholded
-from nested.hierarchy import mixed_resolutions
+from nested.diffusion.denoiser import denoiser, thresholded
+from nested.diffusion.hierarchy import mixed_resolutions
+from nested.diffusion.process import Process
+from nested.diffusion.samplers.dpm_solver import DDIM, DDPM
+from nested.diffusion.samplers.table import CLEAN, run
+from nested.diffusion.schedules import Shifted, cosine, cosine_log_snr, ddpm_linear
 from nested.models.nested_unet import NestedUNet, Net
-from nested.process import Process
-from nested.sampler_tables import CLEAN, run
-from nested.samplers import DDIM, DDPM
-from nested.schedules import Shifted, cosine, cosine_log_snr, ddpm_linear
-from nested.weights import from_torch
+from nested.weights.files import from_torch
 
 BASES = {"deepfloyd": cosine(), "cosine_logsnr5": cosine_log_snr(), "ddpm": ddpm_linear()}  # by ml-mdm's names
 STEPS = np.arange(1001) / 1000

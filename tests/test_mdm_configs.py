@@ -6,7 +6,8 @@ from shrunk import check_two_steps, on_random_data
 from test_configs import get_config
 
 from configs import mdm
-from nested import build, samplers
+from nested.build import levels as build
+from nested.diffusion.samplers import dpm_solver as samplers
 
 # --- the numbers of the paper ----------------------------------------------------------------------------------------
 

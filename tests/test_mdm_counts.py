@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nested import summary
 from nested.models.nested_unet import VARIANTS, NestedUNet, nets
+from nested.modes import summary
 
 SIDES = {
     "s64": (64,),

@@ -11,8 +11,14 @@ from test_build import refused
 from test_sample import Pooler
 from tiny import start_main
 
-from nested import build, build_data, evaluate, partition, sample, sweep, train
-from nested.writers import read_metrics
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.evaluation import report as evaluate
+from nested.modes import sweep
+from nested.runtime import partition
+from nested.runtime.writers import read_metrics
+from nested.sampling import generator as sample
+from nested.training import loop as train
 
 
 def config_of(kind, *changes):

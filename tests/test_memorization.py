@@ -1,4 +1,4 @@
-"""nested/memorization.py: distances and shares by definition, what is drawn, and what is refused."""
+"""nested/evaluation/memorization.py: distances and shares by definition, what is drawn, and what is refused."""
 
 import dataclasses
 import json
@@ -10,7 +10,10 @@ from PIL import Image
 
 from configs import common
 from input_pipeline import sources
-from nested import build_data, latents, memorization, partition
+from nested.build import data as build_data
+from nested.evaluation import memorization
+from nested.latents import store as latents
+from nested.runtime import partition
 
 HOLDOUT, SAMPLES = 20, 12
 

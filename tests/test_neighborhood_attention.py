@@ -164,7 +164,7 @@ def test_the_count_of_temporaries_sees_what_dense_attention_holds():
 FOUR_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from nested import partition
+from nested.runtime import partition
 from nested.ops.neighborhood_attention import neighborhood_attention
 
 def run(q, k, v, cotangent):

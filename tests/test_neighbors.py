@@ -1,4 +1,4 @@
-"""nested/neighbors.py: the mode on a toy encoding, against distances and votes by definition; what it refuses."""
+"""nested/modes/neighbors.py: the mode on a toy encoding, against distances and votes by definition; what it refuses."""
 
 import json
 
@@ -10,9 +10,11 @@ from PIL import Image
 from test_nearest import by_definition
 
 from configs import common
-from input_pipeline import latents as records
+from input_pipeline import latent_records as records
 from input_pipeline import sources
-from nested import build_data, latents, neighbors
+from nested.build import data as build_data
+from nested.latents import store as latents
+from nested.modes import neighbors
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from test_build import refused
 from test_configs import get_config
 
 from configs import imagenet100
-from nested import build, summary
+from nested.build import levels as build
+from nested.modes import summary
 
 # --- the numbers of the papers ---------------------------------------------------------------------------------------
 

@@ -24,10 +24,10 @@ from small_nests import (
     with_text,
 )
 
-from nested import weights
 from nested.models import unet_blocks as blocks
 from nested.models.nested_unet import NestedUNet, Net
-from nested.ops.row_groups import take_rows
+from nested.ops.mixed_rows import take_rows
+from nested.weights import files as weights
 
 # ---- the authors' code
 

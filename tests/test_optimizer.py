@@ -1,4 +1,4 @@
-"""nested/optimizer.py: AdamW as torch has it, warm-up, clipping per level, EMA."""
+"""nested/training/optimizer.py: AdamW as torch has it, warm-up, clipping per level, EMA."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nested import optimizer
+from nested.training import optimizer
 
 CONFIG = optimizer.OptimizerConfig(
     learning_rate=0.02,

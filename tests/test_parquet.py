@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from tar_files import jpeg, levels
 
-from input_pipeline import loader, parquet, text
+from input_pipeline import captions as text
+from input_pipeline import loader, parquet
 from input_pipeline.decoded import Texts
 from input_pipeline.parquet import Parquet
 

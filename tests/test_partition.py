@@ -1,11 +1,11 @@
-"""nested/partition.py on one device, and on four fake ones in a process of its own."""
+"""nested/runtime/partition.py on one device, and on four fake ones in a process of its own."""
 
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from processes import run_python
 
-from nested import partition
+from nested.runtime import partition
 
 
 def test_mesh_of_one_device():
@@ -35,7 +35,7 @@ def test_a_batch_without_rows_is_refused():
 FOUR_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from nested import partition
+from nested.runtime import partition
 
 mesh = partition.make_mesh(2, -1)
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2}

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from configs import common
-from nested import pictures, sample
+from nested.figures import grids as pictures
+from nested.sampling import generator as sample
 
 
 def images_of(values, height=4, width=6, channels=3):

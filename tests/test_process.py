@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import process as process_lib
-from nested.process import Process
-from nested.schedules import LinearVP, PiecewiseVP, cosine, sd_scaled_linear
+from nested.diffusion import process as process_lib
+from nested.diffusion.process import Process
+from nested.diffusion.schedules import LinearVP, PiecewiseVP, cosine, sd_scaled_linear
 
 SCHEDULES = {"sd": sd_scaled_linear(), "cosine": cosine(), "linear": LinearVP(), "three": PiecewiseVP((0.1, 0.3, 0.6))}
 SPACES = ("eps", "v", "x0")

@@ -15,7 +15,15 @@ from tiny import run_main
 from weight_files import Call, write_state
 
 from configs import uvit_release
-from nested import build, export, partition, sample, samplers, schedules, summary, train, weights
+from nested.build import levels as build
+from nested.diffusion import schedules
+from nested.diffusion.samplers import dpm_solver as samplers
+from nested.modes import summary
+from nested.runtime import partition
+from nested.sampling import generator as sample
+from nested.training import loop as train
+from nested.weights import exchange as export
+from nested.weights import files as weights
 
 network = test_clip_text.network  # a fixture: parameters of a small CLIP
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested import summary, weights
 from nested.models.res_mlp import VARIANTS, ResMLP
+from nested.modes import summary
+from nested.weights import files as weights
 
 QUICKLY = {"xla_backend_optimization_level": 0}
 TINY = ResMLP(width=7, depth=2, time_width=4, mid_width=6, num_classes=3, label_width=5)

@@ -1,11 +1,11 @@
-"""nested/ops/row_groups.py: which rows have a finer resolution, and that a split batch stays where it is."""
+"""nested/ops/mixed_rows.py: which rows have a finer resolution, and that a split batch stays where it is."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import run_python
 
-from nested.ops.row_groups import fill_rows, take_rows
+from nested.ops.mixed_rows import fill_rows, take_rows
 
 
 def kept(batch, *counts):
@@ -64,7 +64,7 @@ def test_impossible_counts(count):
 ON_FOUR_DEVICES = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from nested.ops.row_groups import fill_rows, take_rows
+from nested.ops.mixed_rows import fill_rows, take_rows
 rows = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
 x = jax.device_put(np.arange(48.0, dtype=np.float32).reshape(24, 2), rows)
 both = jax.jit(lambda x: (take_rows(x, 12, 8), fill_rows(take_rows(x, 12, 8), 12, 24)), out_shardings=rows)

@@ -1,4 +1,4 @@
-"""nested/sample.py and nested/evaluate.py: which sample is which, and what its score is."""
+"""nested/sampling/generator.py and nested/evaluation/report.py: which sample is which, and what its score is."""
 
 import dataclasses
 import functools
@@ -12,8 +12,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import common
-from nested import build, build_data, evaluate, hierarchy, partition, pictures, sample
-from nested.encoders import autoencoder_kl, compress
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.diffusion import hierarchy
+from nested.evaluation import report as evaluate
+from nested.figures import grids as pictures
+from nested.runtime import partition
+from nested.sampling import generator as sample
+from nested.spaces import autoencoder_kl
+from nested.spaces import svd as compress
 
 CLASSES = 3
 

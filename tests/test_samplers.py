@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from exact import exact_errors, padded
 
-from nested.denoiser import denoiser, thresholded
-from nested.process import Process
-from nested.sampler_tables import CLEAN, run
-from nested.samplers import DDIM, DDPM, DPMSolver, EulerInTime, EulerMaruyama
-from nested.schedules import ExponentialVE, LinearVP, cosine, sd_scaled_linear
+from nested.diffusion.denoiser import denoiser, thresholded
+from nested.diffusion.process import Process
+from nested.diffusion.samplers.dpm_solver import DDIM, DDPM, DPMSolver, EulerInTime, EulerMaruyama
+from nested.diffusion.samplers.table import CLEAN, run
+from nested.diffusion.schedules import ExponentialVE, LinearVP, cosine, sd_scaled_linear
 
 SCHEDULES = {"discrete": sd_scaled_linear(), "linear": LinearVP(), "cosine": cosine()}
 KEYS = jax.random.split(jax.random.key(5), 8)

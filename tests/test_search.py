@@ -1,4 +1,4 @@
-"""nested/search.py: what every run trains and takes, which sigma is kept, going on, and one search for real."""
+"""nested/modes/search.py: what every run trains and takes, which sigma is kept, going on, and one search for real."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from test_build import refused
 from test_train import assert_equal
 from tiny import start_main
 
-from nested import checkpoint, search, train
+from nested.modes import search
+from nested.runtime import checkpoint
+from nested.training import loop as train
 
 SIGMAS = (0.0, 0.5, 1.0)
 # FD by run: depth 2 keeps .5, depth 3 keeps 0; unguided scores are 200 less these, so that they would choose otherwise.

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from exact import exact_errors, padded
 
-from nested.process import Process
-from nested.sampler_tables import CLEAN, run
-from nested.samplers import DDIM, DPMSolver
-from nested.schedules import ExponentialVE, LinearVP, sd_scaled_linear
-from nested.sigma_samplers import (
+from nested.diffusion.process import Process
+from nested.diffusion.samplers.dpm_solver import DDIM, DPMSolver
+from nested.diffusion.samplers.k_diffusion import (
     DPM2,
     LMS,
     DPM2Ancestral,
@@ -27,7 +25,9 @@ from nested.sigma_samplers import (
     Heun,
     lms_coefficients,
 )
-from nested.sigma_tables import ancestral, noise_levels
+from nested.diffusion.samplers.noise_levels import ancestral, noise_levels
+from nested.diffusion.samplers.table import CLEAN, run
+from nested.diffusion.schedules import ExponentialVE, LinearVP, sd_scaled_linear
 
 VE = ExponentialVE(0.002, 80.0)
 EDM = Process((ExponentialVE(),), discrete_steps=0)

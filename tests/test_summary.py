@@ -1,4 +1,4 @@
-"""nested/summary.py: Table 6 of Nested Diffusion (appendix A.1) from the shipped configs, by shapes alone."""
+"""nested/modes/summary.py: Table 6 of Nested Diffusion (appendix A.1) from the shipped configs, by shapes alone."""
 
 import functools
 import importlib
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from nested import build, summary, train
+from nested.build import levels as build
 from nested.models.hdit import HDiT
+from nested.modes import summary
+from nested.training import loop as train
 
 TABLE_6 = {  # depth: (million parameters, GMACs)
     "L1": (104, 26.82),

@@ -1,4 +1,5 @@
-"""nested/sweep.py and nested/plots.py: which combinations, what each sets, going on, and rows against evaluations."""
+"""nested/modes/sweep.py and nested/figures/curves.py: which combinations, what each sets, going on, and rows against
+evaluations."""
 
 import copy
 import dataclasses
@@ -14,7 +15,13 @@ from small_runs import config_of
 from test_build import refused
 from test_sample import Pooler
 
-from nested import build, build_data, evaluate, partition, plots, sample, sweep
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.evaluation import report as evaluate
+from nested.figures import curves as plots
+from nested.modes import sweep
+from nested.runtime import partition
+from nested.sampling import generator as sample
 
 
 def generator(config):

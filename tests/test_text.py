@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from input_pipeline import tokens
-from nested.encoders import text as encoders
+from nested.encoders import text_encoder as encoders
 
 MAX_TOKENS = 5
 WORDS = ("red", "green", "apple", "circle", "a")

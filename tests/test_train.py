@@ -1,4 +1,4 @@
-"""nested/train.py on random latents of two tiny levels: what a step does, what it refuses, what it costs."""
+"""nested/training/loop.py on random latents of two tiny levels: what a step does, what it refuses, what it costs."""
 
 import dataclasses
 import math
@@ -13,8 +13,13 @@ from tiny import get_config
 
 from configs import common
 from input_pipeline import loader, sources
-from nested import build_data, checkpoint, hierarchy, optimizer, summary, train
-from nested.writers import read_metrics
+from nested.build import data as build_data
+from nested.diffusion import hierarchy
+from nested.modes import summary
+from nested.runtime import checkpoint
+from nested.runtime.writers import read_metrics
+from nested.training import loop as train
+from nested.training import optimizer
 
 
 def make(changes=(), config=None):

@@ -1,4 +1,4 @@
-"""nested/transfer.py and the phases of nested/train.py: progressive training, in one go and with stops."""
+"""nested/weights/graft.py and the phases of nested/training/loop.py: progressive training, in one go and with stops."""
 
 import json
 import os
@@ -13,8 +13,13 @@ from test_build import refused
 from test_train import assert_equal
 
 from configs import common
-from nested import build, build_data, checkpoint, hierarchy, train, transfer
-from nested.writers import read_metrics
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.diffusion import hierarchy
+from nested.runtime import checkpoint
+from nested.runtime.writers import read_metrics
+from nested.training import loop as train
+from nested.weights import graft as transfer
 
 PHASES = {"s2": 2, "s4": 3, "": 2}  # their steps
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy_uvit import numpy_uvit
 
-from nested import weights
 from nested.models import layers
 from nested.models.uvit import VARIANTS, UViT, resize_position_embedding
+from nested.weights import files as weights
 
 KEY = jax.random.key(0)
 

@@ -9,8 +9,8 @@ import pytest
 import toy_encoding
 import weight_files
 
-from nested import weights
 from nested.encoders import vit, vit_files
+from nested.weights import files as weights
 
 # Widths of the recorded networks; what else distinguishes them is the variant's.
 TINY = {
@@ -333,7 +333,8 @@ def test_features_are_grids_of_vectors_and_of_the_map(files, tiny_variants):
 
 
 def test_encodes_and_tells_its_options_apart(files, tiny_variants, tmp_path):
-    """A run of nested/encode.py; products in bfloat16, or another encoder of the same file, make other latents."""
+    """A run of nested/latents/passes.py; products in bfloat16, or another encoder of the same file, make other
+    latents."""
     path = files[0]["mocov3_vitb16"][0]
     options = dict(name="mocov3_vitb16", map="last", vector="projected", features=("crops1", "map2"), components=(4,))
     config = dataclasses.replace(toy_encoding.CONFIG, **options)

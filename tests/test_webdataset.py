@@ -11,7 +11,8 @@ from absl import logging
 from PIL import Image
 from tar_files import jpeg, levels, tar
 
-from input_pipeline import clips, loader, tars, text, webdataset
+from input_pipeline import captions as text
+from input_pipeline import clips, loader, tars, webdataset
 from input_pipeline.transforms import Transformed
 from input_pipeline.webdataset import WebDataset, WebDatasetClips
 

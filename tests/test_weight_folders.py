@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from weight_files import Call, Global, opcodes, pickled, tensor, write_legacy, write_safetensors, write_zip
 
-from nested import weights
+from nested.weights import files as weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -211,7 +211,7 @@ def test_damaged_indices(text, tmp_path):
 
 READER = """
 import resource, sys
-from nested import weights
+from nested.weights import files as weights
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
 tensors = weights.load(weights.files(sys.argv[1]), "shard0.used")

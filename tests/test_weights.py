@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from weight_files import Call, Stored, opcodes, pickled, tensor, write_legacy, write_safetensors, write_zip
 
-from nested import weights
 from nested.models.uvit import UViT
+from nested.weights import files as weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -1,4 +1,5 @@
-"""nested/writers.py and nested/files.py: metrics that stay readable, progress lines, files whole or absent."""
+"""nested/runtime/writers.py and nested/runtime/files.py: metrics that stay readable, progress lines, files whole or
+absent."""
 
 import io
 import json
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from nested import writers
-from nested.files import atomic_write, check_writable
+from nested.runtime import writers
+from nested.runtime.files import atomic_write, check_writable
 
 
 def tensorboard_events(workdir):

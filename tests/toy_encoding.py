@@ -5,9 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import latents as records
-from nested import codecs, encode, encoding, latents
-from nested.encoders import compress, grids
+from input_pipeline import latent_records as records
+from nested.encoders import grids
+from nested.latents import job as encoding
+from nested.latents import passes as encode
+from nested.latents import store as latents
+from nested.spaces import codecs
+from nested.spaces import svd as compress
 
 IMAGES = 44  # 3 shards of 16, 16, 12; batches of 6: every shard ends in a padded batch
 CONFIG = encoding.EncoderConfig(

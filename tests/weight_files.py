@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 
-from nested import torch_pickle
+from nested.weights import torch_pickle
 
 
 class Global(str):

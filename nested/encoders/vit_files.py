@@ -15,7 +15,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from nested import weights
+from nested.weights import files as weights
 
 BATCH_NORM, BATCH_NORM_EPS = ("weight", "bias", "running_mean", "running_var"), 1e-5
 

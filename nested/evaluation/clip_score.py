@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline.tokens import Tokenizer, read_tokenizer
-from nested import weights
 from nested.encoders import clip_text, vit
+from nested.weights import files as weights
 
 NAMES = tuple(name for name in vit.VARIANTS if name.startswith("clip_"))
 INPUT_SIZE = {name: vit.VARIANTS[name].grid * vit.VARIANTS[name].patch for name in NAMES}

@@ -21,7 +21,7 @@ import zipfile
 
 import numpy as np
 
-from nested.files import atomic_write
+from nested.runtime.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@
 
 In pixel space with patches of 4 it is the baseline of HDiT's Table 1 (arXiv 2401.11605).
 Names and numerics are those of the authors' code (models.py of facebookresearch/DiT), so its state dicts load with
-nested.weights.from_torch: LayerNorm without parameters and eps 1e-6, tanh GELU, 256 sinusoids with cosines first.
+nested.weights.files.from_torch: LayerNorm without parameters and eps 1e-6, tanh GELU, 256 sinusoids with cosines first.
 Initial values as there: linear layers Xavier uniform, time and label embedding N(0, .02^2), biases and what ends a
 residual branch or the network 0. The patch embedding's bias, which some versions leave to torch, is 0 too.
 Coarser levels enter as in RCG's pixel generator (arXiv 2312.03701; pixel_generator/dit/models.py of LTH14/rcg): through

@@ -10,8 +10,8 @@
     cond = mapping(W_t fourier(c_noise) + W_a fourier(augment) + class + W_m mapping + sum over coarser levels)
 
 The blocks are in hdit_blocks.py. Names and layouts are those of the authors' code (ImageTransformerDenoiserModelV2 of
-k_diffusion/models/image_transformer_v2.py at 4601bf08), so its state dicts load with nested.weights.from_torch.
-The network is given log(sigma) / 4 and c_in x_t by an EDM process (nested/process.py).
+k_diffusion/models/image_transformer_v2.py at 4601bf08), so its state dicts load with nested.weights.files.from_torch.
+The network is given log(sigma) / 4 and c_in x_t by an EDM process (nested/diffusion/process.py).
 
 Not in the authors' code, built from the paper's text: additive positions (learned, added after patch_in), plain GELU
 feed-forwards, add and concat skips. Ours: coarser levels as conditions. The variable z [h, w, c] of one goes, flattened

@@ -204,7 +204,8 @@ class SelfAttention(nn.Module):
         return x_BHWD + linear(D, D, "out_proj", options.dtype, zero=True)(out_BHWD)
 
     def attend_macs(self, q_BHWND, k_BHWND, v_BHWND) -> int:
-        """Multiply-accumulates of `attend` (nested/summary.py): q k^T and the sum over v, of the keys that count."""
+        """Multiply-accumulates of `attend` (nested/modes/summary.py): q k^T and the sum over v, of the keys that
+        count."""
         _, H, W, _, _ = q_BHWND.shape
         window = self.options.window if self.options.attention != "global" else (H, W)
         return 2 * q_BHWND.size * (window**2 if isinstance(window, int) else math.prod(window))

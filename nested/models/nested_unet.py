@@ -8,7 +8,7 @@
     innermost net: ResNet + attention + ResNet instead of the adapters and the net inside: a UNet
 
 Sec. 3.2, App. A; ml_mdm/models/unet.py, nested_unet.py at de8cde2, whose state dicts load with
-nested.weights.from_torch. The blocks are in unet_blocks.py, what a net is in unet_nets.py. The tree of parameters below
+nested.weights.files.from_torch. The blocks are in unet_blocks.py, what a net is in unet_nets.py. The tree of parameters below
 `inner_unet` is that of the smaller model, so that its parameters go there. All outputs and the adapters are 0 at the
 start: what is inside computes what it would by itself.
 Text goes through lm_proj and lm_layers in the innermost net; its mean joins temb in every net, its tokens are attended
@@ -20,7 +20,7 @@ time, down to one, which goes to the net inside; its temporal attention looks at
 Departures from the authors' code: arrays of frames instead of grids of them, so that adapters do not reach over into a
 neighbouring frame; nets are listed coarse to fine. Not in their code: classes (App. E), coarser levels of a hierarchy
 as additional channels with how noisy they are (the cascade of App. E), no low resolutions as inputs, a resolution that
-is not halved, fewer rows of a finer resolution spread over the batch (nested/ops/row_groups.py). As there, a clip's
+is not halved, fewer rows of a finer resolution spread over the batch (nested/ops/mixed_rows.py). As there, a clip's
 input is normalised frame by frame, a row of text whose mask is all False gives NaN, and attention's norms have 32
 groups whatever the ResNets have.
 """
@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from nested.models import unet_blocks as blocks
 from nested.models.layers import Backbone, at_least_float32
 from nested.models.unet_nets import Net, check_shapes, nets
-from nested.ops.row_groups import fill_rows, take_rows
+from nested.ops.mixed_rows import fill_rows, take_rows
 
 __all__ = ["VARIANTS", "Net", "NestedUNet", "nets"]
 

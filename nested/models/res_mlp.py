@@ -5,7 +5,7 @@
     block:  x += linear2(silu(norm(linear1(silu(norm(x))) + linear_t(silu(e)) + linear_c(silu(label)))))
     output = linear(silu(norm(x)))                                           [B, 1, 1, c], exactly 0 at the start
 
-Names and numerics are those of the authors' code, so its state dicts load with nested.weights.from_torch (prefix
+Names and numerics are those of the authors' code, so its state dicts load with nested.weights.files.from_torch (prefix
 'model.diffusion_model.'): LayerNorm eps 1e-5 in the blocks and 1e-6 at the end, `width` sinusoids with cosines first.
 Initial values as there: linear2 and the last layer 0, the other layers as torch leaves them, label embedding N(0, 1).
 Departures from the authors' code: the label has a null class, the last row of its embedding, so that it can be dropped,

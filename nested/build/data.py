@@ -1,0 +1,386 @@
+"""Config -> data: the frozen encoder, latents, text, augmentation; the only reader of those parts beside
+build_sources.py, where images come from.
+
+Images that no encoder needs to see, where every level's variable is the image itself, are read as they are; all others
+are encoded once, into the latents' directory.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from input_pipeline import augment, captions, loader, sources
+from input_pipeline import latent_records as records
+from nested.build.levels import as_shape
+from nested.build.process import choose, construct, is_joint
+from nested.build.sources import check_options, images, shard_window
+from nested.encoders import efficientnet, grids, vit
+from nested.encoders import text_encoder as text_encoders
+from nested.latents import captions as text_store
+from nested.latents import cost as encode_cost
+from nested.latents import job as encoding
+from nested.latents import passes as encode
+from nested.latents import store as latents_
+from nested.runtime import partition
+from nested.runtime.files import atomic_write
+from nested.spaces import autoencoder_kl, codecs
+
+ENCODERS = {efficientnet.NAME: efficientnet.load}
+ENCODERS |= {name: functools.partial(vit.load, name) for name in vit.VARIANTS}
+
+
+def encoder(config):
+    """The frozen encoder of config.encoder, on every device, for those features that are not made of the codec's
+    latents; None where there are none."""
+    options = config.encoder
+    load = choose("encoder.name", options.name, ENCODERS)
+    features = tuple(name for name in options.features if not grids.of_codec(name))
+    if not features:
+        return None
+    found = load(
+        options.weights,
+        input_size=options.input_size,
+        map=options.map,
+        vector=options.vector,
+        features=features,
+        prefix=options.prefix,
+        dtype=options.dtype,
+    )
+    return dataclasses.replace(found, params=jax.device_put(found.params, partition.local_devices()))
+
+
+def codec(config) -> codecs.CodecConfig:
+    """config.codec, checked."""
+    options = construct("codec", codecs.CodecConfig, dict(config.codec), {})
+    codecs.check_codec(options)
+    return options
+
+
+def autoencoder(options: codecs.CodecConfig, decoding: bool) -> autoencoder_kl.AutoencoderKL | None:
+    """The autoencoder of the codec sd_vae, to encode or to decode with, its parameters on the host."""
+    if options.name != "sd_vae":
+        return None
+    path, prefix, what = options.weights, options.prefix, "config.codec.weights"
+    if decoding and options.decoder_weights:
+        path, prefix, what = options.decoder_weights, "", "config.codec.decoder_weights"
+    return autoencoder_kl.load(path, prefix=prefix, patch=options.patch, channels=options.channels, what=what)
+
+
+def decoding(config) -> tuple[autoencoder_kl.Codec | None, dict | None]:
+    """(codec, parameters of its decoder) of latents that an autoencoder decodes, else (None, None)."""
+    options = codec(config)
+    network = autoencoder(options, decoding=True)
+    if network is None:
+        return None, None
+    return autoencoder_kl.Codec(options.scale, options.batch_size, options.dtype), network.decoder
+
+
+def score_encoder(config):
+    """The extractor of FD-EffLite0: the package's own weights, at config.evaluate.input_size."""
+    return efficientnet.load("", input_size=config.evaluate.input_size, map="head", vector="pool", features=())
+
+
+def latents_dir(config, workdir: str) -> str:
+    return os.path.expanduser(config.latents_dir) or os.path.join(workdir, "latents")
+
+
+def wanted(config) -> tuple[latents_.LevelSource, ...]:
+    """Where every level's variable comes from."""
+    downsampling = config.data.downsampling
+    return tuple(
+        latents_.LevelSource(level.name, level.source, as_shape(level.shape), downsampling, level.standardize)
+        for level in config.levels
+    )
+
+
+class SyntheticVariables:
+    """The place of Latents where the data are random latents: the records are the variables, leaf by leaf.
+
+    shapes: {level: shape}; a leaf of a level of several resolutions is the field 'level.0', 'level.1', ..."""
+
+    params = {}
+
+    def __init__(self, shapes):
+        self.names = {
+            name: tuple(f"{name}.{i}" for i in range(len(shape))) if is_joint(shape) else name
+            for name, shape in shapes.items()
+        }
+        self.fields = tuple(
+            field
+            for name, shape in shapes.items()
+            for field in (zip(self.names[name], shape, strict=True) if is_joint(shape) else [(name, shape)])
+        )
+
+    def variables(self, raw, key):
+        del key
+        return jax.tree.map(lambda name: raw[name], self.names)
+
+    def decode(self, z, params=None):
+        raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
+
+
+def latents(config, workdir: str, text: "Text | None" = None):
+    """(records, Latents): encodes the data first where that has not been done. text: the run's encoder of captions,
+    where the config has one."""
+    codec(config)  # its options are checked also where it has nothing to do
+    shard_window(config)
+    check_augmentation(config)
+    if config.data.source == "synthetic":
+        check_options(config.data)
+        made = SyntheticVariables({level.name: as_shape(level.shape) for level in config.levels})
+        tokens = (config.text.max_tokens, config.text.width) if config.text.encoder else ()
+        data = config.data
+        source = sources.SyntheticLatents(made.fields, data.num_examples, data.num_classes, config.seed, tokens)
+        return source, made
+    if images_only(config):
+        logging.info("the variables are the images themselves: nothing is encoded")
+        source = images(config)
+        made = latents_.of_images(wanted(config), source.image_shape)
+        check_once(config, source, workdir)
+        if not config.text.encoder:
+            return sources.Fields(source, ("label", "image")), made
+        return with_text(config, source, ("label", "image"), text, workdir), made
+    if config.text.encoder and config.data.max_bad_images:
+        raise ValueError(
+            f"config.data.max_bad_images {config.data.max_bad_images} with captions and encoded levels: the image that "
+            "takes a bad one's place would keep the bad one's caption; set it to 0 and remove the files that it names"
+        )
+    if config.text.encoder:  # before all images are encoded: what is missing is said now
+        text, of_images = text or load_text(config), captions.captions(images(config))
+    result, directory = encoded(config, workdir)
+    mirrored = [name + records.MIRRORED for name in result.fields if name != "image" and config.data.flip]
+    fields = ("label", *result.fields, *mirrored)
+    source = records.LatentRecords(directory, fields)
+    if not config.text.encoder:
+        return source, result
+    captioned = captions.Captioned(source, of_images)
+    return with_text(config, captioned, fields, text, workdir), result
+
+
+def encoded(config, workdir: str):
+    """(Latents, directory) of levels that are encoded, which is done first where it has not been."""
+    directory = encode_images(config, workdir)
+    result = latents_.read(directory, wanted(config), *decoding(config))
+    report = result.report({level.name: float(level.sigma) for level in config.levels[:-1]})
+    logging.info("levels, coarse to fine:\n%s", latents_.format_report(report))
+    if jax.process_index() == 0:
+        atomic_write(os.path.join(workdir, "levels.json"), json.dumps(report, indent=2) + "\n")
+    return result, directory
+
+
+def check_once(config, source, workdir: str) -> None:
+    """Reads every record of a run's images before its first step, where config.data.check says so: a folder's files
+    that cannot serve are then all named at once, not one by one while it trains."""
+    done = os.path.join(workdir, f"checked-{source.fingerprint}.txt")
+    if config.data.check and jax.process_index() == 0 and not os.path.exists(done):
+        source.check()
+        atomic_write(done, source.describe() + "\n")
+
+
+def decoder(config, workdir: str):
+    """The Latents for sampling, which needs no data where the variables are the images themselves, or where an
+    autoencoder decodes and config.codec.scale is given."""
+    if config.data.source == "synthetic":
+        return latents(config, workdir)[1]
+    if images_only(config):
+        return latents_.of_images(wanted(config), finest_shape(config))
+    if config.levels[-1].source == "sd_vae" and config.codec.scale:
+        return latents_.of_codec(wanted(config)[-1], *decoding(config))
+    return encoded(config, workdir)[0]
+
+
+def pictures(config, source):
+    """The images that the records were made from, by the same numbers; the records where they hold them."""
+    return source if "image" in source[0] else images(config)
+
+
+def finest_shape(config) -> tuple[int, ...]:
+    """The shape of what is decoded: of the finest level's finest resolution."""
+    shape = as_shape(config.levels[-1].shape)
+    return shape[-1] if is_joint(shape) else shape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """The frozen text encoder of a run, its parameters on the devices."""
+
+    encoder: text_encoders.TextEncoder
+
+    def of(self, texts) -> dict[str, np.ndarray]:
+        """{'text': float32 [N, tokens, width], 'text_mask': bool [N, tokens]} of captions."""
+        ids, mask = self.encoder.tokenize(list(texts))
+        return {"text": np.asarray(self.encoder.features(ids, mask)), "text_mask": mask}
+
+    def null(self, empty: str = "") -> dict[str, np.ndarray]:
+        """The fields of the text that stands for none, without a batch axis: the empty caption, where a caption is
+        dropped; guidance may lead away from another (config.sample.negative_prompt)."""
+        return {name: value[0] for name, value in self.of([empty]).items()}
+
+    def features_of(self, raw):
+        """A batch of records with 'text' in place of 'text_ids', where it has those."""
+        if "text_ids" not in raw:
+            return raw
+        rest = {name: value for name, value in raw.items() if name != "text_ids"}
+        return {**rest, "text": self.encoder.features(raw["text_ids"], raw["text_mask"])}
+
+
+def load_text(config) -> Text | None:
+    """The run's text encoder; None where config.text.encoder is '' or the data are random."""
+    options = config.text
+    if not options.encoder or config.data.source == "synthetic":
+        return None
+    encoder = text_encoders.load(options.encoder, options.weights, options.max_tokens, options.dtype)
+    if encoder.width != options.width:
+        raise ValueError(
+            f"config.text.width is {options.width} but {options.encoder} gives features of width {encoder.width}; "
+            f"set it to {encoder.width}"
+        )
+    return Text(dataclasses.replace(encoder, params=jax.device_put(encoder.params)))
+
+
+def with_text(config, source, fields: tuple[str, ...], text: "Text | None", workdir: str):
+    """Those fields of the source and its text: features made once and stored below the latents' directory, or tokens to
+    encode later. text: the run's encoder, loaded here where it is None."""
+    encoder = (text or load_text(config)).encoder
+    # Before the first step: captions that are missing are counted and named.
+    texts = captions.every_text(captions.captions(source))
+    if config.text.stored:
+        directory = os.path.join(latents_dir(config, workdir), "text")
+        if jax.process_index() == 0:
+            text_store.store(encoder, texts, directory, config.text.batch_size)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("text features stored")
+        stored = captions.StoredText(source, directory, encoder.fingerprint)
+        return sources.Fields(stored, (*fields, "text", "text_mask"))
+    return sources.Fields(captions.Tokenized(source, encoder.tokenize), (*fields, "text_ids", "text_mask"))
+
+
+def some_captions(config, number: int) -> tuple[str, ...]:
+    """The captions, of several of one image the first, of `number` images evenly spaced through the data, or of all."""
+    found = captions.captions(images(config))
+    chosen = np.linspace(0, len(found), min(len(found), max(number, 1)), endpoint=False)
+    return tuple(captions.texts_of(found[int(i)])[0] for i in chosen)
+
+
+def scored_config(config):
+    """The config with config.evaluate.split, where it has one, for data.split."""
+    other = config.copy_and_resolve_references()
+    other.data.split = config.evaluate.split or config.data.split
+    return other
+
+
+def scored_against(config, source):
+    """(config, source) of the images that samples are scored against: the run's, or those of config.evaluate.split."""
+    if not config.evaluate.split:
+        return config, source
+    other = scored_config(config)
+    try:
+        return other, images(other)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.evaluate.split {config.evaluate.split!r}: {error}") from error
+
+
+def images_only(config) -> bool:
+    """Whether every level's variable is the image itself."""
+    return all(level.source == "pixels" for level in config.levels)
+
+
+def check_augmentation(config) -> None:
+    """Encoded features describe the image as it was, or mirrored: only levels made from the image alone can see it
+    warped; and warps are of square images."""
+    height, width = finest_shape(config)[-3:-1]
+    if config.data.augment_prob and images_only(config) and height != width:
+        raise ValueError(
+            f"config.data.augment_prob {config.data.augment_prob}: the augmentation is of square images, "
+            f"{config.levels[-1].name} is {height}x{width}; set it to 0 or data.image_size to a side"
+        )
+    others = [level.name for level in config.levels if level.source not in latents_.OF_IMAGES]
+    if others and config.data.augment_prob:
+        raise ValueError(
+            f"config.data.augment_prob {config.data.augment_prob}: what is encoded for {', '.join(others)} is of "
+            "unchanged images; set it to 0 (data.flip mirrors: both flips are encoded)"
+        )
+
+
+def augmentation(config):
+    """The transform of training records, or None."""
+    if not config.data.augment_prob and not config.data.flip:
+        return None
+    return construct("data", augment.Augmentation, dict(prob=config.data.augment_prob, flip=config.data.flip), {})
+
+
+def encode_images(config, workdir: str) -> str:
+    """Encodes config.data into the latents' directory, unless it is there; returns the directory."""
+    directory = latents_dir(config, workdir)
+    encode.encode(encoding_job(config, directory))
+    return directory
+
+
+def encoding_job(config, directory: str) -> encoding.Job:
+    """What encoding config.data into a directory takes."""
+    options = codec(config)
+    frozen = encoder(config)  # before the data: one that is not available is said before anyone fetches a data set
+    network = autoencoder(options, decoding=False)
+    return encoding.plan(
+        images(config),
+        frozen,
+        construct("encoder", encoding.EncoderConfig, dict(config.encoder), {}),
+        options,
+        directory,
+        autoencoder=network,
+        flip=config.data.flip,
+        check=config.data.check,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def plan_encoding(config, workdir: str, out: str) -> None:
+    """The mode `encode` with --plan: what it would cost, printed; as JSON to `out`, where it is not ''."""
+    if images_only(config) or config.data.source == "synthetic":
+        raise ValueError("--plan: this config encodes nothing, its variables are the images themselves or random")
+    encode_cost.plan(encoding_job(config, latents_dir(config, workdir)), out)
+    if config.text.encoder and config.text.stored and jax.process_index() == 0:
+        number = len(set(captions.every_text(captions.captions(images(config)))))
+        size = 2 * number * config.text.max_tokens * config.text.width
+        print(f"text:    {number:,} captions, at most {encode_cost.in_bytes(size)} of features beside (text.stored)")
+
+
+def encode_data(config, workdir: str) -> None:
+    """The mode `encode`: as latents(); prints the scale that an autoencoder's latents turned out to need."""
+    latents(config, workdir)
+    encoded_here = config.codec.name == "sd_vae" and config.data.source != "synthetic" and not images_only(config)
+    if encoded_here and jax.process_index() == 0:
+        scale = records.read_index(latents_dir(config, workdir))["sd_vae"]["measured_scale"]
+        print(
+            f"codec.scale: 1 / std of these latents is {scale:.5f}, the config has {config.codec.scale:g} (0: the "
+            f"measured one); --config.codec.scale={scale:.5f} fixes it for all later runs"
+        )
+
+
+def held_out(config, number: int) -> np.ndarray:
+    """Which of `number` records are not trained on: config.data.holdout of them, evenly spaced, as folders are sorted
+    by class."""
+    wanted = config.data.holdout
+    if wanted >= number or wanted % jax.process_count():
+        raise ValueError(
+            f"config.data.holdout {wanted} of {number} records: keep it below that and a multiple of the "
+            f"{jax.process_count()} process(es)"
+        )
+    return (2 * np.arange(wanted) + 1) * number // (2 * max(wanted, 1))
+
+
+def split(config, source):
+    """(records to train on, this process's rows of the held-out batch or None)."""
+    chosen = held_out(config, len(source))
+    if not len(chosen):
+        return source, None
+    training = sources.Part(source, np.setdiff1d(np.arange(len(source)), chosen))
+    rows = np.split(chosen, jax.process_count())[jax.process_index()]
+    return training, loader.collate([records.unflipped(source[int(i)]) for i in rows])

@@ -1,0 +1,104 @@
+"""Runs side by side: the same samples of hierarchies of several depths (Nested Diffusion, Figures 4, 5, 8 and 9).
+
+    python main.py --mode=compare --config=configs/fashion_mnist.py:L3 --workdir=OUT --runs=runs/L1,runs/L2,runs/L3
+
+Sample i of every run has the same label or prompt, and keys made of one seed. Each run is sampled by its own config,
+from the EMA of its newest checkpoint; the seed and config.sample (batch size, prompts) are those of --config. Images
+are enlarged to 64 pixels at least.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from nested.figures import grids as pictures
+from nested.runtime.checkpoint import read_config
+from nested.runtime.files import atomic_write
+from nested.sampling import generator as sample
+
+UNREAD = ("seed", "sample", "evaluate", "search")  # parts of a run's config that are replaced, or that nothing reads
+
+
+def config_of(path: str, config) -> ConfigDict:
+    """The config of the run in `path`, with the seed and config.sample of `config`.
+
+    Raises FileNotFoundError where there is no run, ValueError where an option of today's is not in its config."""
+    saved = thawed(read_config(path))
+    if missing := absent(saved, config):
+        raise ValueError(
+            f"{path}/config.json: has no {', '.join(missing)}; an earlier version made it: train it again, or add "
+            "to the file what repeats it"
+        )
+    saved.seed, saved.sample = config.seed, config.sample
+    return saved
+
+
+def thawed(value):
+    """What JSON made of a config as a config again: dicts as ConfigDict, lists as tuples."""
+    if isinstance(value, dict):
+        return ConfigDict({key: thawed(one) for key, one in value.items()})
+    return tuple(thawed(one) for one in value) if isinstance(value, list) else value
+
+
+def absent(saved, config) -> list[str]:
+    """Names of options that `config` has and `saved` has not: those that sampling does not read aside, and what is
+    within a level's options, which differs from network to network."""
+    names = []
+    for part, options in config.items():
+        if part not in saved and part not in UNREAD:
+            names.append(part)
+        elif isinstance(options, ConfigDict) and part not in UNREAD:
+            names += [f"{part}.{key}" for key in options if key not in saved[part]]
+    for i, level in enumerate(saved.levels):
+        names += [f"levels[{i}].{key}" for key in config.levels[0] if key not in level]
+    return names
+
+
+def caption(path: str, levels: int, step: int, scores: Sequence[dict]) -> str:
+    """What stands beside a run's row."""
+    lines = [os.path.basename(path), f"L = {levels}, step {step:,}"]
+    lines += [f"FD-EffLite0 {score['fd']:.2f}{'' if score['guided'] else ' unguided'}" for score in scores]
+    return "\n".join(lines)
+
+
+def scores_of(path: str, step: int) -> list[dict]:
+    """The scores of that step in the run's scores.json; none where it has not been scored."""
+    path = os.path.join(path, "scores.json")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [score for score in json.load(file) if score["step"] == step]
+
+
+def compare(config, workdir: str, runs: Sequence[str], number: int) -> None:
+    """The mode `compare`: writes compare.png (a row per run, a column per sample) and compare.json in `workdir`."""
+    runs = [os.path.abspath(os.path.expanduser(run)) for run in runs]
+    if len(set(runs)) < max(len(runs), 2):
+        raise ValueError(f"--runs names {len(runs)} run(s): give the folders of two or more different ones, --runs=A,B")
+    configs = [config_of(run, config) for run in runs]
+    classes = {run: own.data.num_classes for run, own in zip(runs, configs, strict=True)}
+    if len(set(classes.values())) > 1:
+        raise ValueError(f"--runs: data.num_classes differ, so samples would have other labels: {named(classes)}")
+    images, rows = {}, []
+    for run, own in zip(runs, configs, strict=True):
+        gen, ema, step = sample.restored(own, run)
+        drawn = gen.images(ema, number, f"samples of {os.path.basename(run)}")
+        images[run] = drawn.reshape(number, -1, *drawn.shape[-3:])[:, 0]  # of clips the first frame
+        rows.append(dict(run=run, levels=len(gen.levels), step=step, scores=scores_of(run, step)))
+    if len({drawn.shape for drawn in images.values()}) > 1:
+        raise ValueError(f"--runs: images differ in shape: {named({run: d.shape[1:] for run, d in images.items()})}")
+    if jax.process_index() == 0:
+        captions = [caption(row["run"], row["levels"], row["step"], row["scores"]) for row in rows]
+        picture = pictures.image_grid(np.concatenate(list(images.values())), number, row_captions=captions)
+        pictures.save_png(picture, os.path.join(workdir, "compare.png"))
+        content = dict(seed=config.seed, num_samples=number, runs=rows)
+        atomic_write(os.path.join(workdir, "compare.json"), json.dumps(content, indent=2) + "\n")
+        print("\n".join(f"picture: {os.path.join(workdir, name)}" for name in ("compare.png", "compare.json")))
+
+
+def named(values: dict) -> str:
+    return ", ".join(f"{os.path.basename(run)} {value}" for run, value in values.items())

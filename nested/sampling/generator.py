@@ -1,0 +1,335 @@
+"""Sampling: batches of whole hierarchies, and the pictures people look at.
+
+Sample i is a function of (config.seed, i): its keys are fold_in(seed, i) and its label is i modulo the number of
+classes, whatever the batch size, the number of devices and of hosts.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from nested.build import data as build_data
+from nested.build import levels as build
+from nested.diffusion import hierarchy
+from nested.figures import grids as pictures
+from nested.runtime import partition
+from nested.runtime.checkpoint import latest_step, restore_part
+from nested.runtime.files import atomic_write
+from nested.runtime.writers import Progress, read_metrics
+from nested.weights import exchange as export
+
+Tree = Any
+
+
+def sample_keys(seed: int, indices: Sequence[int]) -> jax.Array:
+    """[B] keys of the samples with these indices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+
+
+def sample_labels(num_classes: int, indices: Sequence[int]) -> np.ndarray:
+    """[B] int32: sample i has class i mod num_classes (0 where there are no classes)."""
+    return np.asarray(indices, np.int32) % max(num_classes, 1)
+
+
+class Programs:
+    """Compiled programs by what they compute: levels of equal shapes, networks and samplers share one, and so does a
+    level whose options a sweep leaves alone. Equal is the text of the lowered program: parameters are arguments."""
+
+    def __init__(self):
+        self._compiled = {}
+
+    def __len__(self):
+        return len(self._compiled)
+
+    def program(self, function: Callable, *arguments, out_shardings):
+        """`function` compiled for these arguments (arrays in trees, always of the same shapes and shardings)."""
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = []
+
+        def flat(*leaves):  # without the names of levels, which are those of parameters and conditions too
+            results, shape = jax.tree.flatten(function(*structure.unflatten(leaves)))
+            shapes.append(shape)
+            return results
+
+        # keep_unused: what a function reads of its arguments is a part of its text then
+        lowered = jax.jit(flat, out_shardings=out_shardings, keep_unused=True).lower(*leaves)
+        key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        if key not in self._compiled:
+            self._compiled[key] = lowered.compile()
+        compiled = self._compiled[key]
+        return lambda *arguments: shapes[0].unflatten(compiled(*jax.tree.leaves(arguments)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A hierarchy ready to draw images: `draw` is (params, {level: sample indices [B]}, given) -> uint8 images
+    [B, H, W, C], or clips [B, T, H, W, C]; rows are split over the mesh inside, whole on every host outside. One shape,
+    config.sample.batch_size, is compiled for all uses, a program per level in `programs`.
+
+    text, prompts: the encoder of the prompts, which the samples have in turn; None and () where no level sees text."""
+
+    config: Any
+    levels: tuple[hierarchy.Level, ...]
+    latents: Any
+    mesh: Any
+    draw: Callable
+    text: Any = None
+    prompts: tuple[str, ...] = ()
+    programs: Programs = dataclasses.field(default_factory=Programs)
+
+    def given(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The label, and the text, of the samples with these indices."""
+        labels = {"label": sample_labels(self.config.data.num_classes, indices)}
+        if self.text is None:
+            return labels
+        return labels | self.text.of([self.prompts[int(i) % len(self.prompts)] for i in indices])
+
+    def batches(self, params: Tree, number: int, what: str) -> Iterator[np.ndarray]:
+        """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time, with a progress
+        line that names `what`."""
+        size, progress = self.config.sample.batch_size, Progress(what, number)
+        for start in range(0, number, size):
+            indices = np.arange(start, start + size)
+            of_level = dict.fromkeys((level.name for level in self.levels), indices)
+            yield np.asarray(self.draw(params, of_level, self.given(indices)))[: number - start]
+            progress.update(min(start + size, number))
+
+    def images(self, params: Tree, number: int, what: str) -> np.ndarray:
+        """All of `batches`, [number, H, W, C]."""
+        return np.concatenate(list(self.batches(params, number, what)))
+
+    def cascade(self, params: Tree, firsts: Sequence[int], number: int = 8) -> list[tuple[str, np.ndarray]]:
+        """Rows of the paper's Figure 1: for each sample of `firsts`, itself and number - 1 others that share its label
+        and, row by row, none of its levels, its coarsest, its two coarsest ...: [(caption, uint8 [number, H, W, C])].
+
+        The first column is the same sample in every row. Sharing a level is sharing its key."""
+        names = [level.name for level in self.levels]
+        captions, indices, labels = [], {name: [] for name in names}, []
+        for first in firsts:
+            others = [first, *range(10**6 * (first + 1), 10**6 * (first + 1) + number - 1)]
+            for kept in range(len(names)):
+                captions.append(f"{', '.join(names[:kept])} fixed" if kept else "all levels resampled")
+                labels += [first] * number
+                for i, name in enumerate(names):
+                    indices[name] += [first] * number if i < kept else others
+        rows, size = [], self.config.sample.batch_size
+        for start in range(0, len(labels), size):
+            take = np.arange(start, start + size) % len(labels)
+            of_level = {name: np.asarray(indices[name])[take] for name in names}
+            rows.append(np.asarray(self.draw(params, of_level, self.given(np.asarray(labels)[take]))))
+        images = np.concatenate(rows)[: len(labels)]
+        return list(zip(captions, images.reshape(len(captions), number, *images.shape[1:]), strict=True))
+
+    def with_guidance(self, weights: Sequence[float]) -> "Generator":
+        """The same hierarchy with other guidance weights, coarse to fine; with none at all, conditions are shown clean
+        (CVPR Sec. 4.2: generated conditions are noised where guidance is on)."""
+        gamma = {} if any(weights) else {"noise_gamma": math.inf}
+        return self.with_levels(
+            [dataclasses.replace(level, guidance=w, **gamma) for level, w in zip(self.levels, weights, strict=True)]
+        )
+
+    def with_levels(self, levels: Sequence[hierarchy.Level]) -> "Generator":
+        """The same with levels that differ in how they are sampled; programs that stay the same are not compiled again.
+        """
+        return generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
+
+    def steps(self, params: Tree, index: int, number: int) -> list[tuple[np.ndarray, ...]]:
+        """What the finest level makes of sample `index` at `number` of its evaluations, evenly spaced, the first and
+        the last among them: for each, uint8 images (of clips the first frame) of every resolution, coarse to fine."""
+        finest = self.levels[-1]
+        evaluations = finest.sampler.nfe(finest.process)
+        shown = tuple(int(k) for k in np.linspace(0, evaluations - 1, min(number, evaluations)).round())
+
+        def draw(params, codec_params, given):
+            keys = {level.name: sample_keys(self.config.seed, [index]) for level in self.levels}
+            variables = hierarchy.sample(self.levels[:-1], params, keys, given)
+            cond = hierarchy.conditions(finest, variables, given)
+            keys = hierarchy.fold(keys[finest.name], len(self.levels) - 1)
+            _, estimates = hierarchy.sample_level(finest, params[finest.name], cond, keys, shown)
+            return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates), codec_params)
+
+        whole, arguments = partition.replicated(self.mesh), (params, self.latents.params, self.given([index]))
+        resolutions = jax.jit(draw, out_shardings=whole)(*arguments)
+        stills = [np.asarray(leaf[:, 0] if leaf.ndim == 5 else leaf) for leaf in resolutions]
+        return [tuple(leaf[k] for leaf in stills) for k in range(len(shown))]
+
+
+def generator(
+    config, levels: Sequence[hierarchy.Level], latents, mesh, text=None, prompts=(), programs: Programs | None = None
+) -> Generator:
+    """A Generator for these levels; `latents` decodes the finest level's variable, `text` (build_data.Text) encodes
+    prompts: those given, or config.sample.prompts, or the data's captions. programs: where compiled ones may be found.
+
+    Raises ValueError where config.sample.batch_size does not divide by the devices of the mesh."""
+    if config.sample.batch_size % mesh.size:
+        raise ValueError(
+            f"config.sample.batch_size {config.sample.batch_size} does not divide by {mesh.size} devices; "
+            f"use a multiple of {mesh.size}"
+        )
+
+    if text is not None:
+        null = text.null(config.sample.negative_prompt)
+        levels = [level if level.null_text is None else dataclasses.replace(level, null_text=null) for level in levels]
+
+    if text is not None and not prompts:
+        prompts = tuple(config.sample.prompts) or build_data.some_captions(config, config.sample.num_samples)
+    programs = Programs() if programs is None else programs
+    if latents.params:
+        latents = dataclasses.replace(latents, params=jax.device_put(latents.params, partition.replicated(mesh)))
+    draw = drawer(config.seed, tuple(levels), latents, mesh, programs)
+    return Generator(config, tuple(levels), latents, mesh, draw, text, prompts, programs)
+
+
+def drawer(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, programs: Programs) -> Callable:
+    """Generator.draw: what hierarchy.sample does, a program per level, and one that decodes."""
+    split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
+    ready = {}
+
+    def run(name, function, *arguments, out_shardings):
+        if name not in ready:
+            ready[name] = programs.program(function, *arguments, out_shardings=out_shardings)
+        return ready[name](*arguments)
+
+    @functools.partial(jax.jit, out_shardings=split)
+    def prepare(indices, given):
+        keys = {level.name: hierarchy.fold(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)}
+        return keys, given
+
+    def draw(params, indices, given):
+        keys, given = prepare(indices, given)
+        variables = {}
+        for level in levels:
+
+            def sample_level(params, seen, given, keys, level=level):
+                return hierarchy.sample_level(level, params, hierarchy.conditions(level, seen, given), keys)
+
+            seen = {name: variables[name] for name in level.conditions}
+            arguments = (params[level.name], seen, given, keys[level.name])
+            variables[level.name] = run(level.name, sample_level, *arguments, out_shardings=split)
+        return decoded(variables[levels[-1].name])
+
+    @functools.partial(jax.jit, static_argnames="rows", out_shardings=split)
+    def part(z, start, rows):
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows), z)
+
+    def decoded(z):
+        images = []
+        for at in latents.slices(len(jax.tree.leaves(z)[0]), mesh.size):
+            rows = part(z, at.start, at.stop - at.start)
+            images.append(run("", latents.decode, rows, latents.params, out_shardings=whole))
+        return np.concatenate([np.asarray(some) for some in images])
+
+    return draw
+
+
+def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
+    """(generator, EMA parameters, step) of the newest checkpoint in `workdir`."""
+    if latest_step(workdir) is None:
+        folder = os.path.join(workdir, "checkpoints")
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint found; give the --workdir of a run that has saved, or --weights=FILE"
+        )
+    made, abstract = prepared(config, workdir)
+    state, step = restore_part(workdir, {"ema": abstract})  # an older step where the newest is damaged
+    return made, state["ema"], step
+
+
+def opened(config, workdir: str, weights: str) -> tuple[Generator, Tree, int]:
+    """(generator, parameters, 0) of the weight file or folder `weights` (nested/weights/exchange.py); '': as
+    `restored`."""
+    if not weights:
+        return restored(config, workdir)
+    made, abstract = prepared(config, workdir)
+    return made, export.load(weights, config, abstract), 0
+
+
+def prepared(config, workdir: str) -> tuple[Generator, Tree]:
+    """The config's generator, and the parameters that it takes as shapes and shardings."""
+    latents = build_data.decoder(config, workdir)
+    text = build_data.load_text(config)
+    levels = build.levels(config, text and text.null())
+    mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
+    shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
+    abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))
+    return generator(config, levels, latents, mesh, text), abstract
+
+
+def grid_of(config, images: np.ndarray) -> np.ndarray:
+    """Images side by side; of clips [N, T, H, W, C] a row of frames each."""
+    if images.ndim == 5:
+        return pictures.clip_grid(images[: config.sample.columns], scale=config.sample.scale)
+    return pictures.image_grid(images, columns=config.sample.columns, scale=config.sample.scale)
+
+
+def save_pictures(gen: Generator, images: np.ndarray, base: str) -> list[str]:
+    """Writes BASE.png, of clips BASE.webp as well (all of them, moving), and with prompts BASE.txt, a line per sample;
+    their paths."""
+    config, paths = gen.config, [base + ".png"]
+    pictures.save_png(grid_of(config, images), paths[0])
+    if images.ndim == 5:
+        paths.append(base + ".webp")
+        sizes = dict(columns=config.sample.columns, scale=config.sample.scale)
+        pictures.save_animation(images, paths[-1], fps=config.sample.fps, **sizes)
+    if gen.prompts:
+        paths.append(base + ".txt")
+        lines = [f"{i}\t{gen.prompts[i % len(gen.prompts)]}\n" for i in range(len(images))]
+        atomic_write(paths[-1], "".join(lines))
+    return paths
+
+
+def save_grid(gen: Generator, ema: Tree, path: str) -> np.ndarray:
+    """Writes the pictures of config.sample.num_samples samples (process 0), PATH a PNG, and returns that grid."""
+    images = gen.images(ema, gen.config.sample.num_samples, "samples")
+    if jax.process_index() == 0:
+        save_pictures(gen, images, os.path.splitext(path)[0])
+    return grid_of(gen.config, images)
+
+
+def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
+    """Writes samples.png, hierarchy.png (where there is more than one level), steps.png (where the config asks for it)
+    and curves.png; their paths."""
+    paths = [os.path.join(workdir, "samples.png")]
+    save_grid(gen, ema, paths[0])
+    if gen.config.sample.steps_shown:
+        paths.append(os.path.join(workdir, "steps.png"))
+        steps = gen.steps(ema, 0, gen.config.sample.steps_shown)
+        if jax.process_index() == 0:
+            pictures.save_png(pictures.steps_picture(steps), paths[-1])
+    if len(gen.levels) > 1:
+        rows = gen.cascade(ema, firsts=(2, 5))
+        paths.append(os.path.join(workdir, "hierarchy.png"))
+        if jax.process_index() == 0:
+            pictures.save_png(pictures.hierarchy_picture(rows, scale=gen.config.sample.scale), paths[-1])
+    metrics = read_metrics(workdir) if jax.process_index() == 0 else []
+    if metrics:
+        paths.append(os.path.join(workdir, "curves.png"))
+        pictures.loss_curves(metrics, paths[-1], build.trained(gen.config))
+    return paths
+
+
+def sample(config, workdir: str, num_samples: int, out: str, weights: str = "") -> None:
+    """The mode `sample`: OUT.png (a grid of the first ten rows), OUT.npz (arr_0, as the ADM evaluator reads), and for
+    clips OUT.webp; with config.sample.steps_shown OUT_steps.png."""
+    if num_samples < 1:
+        raise ValueError(f"{num_samples} samples asked for: give --num_samples=N, or set config.sample.num_samples")
+    gen, ema, step = opened(config, workdir, weights)
+    images = gen.images(ema, num_samples, "samples")
+    base = os.path.splitext(out)[0] if out else os.path.join(workdir, f"samples_{num_samples}")
+    if jax.process_index() == 0:
+        save_pictures(gen, images[: 10 * config.sample.columns], base)
+        pictures.save_samples(base + ".npz", images)
+    if config.sample.steps_shown:
+        steps = gen.steps(ema, 0, config.sample.steps_shown)
+        if jax.process_index() == 0:
+            pictures.save_png(pictures.steps_picture(steps), base + "_steps.png")
+    origin = weights or f"step {step}"
+    logging.info("%d samples of %s: %s.png and %s.npz", num_samples, origin, base, base)

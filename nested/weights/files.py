@@ -1,0 +1,348 @@
+"""Weight files of other code, read safely and without their frameworks, and the mapping between torch and linen names.
+
+`files` names the files of a download, shards by their index. `read` returns flat public names for .npz, .safetensors
+and .pth files; nothing in a file is ever executed, and nothing takes memory before it is used. `load` finds one network
+among them, whatever wraps it, and `checked` accounts for every tensor of it. `write` makes a .safetensors.
+`from_torch` and `to_torch` rest on one rule. A linen module carries the public module's name; a list index is joined
+to it with an underscore ('in_blocks.0' is 'in_blocks_0', 'down_levels.0.1' is 'down_levels_0_1'). The leaf names differ
+by layer:
+    Dense, Conv  kernel     <-  weight, (out, in, *window) -> (*window, in, out)
+    LayerNorm, GroupNorm  scale  <-  weight
+    Embed        embedding  <-  weight
+    HDiT's RMSNorm, attention  gain  <-  scale
+    others (bias, pos_embed, ...)  by their own names
+safetensors: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data
+(https://huggingface.co/docs/safetensors); the data must cover the rest of the file without gaps.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+
+from nested.runtime.files import atomic_write
+from nested.weights import torch_pickle
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .tar: MoCo-v3's .pth.tar, which is no archive
+SAVED_NAMES = (  # of a folder that a library saved a model to, the preferred first
+    ("model", ".safetensors"), ("diffusion_pytorch_model", ".safetensors"), ("pytorch_model", ".bin"),
+    ("diffusion_pytorch_model", ".bin"),
+)  # fmt: skip
+HEADER_BYTES = 100_000_000  # of a .safetensors, the format's own limit
+_SAFETENSORS_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": torch_pickle.BFLOAT16, "I64": "<i8", "I32": "<i4", "I16": "<i2",
+    "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
+
+
+def files(path: str | os.PathLike) -> list[str]:
+    """The weight files of a download: `path` itself, or those of the folder `path`.
+
+    Of a folder, by the names of SAVED_NAMES: the shards that an index ('model.safetensors.index.json') lists, or
+    model.safetensors, or all model*.safetensors; then the same of the next name.
+    Raises, in one line: FileNotFoundError where there are none, or a shard is missing; ValueError for a damaged index,
+    or one that names a file outside of its folder.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        return [_existing(folder)]
+    for stem, suffix in SAVED_NAMES:
+        if (index := folder / f"{stem}{suffix}.index.json").is_file():
+            return _indexed(index)
+        whole = folder / f"{stem}{suffix}"
+        found = [whole] if whole.is_file() else sorted(folder.glob(f"{stem}*{suffix}"))
+        if found:
+            return list(map(str, found))
+    wanted = ", ".join(f"{stem}*{suffix}" for stem, suffix in SAVED_NAMES)
+    raise FileNotFoundError(f"{folder}: no weight file in it ({wanted}); give the folder or the file of the weights")
+
+
+def _indexed(index: pathlib.Path) -> list[str]:
+    """The shards that an index names, all of which are there."""
+    try:
+        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"{index}: not an index of weight files ({reason}); get it again") from error
+    if not names:
+        raise ValueError(f"{index}: lists no weight files; get it again")
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or pathlib.PurePath(name).name != name:
+            raise ValueError(f"{index}: names the shard {name!r}, expected a file of its own folder; get it again")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name}: this shard is missing, {index.name} lists {len(names)}; "
+                                    "get the whole folder")  # fmt: skip
+    return [str(index.parent / name) for name in sorted(names)]
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays in a weight file by their public names, in the dtypes they are stored in (bfloat16 by ml_dtypes).
+
+    path: .npz, .safetensors, or .pth / .pt / .bin / .ckpt / .tar (torch zip, TorchScript or legacy stream). Nested
+    dicts are flattened with '.', so a wrapper stays in the name: 'state_dict.module.momentum_encoder.cls_token'.
+    Arrays are read-only views of the file, mapped into memory: what is not used takes none, and the file must stay as
+    it is while they are in use. Arrays of a .npz, and those that a zip holds compressed, are copies.
+    Errors, one line that names the file: FileNotFoundError; ValueError for an unknown suffix, an empty, truncated,
+    damaged or foreign file, one without tensors, a pickle that asks for code (named, not run).
+    """
+    path = _existing(path)
+    suffix = os.path.splitext(path)[1]
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    readers |= {torch: torch_pickle.read_stream for torch in TORCH_SUFFIXES}
+    if suffix not in readers:
+        raise ValueError(f"{path}: unknown kind of weight file {suffix!r}, expected one of {', '.join(readers)}")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the weight file is empty (0 bytes); get it again")
+    try:
+        with open(path, "rb") as stream:
+            found = readers[suffix](stream)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not found:
+        raise ValueError(f"{path}: the weight file has no tensors; give the file of the network's weights")
+    return found
+
+
+# Weights that were averaged while training, by the words that public files have for them.
+AVERAGED = ("model_ema", "nnet_ema", "ema", "teacher", "momentum_encoder")
+
+
+def load(
+    paths: Sequence[str | os.PathLike],
+    anchor: str | Sequence[str],
+    *,
+    prefix: str = "",
+    prefer: Sequence[str] = AVERAGED,
+    unused: tuple[str, ...] = (),
+) -> dict[str, np.ndarray]:
+    """The tensors of one network by its own names, from the file or the shards `paths`.
+
+    anchor: a name that the network has, such as 'cls_token'; what stands before it in the file ('state_dict.module.
+    momentum_encoder.') is the wrapper, and only what stands behind the same wrapper is returned, without it. Of several
+    names, which different files have for the same tensor, the first that the file has counts.
+    prefix: the wrapper to take, '.' for none; '' finds it. Of several, the one is taken that has a word of `prefer`
+    among its parts, the earlier word first. unused: starts of names (without the wrapper) that the network does not
+    need.
+    Raises, in one line: as read(); ValueError where nothing is called like the anchor, or two networks are and none is
+    preferred (named, to choose from).
+    """
+    tensors, where = {}, os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    for path in paths:
+        part = read(path)
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise ValueError(f"{where}: {_some(twice)} in more than one shard; the files are not of one download")
+        tensors |= part
+    anchors = (anchor,) if isinstance(anchor, str) else tuple(anchor)
+    behind = {f".{name}" for name in tensors}
+    present = (name for name in anchors if any(found.endswith(f".{name}") for found in behind))
+    wrapper, others = _wrapper(list(tensors), next(present, anchors[0]), prefix, prefer, where)
+    kept = (name for name in tensors if name.startswith(wrapper) and not name.startswith(others))
+    inside = {name.removeprefix(wrapper): tensors[name] for name in kept}
+    return {name: array for name, array in inside.items() if not name.startswith(unused)}
+
+
+def _wrapper(names: list[str], anchor: str, prefix: str, prefer: Sequence[str], where: str) -> tuple[str, tuple]:
+    """(the wrapper to take, those of other such networks inside of it)."""
+    found = [name.removesuffix(anchor) for name in names if f".{name}".endswith(f".{anchor}")]
+    shown = _some(repr(wrapper or ".") for wrapper in found)
+    if not found:
+        raise ValueError(f"{where}: no tensor is called {anchor!r}, with or without a prefix; it has {_some(names)}")
+    if prefix:
+        chosen = [wrapper for wrapper in found if wrapper.rstrip(".") == prefix.rstrip(".")]
+        if not chosen:
+            raise ValueError(f"{where}: no {prefix.rstrip('.') + '.' + anchor!r}; the file has it behind {shown}")
+    else:
+        by_word = ([wrapper for wrapper in found if word in wrapper.split(".")] for word in prefer)
+        chosen = found if len(found) == 1 else next((some for some in by_word if len(some) == 1), [])
+        if not chosen:
+            raise ValueError(f"{where}: holds more than one such network: give one of {shown} as prefix")
+        if len(found) > 1:
+            logging.info("%s: takes the weights behind %r, of %s", where, *chosen, shown)
+    return chosen[0], tuple(other for other in found if other != chosen[0] and other.startswith(chosen[0]))
+
+
+def checked(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple], what: str) -> dict[str, np.ndarray]:
+    """The tensors in the order of `shapes`, {name: shape} of all that the network has.
+
+    Raises ValueError, one line that begins with `what`, where a tensor is missing, unknown or of another shape: the
+    first is named with what was expected, and all are counted."""
+    problems = [f"tensor {name!r} {tuple(shapes[name])} is missing" for name in shapes if name not in tensors]
+    problems += [f"tensor {name!r} {tensors[name].shape} is unknown" for name in tensors if name not in shapes]
+    problems += [
+        f"tensor {name!r} has shape {tensors[name].shape}, expected {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != tuple(shape)
+    ]
+    if problems:
+        more = f" ({len(problems)} such problems)" if len(problems) > 1 else ""
+        raise ValueError(f"{what}: {problems[0]}{more}; give the file of the network that the config names")
+    return {name: tensors[name] for name in shapes}
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The hex digest of a file's bytes: what identifies the weights that made a set of latents."""
+    with open(_existing(path), "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _existing(path: str | os.PathLike) -> str:
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: a folder, expected a weight file; give the file in it")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such weight file; check the path in the config or download the file")
+    return path
+
+
+def _some(names, limit: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def _read_npz(stream) -> dict[str, np.ndarray]:
+    start = stream.read(24)
+    stream.seek(0)
+    if not start.startswith(b"PK\x03\x04"):
+        raise ValueError(f"not an .npz file: it begins with {start!r}, expected a zip; get it again")
+    found, name = {}, "directory"
+    try:
+        with np.load(stream, allow_pickle=False) as archive:
+            for name in archive.files:
+                found[name] = archive[name]
+            return found
+    except Exception as error:  # zipfile, zlib and numpy each fail in their own way on a damaged member
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"cannot read {name!r} of the .npz ({reason}); it is truncated, damaged or pickled") from error
+
+
+def _safetensors_header(stream) -> tuple[dict[str, dict], dict[str, str], int, int]:
+    """(entries by name, metadata, where the data starts, the file's size) with the lengths checked."""
+    size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"bad safetensors header: it claims {length} bytes, the file has {size}; foreign or truncated")
+    if length > HEADER_BYTES:
+        raise ValueError(f"bad safetensors header: {length} bytes, expected at most {HEADER_BYTES}; damaged or foreign")
+    try:
+        header = json.loads(stream.read(length))
+        notes = dict(header.pop("__metadata__", {}))
+        for entry in header.values():
+            numbers = [*entry["shape"], *entry["data_offsets"]]
+            if entry["dtype"] not in _SAFETENSORS_DTYPES or len(entry["data_offsets"]) != 2:
+                raise ValueError(f"dtype {entry['dtype']!r}, expected one of {', '.join(_SAFETENSORS_DTYPES)}")
+            if not all(type(number) is int and 0 <= number < torch_pickle.LIMIT for number in numbers):
+                raise ValueError(f"shape and offsets {numbers}, expected whole numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"bad safetensors header ({reason}); the file is damaged or foreign") from error
+    return header, notes, 8 + length, size
+
+
+def _read_safetensors(stream) -> dict[str, np.ndarray]:
+    entries, _, start, size = _safetensors_header(stream)
+    data, found, end = torch_pickle.mapped(stream), {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        expected = [end, end + math.prod(shape) * dtype.itemsize]
+        if entry["data_offsets"] != expected:
+            raise ValueError(f"tensor {name!r} lies at {entry['data_offsets']}, expected {expected} from its shape "
+                             f"{shape} and the tensor before it; the safetensors header is damaged")  # fmt: skip
+        end = expected[1]
+        if start + end <= size:
+            found[name] = data[start + expected[0] : start + end].view(dtype).reshape(shape)
+    if start + end != size:
+        raise ValueError(f"truncated or damaged: the header describes {start + end} bytes, the file has {size}")
+    return found
+
+
+_WRITTEN_DTYPES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
+
+
+def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A .safetensors of host arrays, whole or not at all; metadata: strings under '__metadata__'.
+
+    Raises OSError, in one line, where the file cannot be written."""
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        dtype = _WRITTEN_DTYPES[array.dtype]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8 bytes
+    data = (np.ascontiguousarray(array).tobytes() for array in tensors.values())
+    atomic_write(path, itertools.chain([len(text).to_bytes(8, "little"), text], data))
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The '__metadata__' of a .safetensors file, {} where it has none."""
+    path = _existing(path)
+    with open(path, "rb") as stream:
+        try:
+            return _safetensors_header(stream)[1]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "gain": "scale"}
+
+
+def _torch_name(path) -> str:
+    """'in_blocks.0.attn.qkv.weight' for the linen path (in_blocks_0, attn, qkv, kernel)."""
+    *modules, leaf = [entry.key for entry in path]
+    modules = [re.sub(r"(_\d+)+$", lambda indices: indices[0].replace("_", "."), module) for module in modules]
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)])
+
+
+def _to_torch_layout(path, array):
+    """(*window, in, out) -> (out, in, *window) for kernels; everything else as it is."""
+    window = range(array.ndim - 2)
+    return array.transpose(array.ndim - 1, array.ndim - 2, *window) if path[-1].key == "kernel" else array
+
+
+def _from_torch_layout(path, array):
+    window = range(2, array.ndim)
+    return array.transpose(*window, 1, 0) if path[-1].key == "kernel" and array.ndim >= 2 else array
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], template) -> dict:
+    """The tree of `template` (linen params as nested dicts of arrays or jax.ShapeDtypeStruct) filled from a state dict.
+
+    Arrays are cast to the template's dtypes and stay on the host. A tensor that is missing, left over or of another
+    shape is a ValueError that names all of them, with the shapes found and expected in linen's layout.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
+    names = torch_names(template)
+    missing = [name for name in names if name not in tensors]
+    extra = sorted(set(tensors) - set(names))
+    filled, misshapen = [], []
+    for name, (path, leaf) in zip(names, leaves, strict=True):
+        if name in tensors:
+            array = _from_torch_layout(path, np.asarray(tensors[name]))
+            if array.shape == tuple(leaf.shape):  # else it may be too large to be copied
+                filled.append(array.astype(leaf.dtype))
+            else:
+                misshapen.append(f"{name} (found {array.shape}, expected {leaf.shape})")
+    problems = [("missing", missing), ("unexpected", extra), ("of another shape", misshapen)]
+    if any(wrong for _, wrong in problems):
+        listed = "; ".join(f"{what}: {_some(wrong)}" for what, wrong in problems if wrong)
+        raise ValueError(f"the weights do not fit the model. {listed}. Check the model's config against the weights'")
+    return jax.tree.unflatten(treedef, filled)
+
+
+def torch_names(template) -> list[str]:
+    """The names in torch of linen params, in the order of the tree's leaves."""
+    return [_torch_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(template)[0]]
+
+
+def to_torch(params) -> dict[str, np.ndarray]:
+    """The state dict (torch names and layouts, host arrays) of linen params, or of gradients with the same tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {_torch_name(path): _to_torch_layout(path, np.asarray(leaf)) for path, leaf in leaves}
