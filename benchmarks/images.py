@@ -41,7 +41,7 @@ CLASSES, INDEXED = 1000, 110_080  # bytes of an image, whole blocks
 
 def write_jpegs(folder: pathlib.Path, number: int) -> float:
     """Writes the JPEGs; their mean size in bytes."""
-    rows, columns = np.mgrid[0:1:HEIGHT * 1j, 0:1:WIDTH * 1j]
+    rows, columns = np.mgrid[0 : 1 : HEIGHT * 1j, 0 : 1 : WIDTH * 1j]
     for i in range(number):
         generator = np.random.default_rng(i)
         slopes, offsets = generator.normal(size=(2, 3)), generator.uniform(60, 200, 3)
@@ -133,9 +133,7 @@ def main(argv):
         figures["bytes_per_image"] = round(write_jpegs(folder, FLAGS.images))
         figures["alone"] = alone(folder)
         source = transforms.Transformed(image_files.ImageFolder(folder), SIZE, "center", 3)
-        figures["loader_by_workers"] = {
-            str(count): through_loader(source, count, FLAGS.batches) for count in workers
-        }
+        figures["loader_by_workers"] = {str(count): through_loader(source, count, FLAGS.batches) for count in workers}
     figures["cpu_cores"] = os.cpu_count()
     report(figures, FLAGS.out)
 

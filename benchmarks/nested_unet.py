@@ -119,8 +119,7 @@ def main(argv):
     sides = [level.shape[1][0] // 2**i for i in range(3)]
     outer = level.backbone.nets[1]
     blocks = [
-        block_seconds(width, side, outer["groups"], dtype)
-        for width, side in zip(outer["channels"], sides, strict=True)
+        block_seconds(width, side, outer["groups"], dtype) for width, side in zip(outer["channels"], sides, strict=True)
     ]
     figures = {
         "batch": FLAGS.batch,

@@ -51,9 +51,7 @@ def get_config(arg: str = "L2"):
 
 def text_training(config) -> None:
     """Data, text, codec, optimiser and evaluation of U-ViT's COCO recipe."""
-    config.data.update(
-        source="coco", split="train2014", image_size=256, crop="center_lanczos", channels=3, check=False
-    )
+    config.data.update(source="coco", split="train2014", image_size=256, crop="center_lanczos", channels=3, check=False)
     config.text.update(encoder="clip_vitl14", max_tokens=77, width=768)
     config.codec.update(name="sd_vae", patch=8, channels=4, scale=0.23010)
     config.train.update(

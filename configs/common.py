@@ -340,8 +340,7 @@ def hdit_groups() -> tuple[dict, ...]:
 
 
 def hdit_optimizer() -> dict:
-    """AdamW as HDiT trains (Table 6): parameter groups, clipping at 1, EMA that warms up (power of the public configs).
-    """
+    """AdamW as HDiT trains (Table 6): parameter groups, clipping at 1, EMA that warms up."""
     return dict(
         learning_rate=5e-4, b1=0.9, b2=0.95, weight_decay=1e-2, clip_norm=1.0, ema_decay=0.9999, ema_power=0.75,
         groups=hdit_groups(),

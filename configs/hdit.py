@@ -49,24 +49,20 @@ def get_config(arg: str = "E"):
         config.data.update(source="image_folder", path="", num_classes=1000, image_size=size, channels=3)
     else:
         config.data.update(source="synthetic", num_classes=1000, num_examples=4096)
-    if row in ("R1", "R2"):
-        backbone = common.dit("B", learn_variance=row == "R1")
-    else:
-        backbone = network(row, extra, skip)
+    is_dit = row in ("R1", "R2")
+    backbone = common.dit("B", learn_variance=row == "R1") if is_dit else network(row, extra, skip)
     how = process(row, size, loss)
     sampler = common.sigma_sampler("dpmpp_3m_sde", 50)
     if row == "R1":
         sampler = dict(name="ddpm", steps=250, t_end=1e-3)
-    config.levels = (
-        common.level("x", "pixels", (size, size, 3), 4, backbone=backbone, process=how, sampler=sampler),
-    )
+    config.levels = (common.level("x", "pixels", (size, size, 3), 4, backbone=backbone, process=how, sampler=sampler),)
     config.hierarchy.label_levels = ("x",)
     config.train.update(
         batch_size=256, steps=400_000, dtype="bfloat16", remat=extra > 0, log_every=100, save_every=5000, workers=8
     )
     config.sample.batch_size = 64 >> 2 * extra
     config.optimizer.update(common.hdit_optimizer())
-    if row in ("R1", "R2"):  # DiT's own AdamW; R2 keeps the clipping and the averaging of the other rows
+    if is_dit:  # DiT's own AdamW; R2 keeps the clipping and the averaging of the other rows
         config.optimizer.update(learning_rate=1e-4, b2=0.999, weight_decay=0.0, groups=())
     if row == "R1":
         config.optimizer.update(clip_norm=0.0, ema_power=0.0)

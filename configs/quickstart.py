@@ -24,9 +24,7 @@ def get_config():
         common.level("x", "pixels", (8, 8, 1), 2, guidance=0.3, backbone=base, threshold="static", **how),
     )
     config.hierarchy.update(label_levels=("z1x1", "z2x2", "x"), noise_gamma=0.3)
-    config.train.update(
-        batch_size=64, steps=1200, eval_every=200, sample_every=0, save_every=500, log_every=50, keep=2
-    )
+    config.train.update(batch_size=64, steps=1200, eval_every=200, sample_every=0, save_every=500, log_every=50, keep=2)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=50, decay="cosine", ema_decay=0.99, weight_decay=0.03)
     config.sample.update(num_samples=100, batch_size=100, columns=10, scale=6)
     config.evaluate.update(num_samples=500, num_reference=1797)

@@ -143,10 +143,8 @@ def augment(image_HWC: np.ndarray, generator: np.random.Generator, prob: float) 
     a = draw(generator, prob)
     image = image_HWC.astype(np.float32) / 127.5 - 1
     if a[2:].any():
-        image = warp(image, matrix(a, len(image)))
-    else:
-        image = image[:: -1 if a[1] else 1, :: -1 if a[0] else 1]
-    return image, condition(a)
+        return warp(image, matrix(a, len(image))), condition(a)
+    return image[:: -1 if a[1] else 1, :: -1 if a[0] else 1], condition(a)
 
 
 def flipped(record: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:

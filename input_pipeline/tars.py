@@ -127,7 +127,7 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
     cannot be written, or its file system has no locks, nothing is waited for."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "w")  # noqa: SIM115  it is closed below
     except OSError:
         yield
         return

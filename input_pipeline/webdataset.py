@@ -158,7 +158,7 @@ class WebDatasetClips(_Shards):
         data, name = super().data(index), self._names[index]
         if not clips.is_video(name):
             return data
-        file = tempfile.NamedTemporaryFile(suffix=pathlib.PurePosixPath(name).suffix)  # decode() closes it
+        file = tempfile.NamedTemporaryFile(suffix=pathlib.PurePosixPath(name).suffix)  # noqa: SIM115  decode() closes it
         file.write(data)
         file.flush()
         return file

@@ -55,9 +55,9 @@ def x64():
 
 @pytest.fixture(scope="session")
 def searched(tmp_path_factory):
-    """(workdir, what was printed) of a search over tests/small_runs.py with two levels: the runs L1, L2-sigma0 and
-    L2-sigma0.5, one step each, scored with stand-in features."""
-    import small_runs
+    """(workdir, what was printed) of a search over tests/helpers/small_runs.py with two levels: the runs L1,
+    L2-sigma0 and L2-sigma0.5, one step each, scored with stand-in features."""
+    from helpers import small_runs
     from test_sample import Pooler
 
     from nested.build import data as build_data

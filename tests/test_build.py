@@ -4,8 +4,7 @@ import json
 
 import jax
 import pytest
-import tiny
-import tiny_mdm
+from helpers import tiny, tiny_mdm
 
 from configs import common, imagenet, rcg
 from nested.build import levels as build

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
+from helpers.toy_encoding import Source, Toy
 from test_build import ALL, changed, refused
-from toy_encoding import Source, Toy
 
 from configs import common, imagenet
 from nested.build import data as build_data
@@ -228,4 +228,4 @@ def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
 
 def test_what_a_codec_leaves_unset_is_what_the_defaults_say():
     default = common.default().codec.to_dict()
-    assert codecs.UNSET == {name: value for name, value in default.items() if name not in ("name", "patch", "channels")}
+    assert {key: default[key] for key in default if key not in ("name", "patch", "channels")} == codecs.UNSET

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 from test_build import changed, refused
 
 from configs import common

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tar_files import jpeg, levels, tar
+from helpers.tar_files import jpeg, levels, tar
 from test_build import changed, refused
 from test_coco import write as write_coco
 from test_imagenet import write_train

@@ -7,7 +7,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from processes import finish, free_port, run_python, start_python, wait_for
+from helpers.processes import finish, free_port, run_python, start_python, wait_for
 
 from nested.runtime import checkpoint
 

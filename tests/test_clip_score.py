@@ -7,8 +7,8 @@ import types
 
 import numpy as np
 import pytest
+from helpers.small_runs import config_of
 from safetensors.numpy import load_file, save_file
-from small_runs import config_of
 from test_clip_text import hugging_face, network, write_tokenizer  # noqa: F401  network is a fixture
 
 from nested.build import data as build_data

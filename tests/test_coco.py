@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from tar_files import jpeg, levels
+from helpers.tar_files import jpeg, levels
 
 from input_pipeline import captions as text
 from input_pipeline import loader

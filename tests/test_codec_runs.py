@@ -8,12 +8,11 @@ import types
 import jax
 import numpy as np
 import pytest
-import tiny
-import toy_encoding
+from helpers import tiny, toy_encoding
+from helpers.toy_encoding import Source, Toy
 from test_build import refused
 from test_build_data import Lengths
 from test_sample import Pooler
-from toy_encoding import Source, Toy
 
 from configs import imagenet
 from input_pipeline import loader

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.small_runs import config_of
 from PIL import Image
-from small_runs import config_of
 from test_build import refused
 
 from nested.build import levels as build

@@ -102,9 +102,7 @@ def test_a_basis_behind_a_linear_map(center):
     found = compress.fit_basis(stream(x).through(shift, mixing), 2, center)
     np.testing.assert_allclose(found.variances, expected.variances, rtol=1e-4)
     behind = found.after(shift, mixing)
-    np.testing.assert_allclose(
-        compress.project(x, *floats(behind)), compress.project(y, *floats(expected)), atol=2e-3
-    )
+    np.testing.assert_allclose(compress.project(x, *floats(behind)), compress.project(y, *floats(expected)), atol=2e-3)
 
 
 def test_a_large_offset_costs_no_accuracy():

@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 import pytest
+from helpers.processes import finish, free_port
+from helpers.tiny import run_main, start_main
 from PIL import Image
-from processes import finish, free_port
-from tiny import run_main, start_main
 
 from input_pipeline.latent_records import LatentRecords
 from nested.runtime.writers import read_metrics
@@ -39,7 +39,7 @@ def check_same(workdir, other):
 def one(tmp_path_factory):
     """The workdir of the run on one device."""
     workdir = tmp_path_factory.mktemp("one")
-    run_main(f"--workdir={workdir}", *TRAIN, config="tests/tiny.py:L2")
+    run_main(f"--workdir={workdir}", *TRAIN, config="tests/helpers/tiny.py:L2")
     assert losses(workdir).shape == (3, 3) and not is_split(workdir)
     return workdir
 
@@ -47,13 +47,13 @@ def one(tmp_path_factory):
 @pytest.mark.parametrize("data, fsdp", [(1, 2), (2, 2)])
 def test_devices_make_no_difference(one, tmp_path, data, fsdp):
     options = (f"--config.latents_dir={one / 'latents'}", f"--config.train.mesh_fsdp={fsdp}", *TRAIN)
-    run_main(f"--workdir={tmp_path}", *options, config="tests/tiny.py:L2", devices=data * fsdp)
+    run_main(f"--workdir={tmp_path}", *options, config="tests/helpers/tiny.py:L2", devices=data * fsdp)
     assert is_split(tmp_path)
     check_same(tmp_path, one)
 
 
 def test_a_batch_is_encoded_on_all_devices(one, tmp_path):
-    run_main(f"--workdir={tmp_path}", "--mode=encode", config="tests/tiny.py:L2", devices=4)
+    run_main(f"--workdir={tmp_path}", "--mode=encode", config="tests/helpers/tiny.py:L2", devices=4)
     records, expected = LatentRecords(tmp_path / "latents"), LatentRecords(one / "latents")
     assert len(records) == len(expected) and records.fields == expected.fields
     for i in (0, 63, 64, len(records) - 1):
@@ -62,13 +62,11 @@ def test_a_batch_is_encoded_on_all_devices(one, tmp_path):
         np.testing.assert_allclose(records[i]["map"], expected[i]["map"], rtol=0, atol=0.02)
 
 
-def start_two(workdir, *options, config="tests/tiny.py:L2", of_the_second=()):
+def start_two(workdir, *options, config="tests/helpers/tiny.py:L2", of_the_second=()):
     """Two processes of one run, with options `of_the_second` for the second only."""
     address = ("--coordinator_address=127.0.0.1:" + str(free_port()), "--num_processes=2")
     options = (f"--workdir={workdir}", *address, *options)
-    return [
-        start_main([*options, f"--process_id={i}", *(of_the_second if i else ())], config=config) for i in range(2)
-    ]
+    return [start_main([*options, f"--process_id={i}", *(of_the_second if i else ())], config=config) for i in range(2)]
 
 
 def test_processes_make_no_difference(one, tmp_path):
@@ -84,7 +82,7 @@ def test_processes_make_no_difference(one, tmp_path):
 
 def test_a_mistake_in_one_process_ends_both(tmp_path):
     options = ("--config.train.threads=-1",)
-    first, second = start_two(tmp_path, config="tests/tiny.py:synthetic,L2", of_the_second=options)
+    first, second = start_two(tmp_path, config="tests/helpers/tiny.py:synthetic,L2", of_the_second=options)
     _, err = finish(second, timeout=60, returncode=1)
     assert err.splitlines()[-1] == "error: threads must be at least 0, found -1"
     begin = time.monotonic()

@@ -9,7 +9,20 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from toy_encoding import CODEC, CONFIG, IMAGES, LEVELS, PIXELS, Killed, Source, Toy, batch, content, one_line, run
+from helpers.toy_encoding import (
+    CODEC,
+    CONFIG,
+    IMAGES,
+    LEVELS,
+    PIXELS,
+    Killed,
+    Source,
+    Toy,
+    batch,
+    content,
+    one_line,
+    run,
+)
 
 from input_pipeline import latent_records as records
 from nested.encoders import efficientnet, grids

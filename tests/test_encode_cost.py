@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-import toy_encoding as toy
-from small_runs import config_of
+from helpers import toy_encoding as toy
+from helpers.small_runs import config_of
 from test_build import refused
 
 from input_pipeline import latent_records as records

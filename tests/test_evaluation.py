@@ -9,10 +9,10 @@ import pytest
 from nested.evaluation import frechet
 from nested.evaluation import kernel as scores
 
-PAIRS = (
-    "full_rank_d2 full_rank_d16 full_rank_d48 identical mean_shift_only diagonal rank_deficient "
-    "rank_deficient_identical near_singular one_zero_cov both_zero_cov large_scale tiny_scale"
-).split()
+PAIRS = [
+    "full_rank_d2", "full_rank_d16", "full_rank_d48", "identical", "mean_shift_only", "diagonal", "rank_deficient",
+    "rank_deficient_identical", "near_singular", "one_zero_cov", "both_zero_cov", "large_scale", "tiny_scale",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import small_runs
+from helpers import small_runs
+from helpers.weight_files import write_safetensors, write_state
 from safetensors.numpy import load_file
 from test_sample import Pooler
-from weight_files import write_safetensors, write_state
 
 from nested.build import data as build_data
 from nested.evaluation import report as evaluate

@@ -307,8 +307,13 @@ def test_remat_and_bfloat16():
     model = tiny(num_classes=3)
     cond = {"label": jnp.array([0, 3])}
     params = stirred(shapes(model, IMAGES, cond))
-    gradient = lambda model: jax.jit(jax.grad(lambda p: jnp.sum(  # noqa: E731
-        jnp.square(model.apply({"params": p}, IMAGES, C_NOISE, cond, train=True)))))(params)
+
+    def gradient(model):
+        def loss(p):
+            return jnp.sum(jnp.square(model.apply({"params": p}, IMAGES, C_NOISE, cond, train=True)))
+
+        return jax.jit(jax.grad(loss))(params)
+
     plain, again = gradient(model), gradient(tiny(num_classes=3, remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), plain, again)
     half = tiny(num_classes=3, dtype=jnp.bfloat16)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny import get_config, run_main
 from test_build import refused
 from test_train import assert_equal, batch_of, copied, make
-from tiny import get_config, run_main
 
 from configs import common
 from input_pipeline import sources
@@ -215,15 +215,15 @@ def test_a_run_resumed_after_its_batch_grew_is_bit_for_bit_that_of_one_go(tmp_pa
     options = ["--config.data.augment_prob=0.5", "--config.train.batch_growth=((2,16),)"]
     options += ["--config.evaluate.num_samples=0"]
     one, two = tmp_path / "one", tmp_path / "two"
-    out, _ = run_main(f"--workdir={one}", "--config.train.steps=4", *options, config="tests/tiny.py:L1,hdit")
+    out, _ = run_main(f"--workdir={one}", "--config.train.steps=4", *options, config="tests/helpers/tiny.py:L1,hdit")
     assert "samples.png" in out and not (one / "latents").exists() and not (one / "hierarchy.png").exists()
-    run_main(f"--workdir={two}", "--config.train.steps=3", *options, config="tests/tiny.py:L1,hdit")
-    run_main(f"--workdir={two}", "--config.train.steps=4", *options, config="tests/tiny.py:L1,hdit")
+    run_main(f"--workdir={two}", "--config.train.steps=3", *options, config="tests/helpers/tiny.py:L1,hdit")
+    run_main(f"--workdir={two}", "--config.train.steps=4", *options, config="tests/helpers/tiny.py:L1,hdit")
     assert fingerprints(one, 4) == fingerprints(two, 4)
     assert checkpoint.latest_step(str(two)) == 4
 
 
 def test_semantic_levels_above_an_hdit_train_and_sample(tmp_path):
-    out, _ = run_main(f"--workdir={tmp_path}", config="tests/tiny.py:hdit")
+    out, _ = run_main(f"--workdir={tmp_path}", config="tests/helpers/tiny.py:hdit")
     assert "hierarchy.png" in out and "FD-EffLite0" in out
     assert any("cond_grid_proj_z2x2" in name for name in fingerprints(tmp_path, 4))

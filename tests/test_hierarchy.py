@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from nested.build import levels as build
 from nested.diffusion import hierarchy, process, schedules

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import scipy.io
-from tar_files import jpeg, levels, tar
+from helpers.tar_files import jpeg, levels, tar
 
 from input_pipeline import devkit, loader, tars
 from input_pipeline.imagenet import ImageNetTar

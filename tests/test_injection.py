@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_uvit import deconvolve, numpy_uvit
+from helpers.numpy_uvit import deconvolve, numpy_uvit
 
 from nested.models.injection import Deconvolution, Injection
 from nested.models.uvit import UViT

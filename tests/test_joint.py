@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_python
+from helpers.processes import run_python
+from helpers.tiny_mdm import get_config
 from test_build import refused
 from test_hierarchy import draw, make_levels
 from test_train import assert_equal
-from tiny_mdm import get_config
 
 from nested.build import data as build_data
 from nested.diffusion import hierarchy, process, schedules

@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from toy_encoding import CONFIG, IMAGES, LEVELS, PIXELS, Source, Toy, batch, one_line, run
+from helpers.toy_encoding import CONFIG, IMAGES, LEVELS, PIXELS, Source, Toy, batch, one_line, run
 
 from input_pipeline import latent_records as records
 from nested.latents import store as latents

@@ -60,9 +60,7 @@ def test_seed_and_shuffle():
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_hosts_hold_the_rows_of_one_global_batch(process_count):
-    hosts = [
-        take(6, batch_size=8, process_index=index, process_count=process_count) for index in range(process_count)
-    ]
+    hosts = [take(6, batch_size=8, process_index=index, process_count=process_count) for index in range(process_count)]
     np.testing.assert_array_equal(np.concatenate(hosts, axis=1), take(6, batch_size=8))
 
 

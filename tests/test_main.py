@@ -1,4 +1,5 @@
-"""main.py as people run it: every mode in a process of its own on tests/tiny.py, and one line for what goes wrong."""
+"""main.py as people run it: every mode in a process of its own on tests/helpers/tiny.py, and one line for what goes
+wrong."""
 
 import json
 import os
@@ -7,14 +8,15 @@ import signal
 
 import numpy as np
 import pytest
+from helpers.processes import finish, wait_for
+from helpers.tiny import run_main, start_main
 from PIL import Image
-from processes import finish, wait_for
-from tiny import run_main, start_main
 
 from nested.figures import grids as pictures
 from nested.runtime import checkpoint
 from nested.runtime.writers import read_metrics
 
+TINY = "tests/helpers/tiny.py"
 QUIET = ("--config.sample.num_samples=0", "--config.evaluate.num_samples=0")  # training only
 
 
@@ -158,7 +160,7 @@ def test_a_finished_run_does_not_train_again_but_goes_on_to_more_steps(trained, 
 # --- one line for each mistake -----------------------------------------------------------------------------------
 
 
-def refused(*arguments, config="tests/tiny.py"):
+def refused(*arguments, config="tests/helpers/tiny.py"):
     """The one line, after what was logged, of a command that is refused: exit code 1, no traceback."""
     out, err = finish(start_main(arguments, config=config), returncode=1)
     assert out == "" and "Traceback" not in err
@@ -170,13 +172,13 @@ def refused(*arguments, config="tests/tiny.py"):
 @pytest.mark.parametrize(
     "config, option, message",
     [
-        ("tests/tiny.py", "--config.train.stepz=3", 'Did you mean "steps" instead of "stepz"?'),
-        ("tests/tiny.py", "--config.nokey=3", "'nokey'"),
-        ("tests/tiny.py", "--config.levels[7].sigma=3", "tuple index out of range"),
-        ("tests/tiny.py", "--config.train.steps=many", "flag --config.train.steps=many: invalid literal for int()"),
-        ("tests/tiny.py", "--nosuch=3", "Unknown command line flag 'nosuch'"),
-        ("tests/tiny.py", "config.seed=3", "unknown argument 'config.seed=3'; options start with --"),
-        ("tests/tiny.py:L9", "--mode=train", "ValueError: config argument 'L9' is not one of: digits | synthetic; L3"),
+        (TINY, "--config.train.stepz=3", 'Did you mean "steps" instead of "stepz"?'),
+        (TINY, "--config.nokey=3", "'nokey'"),
+        (TINY, "--config.levels[7].sigma=3", "tuple index out of range"),
+        (TINY, "--config.train.steps=many", "flag --config.train.steps=many: invalid literal for int()"),
+        (TINY, "--nosuch=3", "Unknown command line flag 'nosuch'"),
+        (TINY, "config.seed=3", "unknown argument 'config.seed=3'; options start with --"),
+        (f"{TINY}:L9", "--mode=train", "ValueError: config argument 'L9' is not one of: digits | synthetic; L3"),
         ("tests/nofile.py", "--mode=train", "[Errno 2] No such file or directory: 'tests/nofile.py'"),
     ],
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact import STD, exact_errors
+from helpers.exact import STD, exact_errors
 
 from nested.diffusion.denoiser import denoiser, thresholded
 from nested.diffusion.hierarchy import mixed_resolutions

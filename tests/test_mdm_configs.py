@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from shrunk import check_two_steps, on_random_data
+from helpers.shrunk import check_two_steps, on_random_data
 from test_configs import get_config
 
 from configs import mdm

@@ -1,15 +1,16 @@
-"""Whole runs of tests/tiny_mdm.py: a cascade of two nets and its sweep, sampling with the steps shown, main.py."""
+"""Whole runs of tests/helpers/tiny_mdm.py: a cascade of two nets and its sweep, sampling with the steps shown,
+main.py."""
 
 import json
 
 import numpy as np
 import pytest
-import tiny_mdm
+from helpers import tiny_mdm
+from helpers.processes import finish
+from helpers.tiny import start_main
 from PIL import Image
-from processes import finish
 from test_build import refused
 from test_sample import Pooler
-from tiny import start_main
 
 from nested.build import data as build_data
 from nested.build import levels as build
@@ -79,7 +80,7 @@ def test_a_noise_level_that_there_is_not_is_refused():
 
 
 def main(workdir, *options, kind="nest", returncode=0):
-    process = start_main([f"--workdir={workdir}", *options], config=f"tests/tiny_mdm.py:{kind}")
+    process = start_main([f"--workdir={workdir}", *options], config=f"tests/helpers/tiny_mdm.py:{kind}")
     return finish(process, timeout=300, returncode=returncode)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_python
+from helpers.processes import run_python
 
 from benchmarks import neighborhood_attention as benchmark
 from nested.ops import neighborhood_attention as module

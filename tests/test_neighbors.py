@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import toy_encoding as toy
+from helpers import toy_encoding as toy
 from PIL import Image
 from test_nearest import by_definition
 

@@ -1,7 +1,7 @@
 """configs/coco.py, coco_iclr.py, imagenet100.py, rcg.py: the papers' numbers, and one real training step of each."""
 
 import pytest
-from shrunk import check_two_steps, on_random_data
+from helpers.shrunk import check_two_steps, on_random_data
 from test_build import refused
 from test_configs import get_config
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_nests import (
+from helpers.small_nests import (
     C_NOISE,
     CLIP,
     FRAMES,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tar_files import jpeg, levels
+from helpers.tar_files import jpeg, levels
 
 from input_pipeline import captions as text
 from input_pipeline import loader, parquet

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers.processes import run_python
 from jax.sharding import AxisType, PartitionSpec
-from processes import run_python
 
 from nested.runtime import partition
 

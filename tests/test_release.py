@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 import test_clip_text
+from helpers.tiny import run_main
+from helpers.weight_files import Call, write_state
 from PIL import Image
 from safetensors.numpy import save_file
 from test_clip_text import hugging_face, write_tokenizer
-from tiny import run_main
-from weight_files import Call, write_state
 
 from configs import uvit_release
 from nested.build import levels as build

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_python
+from helpers.processes import run_python
 
 from nested.ops.mixed_rows import fill_rows, take_rows
 

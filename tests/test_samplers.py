@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact import exact_errors, padded
+from helpers.exact import exact_errors, padded
 
 from nested.diffusion.denoiser import denoiser, thresholded
 from nested.diffusion.process import Process

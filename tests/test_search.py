@@ -4,11 +4,11 @@ import json
 import os
 
 import pytest
-from processes import finish
-from small_runs import config_of
+from helpers.processes import finish
+from helpers.small_runs import config_of
+from helpers.tiny import start_main
 from test_build import refused
 from test_train import assert_equal
-from tiny import start_main
 
 from nested.modes import search
 from nested.runtime import checkpoint
@@ -199,7 +199,7 @@ def test_a_search_scores_its_runs(searched):
 
 def test_main_has_the_modes(tmp_path):
     started = {
-        "search": start_main([f"--workdir={tmp_path / 's'}", "--mode=search"], config="tests/tiny.py:L1"),
+        "search": start_main([f"--workdir={tmp_path / 's'}", "--mode=search"], config="tests/helpers/tiny.py:L1"),
         "compare": start_main([f"--workdir={tmp_path / 'c'}", "--mode=compare", "--runs=a"]),
     }
     said = {mode: finish(process, returncode=1)[1].splitlines()[-1] for mode, process in started.items()}

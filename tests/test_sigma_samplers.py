@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact import exact_errors, padded
+from helpers.exact import exact_errors, padded
 
 from nested.diffusion.process import Process
 from nested.diffusion.samplers.dpm_solver import DDIM, DPMSolver

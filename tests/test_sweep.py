@@ -9,9 +9,9 @@ import types
 import jax
 import numpy as np
 import pytest
+from helpers.small_runs import config_of
 from matplotlib.figure import Figure
 from PIL import Image
-from small_runs import config_of
 from test_build import refused
 from test_sample import Pooler
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from tar_files import tar
+from helpers.tar_files import tar
 
 from input_pipeline import tars
 
@@ -30,14 +30,14 @@ def test_members_are_found_and_read_at_their_places(tmp_path, format):
 def test_damaged_tars_are_refused_in_one_line(tmp_path):
     whole, path = tar({"a": b"1" * 600, "b": b"2" * 600}), tmp_path / "a.tar"
     # header a, 2 blocks, header b at 1536, 2 blocks, zeros from 3072
-    changed = whole[:1536 + 148] + b"9" + whole[1536 + 149 :]
+    changed = whole[: 1536 + 148] + b"9" + whole[1536 + 149 :]
     cases = [whole[:cut] for cut in (0, 100, 512, 1000, 1536, 1600, 2048, 3071, 3072, 3500)]
     for data in (*cases, changed, b"<html>not found</html>" * 100, b"\x1f\x8b" + whole):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"^{path} (is not a whole tar|is cut off or damaged at byte)") as error:
             tars.members(path)
         assert "\n" not in str(error.value)
-    path.write_bytes(whole[:3072 + 512])
+    path.write_bytes(whole[: 3072 + 512])
     assert len(tars.members(path)) == 2
     path.write_bytes(whole + bytes(3 * tars.CHUNK))  # any number of zeros may follow
     assert len(tars.members(path)) == 2

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import get_config
+from helpers.tiny import get_config
 
 from configs import common
 from input_pipeline import loader, sources

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_mdm
-from exact import OPTIMIZED
+from helpers import tiny_mdm
+from helpers.exact import OPTIMIZED
 from test_build import refused
 from test_train import assert_equal
 
@@ -165,8 +165,10 @@ def test_the_last_phase_takes_the_same_network_whole(straight):
         ((dict(name="a"), dict(name="b", optimizer=dict(decay="cosine", warmup_steps=9))), "config.train.steps is 2"),
         ((dict(name="a"), dict(name="b", train=dict(batch_size=5))), "config.levels[0].mixed (2, 1): the 5 rows per"),
         ((dict(name="a"), dict(name="b", init_from=dict(weights="best"))), "config.init_from.weights: 'best' given"),
-        ((dict(name="a"), dict(name="b", data=dict(source="synthetic"), sample=dict(num_samples=8))),
-         "config.data.source is 'synthetic', whose latents have no images"),
+        (
+            (dict(name="a"), dict(name="b", data=dict(source="synthetic"), sample=dict(num_samples=8))),
+            "config.data.source is 'synthetic', whose latents have no images",
+        ),
     ],
 )
 def test_wrong_phases_are_refused_before_any_trains(phases, message, tmp_path):

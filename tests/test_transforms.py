@@ -249,9 +249,7 @@ def source(**options):
 
 def test_transformed():
     center, stretch = source(), source(crop="stretch", channels=3)
-    np.testing.assert_array_equal(
-        center[1]["image"], transforms.to_channels(transforms.center_crop(noise(6, 8), 4), 1)
-    )
+    np.testing.assert_array_equal(center[1]["image"], transforms.to_channels(transforms.center_crop(noise(6, 8), 4), 1))
     np.testing.assert_array_equal(stretch[1]["image"], transforms.resize(noise(6, 8), 4))
     assert center[1]["label"] == 1 and len(center) == 2
     assert center.image_shape == (4, 4, 1) == center[0]["image"].shape

@@ -6,7 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_nests import C_NOISE, CLIP, FRAMES, HIGH, INNER, LOW, OUTER, TEXT, apply, shapes, stirred, tiny, with_text
+from helpers.small_nests import (
+    C_NOISE,
+    CLIP,
+    FRAMES,
+    HIGH,
+    INNER,
+    LOW,
+    OUTER,
+    TEXT,
+    apply,
+    shapes,
+    stirred,
+    tiny,
+    with_text,
+)
 
 from nested.models.nested_unet import VARIANTS, NestedUNet, Net, nets
 

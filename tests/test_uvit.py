@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_uvit import numpy_uvit
+from helpers.numpy_uvit import numpy_uvit
 
 from nested.models import layers
 from nested.models.uvit import VARIANTS, UViT, resize_position_embedding

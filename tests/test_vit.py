@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy_encoding
-import weight_files
+from helpers import toy_encoding, weight_files
 
 from nested.encoders import vit, vit_files
 from nested.weights import files as weights

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 from absl import logging
+from helpers.tar_files import jpeg, levels, tar
 from PIL import Image
-from tar_files import jpeg, levels, tar
 
 from input_pipeline import captions as text
 from input_pipeline import clips, loader, tars, webdataset

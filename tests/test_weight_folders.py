@@ -12,7 +12,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from weight_files import Call, Global, opcodes, pickled, tensor, write_legacy, write_safetensors, write_zip
+from helpers.weight_files import Call, Global, opcodes, pickled, tensor, write_legacy, write_safetensors, write_zip
 
 from nested.weights import files as weights
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from weight_files import Call, Stored, opcodes, pickled, tensor, write_legacy, write_safetensors, write_zip
+from helpers.weight_files import Call, Stored, opcodes, pickled, tensor, write_legacy, write_safetensors, write_zip
 
 from nested.models.uvit import UViT
 from nested.weights import files as weights
@@ -175,8 +175,11 @@ def test_damaged_zip_checkpoints(tmp_path):
     write_zip(path, {"w": tensor()}, {"0": SIX})
     path.write_bytes(path.read_bytes().replace(SIX.tobytes(), SIX[::-1].tobytes()))
     assert "member 'archive/data/0' is damaged" in refusal(path)
-    for content in ({"w": Call("torch._utils _rebuild_tensor_v2", "x", 0, (1,), (1,))}, tensor(size=-6),
-                    Call("torch._utils _rebuild_tensor_v2", Stored("FloatStorage", "0", 6, (1, 2, 3)), 0, (1,), (1,))):
+    for content in (
+        {"w": Call("torch._utils _rebuild_tensor_v2", "x", 0, (1,), (1,))},
+        tensor(size=-6),
+        Call("torch._utils _rebuild_tensor_v2", Stored("FloatStorage", "0", 6, (1, 2, 3)), 0, (1,), (1,)),
+    ):
         write_zip(path, content, {"0": SIX})  # fmt: skip
         assert "its pickle" in refusal(path)
 

@@ -79,8 +79,7 @@ def num_layers(params):
 
 
 def renamed(tensors):
-    """OpenAI's names and layouts (q, k, v stacked; the projection [in, out]) as transformers'; the latter as they are.
-    """
+    """OpenAI's names and layouts (q, k, v stacked; the projection [in, out]) as transformers'; others as they are."""
     if OPENAI_EMBEDDING not in tensors:
         return dict(tensors)
     result = {}

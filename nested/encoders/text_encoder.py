@@ -168,8 +168,7 @@ def load(name, weights, max_tokens, dtype="float32"):
 
 
 def _absent_weights(name):
-    """Where the weights are that nobody named: in minilm's package. FileNotFoundError says how to get those of others.
-    """
+    """The folder in minilm's package. For any other encoder FileNotFoundError says where its weights come from."""
     if name in WEIGHTS:
         raise FileNotFoundError(f"{name} comes in no package: give the folder of its weights, such as a download of "
                                 f"{WEIGHTS[name]} with tokenizer.json and model*.safetensors")  # fmt: skip

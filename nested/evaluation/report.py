@@ -173,8 +173,7 @@ def clip_of(config) -> clip_score.Clip | None:
 
 
 def check_clip(config) -> bool:
-    """Whether there is to be a CLIP score. Raises ValueError where there are no texts to fit, or the samples are clips.
-    """
+    """Whether to compute a CLIP score. Raises ValueError where there are no prompts or the samples are clips."""
     if not config.evaluate.clip.weights:
         return False
     if not config.text.encoder or len(build_data.finest_shape(config)) != 3:
@@ -192,9 +191,7 @@ def report(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdi
     lines = [f"score:   {result}" for result in results] + [f"scores:  {write_scores(workdir, results)}"]
     if config.evaluate.memorization:
         encoder, size = build_data.score_encoder(config), config.encoder.batch_size
-        lines += memorization.report(
-            gen, ema, source, lambda images: features(encoder, [images], size), step, workdir
-        )
+        lines += memorization.report(gen, ema, source, lambda images: features(encoder, [images], size), step, workdir)
     return lines
 
 

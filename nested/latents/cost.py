@@ -125,8 +125,7 @@ def _duration(seconds):
 
 
 def plan(job: encoding.Job, out: str) -> Cost:
-    """Prints what `job` will cost; also as JSON to `out`, where it is not ''. Every process measures, process 0 tells.
-    """
+    """Prints what `job` will cost, and writes it to `out` as JSON unless that is ''. Process 0 reports."""
     cost = measure(job)
     if job.process_index == 0:
         print(text(job, cost), flush=True)

@@ -122,8 +122,7 @@ def format_report(rows):
 
 
 def of_images(levels, image_shape):
-    """Latents of levels whose variables are the images themselves, of this shape, or smaller ones: nothing is encoded.
-    """
+    """Latents of levels whose variables are the images themselves, of this shape or smaller: nothing is encoded."""
     transforms = tuple(_pixels(level, image_shape) for level in levels)
     return Latents(tuple(levels), transforms, (1.0,) * len(levels), "images")
 

@@ -217,9 +217,7 @@ class SelfAttention(nn.Module):
             return neighborhood_attention(q_BHWND, k_BHWND, v_BHWND, options.window, 1.0, options.neighborhood)
         if options.attention == "shifted_window":
             shift = options.window // 2 if self.number % 2 else 0
-            return shifted_window_attention(
-                q_BHWND, k_BHWND, v_BHWND, options.window, shift, options.implementation
-            )
+            return shifted_window_attention(q_BHWND, k_BHWND, v_BHWND, options.window, shift, options.implementation)
         B, H, W, N, D = q_BHWND.shape
         q_BLND, k_BLND, v_BLND = (x.reshape(B, H * W, N, D) for x in (q_BHWND, k_BHWND, v_BHWND))
         return attention(q_BLND, k_BLND, v_BLND, options.implementation, scale=1.0).reshape(B, H, W, N, D)

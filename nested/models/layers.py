@@ -76,17 +76,13 @@ def attention(
         raise ValueError(f"attention: unknown implementation {implementation!r}, expected one of {ATTENTION}")
     if implementation == "cudnn":
         if mask_BHLM is not None:  # cuDNN wants a row of the mask for every query
-            mask_BHLM = jnp.broadcast_to(
-                mask_BHLM, (*mask_BHLM.shape[:2], q_BLHD.shape[1], k_BMHD.shape[1])
-            )
+            mask_BHLM = jnp.broadcast_to(mask_BHLM, (*mask_BHLM.shape[:2], q_BLHD.shape[1], k_BMHD.shape[1]))
         if q_BLHD.dtype not in (jnp.bfloat16, jnp.float16):
             raise ValueError(
                 f"attention: 'cudnn' works in bfloat16 or float16, found {q_BLHD.dtype}; set dtype='bfloat16' or "
                 "attention='xla'"
             )
-        return jax.nn.dot_product_attention(
-            q_BLHD, k_BMHD, v_BMHD, mask=mask_BHLM, scale=scale, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(q_BLHD, k_BMHD, v_BMHD, mask=mask_BHLM, scale=scale, implementation="cudnn")
     scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
     logits_BHLM = jnp.einsum(
         "BLHD,BMHD->BHLM", q_BLHD * scale, k_BMHD, preferred_element_type=at_least_float32(q_BLHD.dtype)

@@ -8,9 +8,9 @@
     innermost net: ResNet + attention + ResNet instead of the adapters and the net inside: a UNet
 
 Sec. 3.2, App. A; ml_mdm/models/unet.py, nested_unet.py at de8cde2, whose state dicts load with
-nested.weights.files.from_torch. The blocks are in unet_blocks.py, what a net is in unet_nets.py. The tree of parameters below
-`inner_unet` is that of the smaller model, so that its parameters go there. All outputs and the adapters are 0 at the
-start: what is inside computes what it would by itself.
+nested.weights.files.from_torch. The blocks are in unet_blocks.py, what a net is in unet_nets.py. The tree of
+parameters below `inner_unet` is that of the smaller model, so that its parameters go there. All outputs and the
+adapters are 0 at the start: what is inside computes what it would by itself.
 Text goes through lm_proj and lm_layers in the innermost net; its mean joins temb in every net, its tokens are attended
 to where there is attention.
 
@@ -148,9 +148,7 @@ class NestedUNet(Backbone):
             self.lm_head = [layer(self.num_heads, self.attention, self.dtype) for _ in range(self.lm_layers)]
             self.cond_emb = blocks.exact_linear(self.time_width, use_bias=False)
         if self.num_classes:
-            self.class_emb = nn.Embed(
-                self.num_classes + 1, self.time_width, embedding_init=nn.initializers.normal(1.0)
-            )
+            self.class_emb = nn.Embed(self.num_classes + 1, self.time_width, embedding_init=nn.initializers.normal(1.0))
 
     def __call__(self, x, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
         """Like x, with the same rows. c_noise_B: the time, t - 1 in 0..999.

@@ -74,7 +74,7 @@ def window_starts(queries: np.ndarray, size: int, kernel: int) -> np.ndarray:
 def _mask(queries_TQ: np.ndarray, keys_TK: np.ndarray, size: int, kernel: int) -> np.ndarray:
     """[T, Q, K] on one axis: 0 for the keys in the window of a query, MASKED for others. Positions, by tile."""
     distance_TQK = keys_TK[:, None, :] - window_starts(queries_TQ, size, kernel)[:, :, None]
-    return np.where((0 <= distance_TQK) & (distance_TQK < kernel), np.float32(0), np.float32(MASKED))
+    return np.where((distance_TQK >= 0) & (distance_TQK < kernel), np.float32(0), np.float32(MASKED))
 
 
 def _attend(q_XQD, k_XKD, v_XKD, mask_XQK, scale):

@@ -4,6 +4,7 @@ A file is written beside its place, flushed to the disk (fsync), then renamed ov
 the rename is atomic, so a reader, or a run restarted after kill -9, sees the old content or the new, never a half.
 """
 
+import contextlib
 import os
 import pathlib
 
@@ -59,7 +60,5 @@ def check_writable(directory):
 
 
 def _remove(path):
-    try:
+    with contextlib.suppress(OSError):  # it was never created, or its folder was not
         path.unlink()
-    except OSError:  # never created, or its folder was not
-        pass

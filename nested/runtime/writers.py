@@ -35,7 +35,7 @@ class MetricWriter:
         if path.exists():
             kept = [line for line in read_metrics(workdir) if 0 < resumed_step >= line["step"]]
             atomic_write(path, "".join(_json_line(line) for line in kept))
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  close() closes it
         self._tensorboard = tensorboardX.SummaryWriter(
             logdir=str(workdir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0
         )

@@ -138,8 +138,7 @@ class Generator:
         )
 
     def with_levels(self, levels: Sequence[hierarchy.Level]) -> "Generator":
-        """The same with levels that differ in how they are sampled; programs that stay the same are not compiled again.
-        """
+        """The same with levels that are sampled differently; programs that stay the same are not compiled again."""
         return generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
 
     def steps(self, params: Tree, index: int, number: int) -> list[tuple[np.ndarray, ...]]:

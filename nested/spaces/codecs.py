@@ -1,9 +1,9 @@
 """config.codec: the finest level's space, which has a way back to images.
 
-    pixels      the image itself, in [-1, 1]; records hold the image
-    patch_pca   coefficients of image patches, fitted to the data (compress.PatchPCA); records hold the image
-    sd_vae      latents of a frozen autoencoder (encoders/autoencoder_kl.py), drawn anew in every step; records hold
-                their moments in place of the image
+pixels      the image itself, in [-1, 1]; records hold the image
+patch_pca   coefficients of image patches, fitted to the data (compress.PatchPCA); records hold the image
+sd_vae      latents of a frozen autoencoder (encoders/autoencoder_kl.py), drawn anew in every step; records hold
+            their moments in place of the image
 """
 
 import dataclasses
@@ -38,9 +38,7 @@ def check_codec(codec: CodecConfig) -> None:
     """ValueError for a value that an option does not have, and for an option of sd_vae with another codec."""
     for key, allowed in (("name", CODECS), ("dtype", DTYPES)):
         if getattr(codec, key) not in allowed:
-            raise ValueError(
-                f"codec.{key}: {getattr(codec, key)!r} given; choose from {', '.join(map(repr, allowed))}"
-            )
+            raise ValueError(f"codec.{key}: {getattr(codec, key)!r} given; choose from {', '.join(map(repr, allowed))}")
     if codec.name == "sd_vae":
         if codec.scale < 0 or codec.batch_size < 1:
             raise ValueError(

@@ -74,8 +74,7 @@ def _groups(x_BhwC, per_position):
 
 @functools.partial(jax.jit, static_argnames=("per_position",))
 def _gram(x_BhwC, shift_GC, mask_B, per_position):
-    """Sum [G, C] and Gram matrix [G, C, C] of x - shift over the images of mask 1, float32; which of them are finite.
-    """
+    """Sum [G, C] and Gram matrix [G, C, C] of x - shift over the images of mask 1, float32; and which are finite."""
     finite = jnp.isfinite(x_BhwC).all((1, 2, 3)) | (mask_B == 0)
     mask = jnp.broadcast_to(mask_B[:, None, None, None], (*x_BhwC.shape[:3], 1))
     # a padding image adds 0, also where its features are not finite

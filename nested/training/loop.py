@@ -102,8 +102,9 @@ def gradients(step: Step, params, raw: Mapping[str, jax.Array], key: jax.Array):
     def add(total, group):
         return jax.tree.map(lambda s, x: s + x / step.accumulate, total, grad(params, *group)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, *jax.tree.map(
-        lambda x: x[0], groups)))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], groups))
+    )
     return jax.lax.scan(add, zeros, groups)[0]
 
 
@@ -378,3 +379,4 @@ def loop(run: Run, state, training, held_out, checkpoints, preemption, writer, m
         if last or stop:
             batches.close()
             return state, stop
+    raise AssertionError("itertools.count ended")

@@ -96,7 +96,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = _existing(path)
     suffix = os.path.splitext(path)[1]
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
-    readers |= {torch: torch_pickle.read_stream for torch in TORCH_SUFFIXES}
+    readers |= dict.fromkeys(TORCH_SUFFIXES, torch_pickle.read_stream)
     if suffix not in readers:
         raise ValueError(f"{path}: unknown kind of weight file {suffix!r}, expected one of {', '.join(readers)}")
     if os.path.getsize(path) == 0:

@@ -1,4 +1,4 @@
-"""The quick start made tiny, as a config file for main.py: --config=tests/tiny.py; and main.py run on it.
+"""The quick start made tiny, as a config file for main.py: --config=tests/helpers/tiny.py; and main.py run on it.
 
 Digits seen by EfficientNet-Lite0 at 32 px; levels 1x1x4, 2x2x4 and 8x8x1 pixels in patches of 4; nets of width 16 and
 depth 1, 1 and 2; batches of 8, DDIM in two steps. A step takes milliseconds, so that tests can afford whole runs.
@@ -10,9 +10,9 @@ import sys
 
 from configs import common
 
-sys.path.insert(0, os.path.dirname(__file__))  # as a config of main.py; `tests` may be another package's
+sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # as a config of main.py
 
-from processes import ROOT, finish  # noqa: E402
+from helpers.processes import ROOT, finish  # noqa: E402
 
 
 def get_config(arg=""):
@@ -57,7 +57,7 @@ def hdit_level():
     )  # fmt: skip
 
 
-def start_main(arguments, config="tests/tiny.py", devices=1, env=None):
+def start_main(arguments, config="tests/helpers/tiny.py", devices=1, env=None):
     """Starts `python main.py --config=CONFIG arguments...` on `devices` fake CPU devices -> Popen (text).
 
     env: changes of environment variables, None to unset one.

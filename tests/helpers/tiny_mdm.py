@@ -1,4 +1,4 @@
-"""Matryoshka made tiny, as a config file for main.py: --config=tests/tiny_mdm.py:KIND.
+"""Matryoshka made tiny, as a config file for main.py: --config=tests/helpers/tiny_mdm.py:KIND.
 
 Digits at 2, 4 and 8 pixels with their labels; nets of 32 channels with one ResNet per resolution; batches of 8, two
 steps of training, two of DDIM. Compiling a net takes seconds: few are.

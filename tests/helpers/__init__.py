@@ -1,0 +1,1 @@
+"""What test files share: tiny configs and networks, stand-ins, reference implementations, files in foreign formats."""
