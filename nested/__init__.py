@@ -1,0 +1,3 @@
+"""Hierarchical diffusion models in JAX."""
+
+__version__ = "0.1.0"
