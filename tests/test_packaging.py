@@ -20,7 +20,8 @@ def requirements(name):
 def test_an_installed_copy_depends_on_what_requirements_txt_lists():
     assert PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
     assert "dependencies" in PROJECT["project"]["dynamic"]
-    assert not [line for line in requirements("requirements.txt") if line.startswith("-")]  # setuptools reads no options
+    # setuptools reads no options such as -r or -c from that file
+    assert not [line for line in requirements("requirements.txt") if line.startswith("-")]
 
 
 def test_the_extra_test_is_requirements_test_txt():
