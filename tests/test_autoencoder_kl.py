@@ -110,7 +110,7 @@ def test_files_as_they_are_released(recorded, network, tmp_path, layout):
         tensors = compvis | {"loss.discriminator.main.0.weight": np.zeros(3), "model_ema.decay": np.zeros(())}
     found = load(tmp_path, tensors, **options)
     if layout == "folder":  # as diffusers saves it
-        weights.write(tmp_path / "diffusion_pytorch_model.safetensors", tensors, {})
+        weights.write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", tensors, {})
         found = kl.load(str(tmp_path), prefix="", patch=2, channels=4, what="config.codec.weights")
     assert found.layout == network.layout == kl.Layout((32, 64), 1, 4, 3, ("quant_conv", "post_quant_conv"))
     assert found.params.keys() == network.params.keys() and len(found.fingerprint) == 64

@@ -96,7 +96,7 @@ def test_samples_are_scored_against_another_split(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "reference_features", reference)
         patch.setattr(build_data, "score_encoder", lambda config: None)
-        evaluate.measurement(config, run, "")
+        evaluate.make_scorer(config, run, "")
     assert seen == [source.describe()] and "val2014" in seen[0]
 
 

@@ -25,10 +25,14 @@ def test_equals_torchmetrics(golden):
     """CLIPScore.compute() of torchmetrics: the mean of 100 cos over the pairs, clipped at 0 after the mean."""
     data = golden("eval_is_kid_clip.npz")
     images, texts = data["in/clip_img"], data["in/clip_txt"]
-    assert clip_score.score(images, texts) == pytest.approx(float(data["out/clip_score_torchmetrics"]), rel=1e-6)
+    assert clip_score.mean_clip_score(images, texts) == pytest.approx(
+        float(data["out/clip_score_torchmetrics"]), rel=1e-6
+    )
     for i, expected in enumerate(data["out/clip_score_pairs"]):
-        assert clip_score.score(images[i : i + 1], 7 * texts[i : i + 1]) == pytest.approx(max(expected, 0), rel=2e-5)
-    assert clip_score.score(images, -np.abs(images) * np.sign(images)) == 0
+        assert clip_score.mean_clip_score(images[i : i + 1], 7 * texts[i : i + 1]) == pytest.approx(
+            max(expected, 0), rel=2e-5
+        )
+    assert clip_score.mean_clip_score(images, -np.abs(images) * np.sign(images)) == 0
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ IMAGES = np.random.default_rng(2).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
 
 
 def test_vectors_of_images_and_texts(folder, network):  # noqa: F811
-    clip = clip_score.load("clip_vitb16", folder)
+    clip = clip_score.load_clip("clip_vitb16", folder)
     x = vit.prepare(IMAGES, clip.images.vit, 8)
     expected = vit.forward(clip.images.params, x, clip.images.vit, ("projected",))["projected"]
     np.testing.assert_allclose(clip.image_vectors(IMAGES), expected, rtol=1e-5, atol=1e-6)
@@ -64,7 +68,7 @@ def test_vectors_of_images_and_texts(folder, network):  # noqa: F811
 
 def test_one_long_text_does_not_make_all_of_them_long(folder):
     """500 texts of the longest's length would be 80 MB."""
-    clip = clip_score.load("clip_vitb16", folder)
+    clip = clip_score.load_clip("clip_vitb16", folder)
     texts = ["red " * 10_000] + ["red"] * 500
     clip.text_vectors(texts[:2])  # compiled before it is measured
     tracemalloc.start()
@@ -76,28 +80,28 @@ def test_one_long_text_does_not_make_all_of_them_long(folder):
 
 def test_load_refuses(folder):
     with pytest.raises(ValueError, match="evaluate.clip.name: 'mae_vitb16' given; choose from 'clip_vitb16', 'clip_v"):
-        clip_score.load("mae_vitb16", folder)
+        clip_score.load_clip("mae_vitb16", folder)
     tensors = load_file(folder / "model.safetensors")
     del tensors[clip_text.PROJECTION]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"the text tower of clip_vitb16: tensor 'text_projection.weight' \(8, 64\)"):
-        clip_score.load("clip_vitb16", folder)
+        clip_score.load_clip("clip_vitb16", folder)
     save_file({"a": np.zeros(1)}, folder / "model-00002-of-00002.safetensors")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(ValueError, match="evaluate.clip.weights .*: 2 weight files; give the folder of a whole CLIP"):
-        clip_score.load("clip_vitb16", folder)
+        clip_score.load_clip("clip_vitb16", folder)
 
 
 def test_only_images_with_prompts_are_scored(monkeypatch):
     config = config_of(2)
-    assert evaluate.clip_of(config) is None
+    assert evaluate.load_clip_scorer(config) is None
     config.evaluate.clip.weights = "a folder"
     with pytest.raises(ValueError, match=re.escape("prompts: this config has no text (config.text.encoder); set it")):
-        evaluate.clip_of(config)
+        evaluate.load_clip_scorer(config)
     config.text.encoder = "minilm"
     monkeypatch.setattr(build_data, "finest_shape", lambda config: (4, 8, 8, 3))
     with pytest.raises(ValueError, match="prompts: this config has clips; set it"):
-        evaluate.clip_of(config)
+        evaluate.load_clip_scorer(config)
 
 
 def test_an_evaluation_holds_every_sample_to_its_own_prompt(monkeypatch):
@@ -121,7 +125,7 @@ def test_an_evaluation_holds_every_sample_to_its_own_prompt(monkeypatch):
     monkeypatch.setattr(build_data, "scored_against", lambda config, source: (config, source))
     monkeypatch.setattr(build_data, "pictures", lambda config, source: source)
     monkeypatch.setattr(evaluate, "reference_features", lambda *arguments: np.random.default_rng(0).random((9, 3)))
-    monkeypatch.setattr(evaluate, "clip_of", lambda config: Clip())
+    monkeypatch.setattr(evaluate, "load_clip_scorer", lambda config: Clip())
     images = IMAGES.copy()
     images[:, 0, 0, 0] = range(5)
 
@@ -133,12 +137,12 @@ def test_an_evaluation_holds_every_sample_to_its_own_prompt(monkeypatch):
         def batches(self, params, number, what):
             yield from (images[:2], images[2:4], images[4:])
 
-    score = evaluate.measurement(config, None, "")(Gen(), None, 3)
+    score = evaluate.make_scorer(config, None, "")(Gen(), None, 3)
     assert seen["texts"] == ["one", "two", "one", "two", "one"]
     assert score.clip == pytest.approx(100 * np.mean([1 / np.hypot(1, i) for i in range(5)]))
     assert f"KID {score.kid:.4f}  CLIP score {score.clip:.2f}  guidance" in str(score)
-    monkeypatch.setattr(evaluate, "clip_of", lambda config: None)
-    score = evaluate.measurement(config, None, "")(Gen(), None, 3)
+    monkeypatch.setattr(evaluate, "load_clip_scorer", lambda config: None)
+    score = evaluate.make_scorer(config, None, "")(Gen(), None, 3)
     assert score.clip is None and "CLIP" not in str(score)
 
 
@@ -155,8 +159,8 @@ def test_a_sweep_lists_the_scores_that_there_are():
 def test_a_sweep_draws_one_score_over_the_other(tmp_path):
     """Matryoshka's Figure 8: FD over the CLIP score, a point per guidance weight."""
     panels = {"FD-EffLite0": {"": [3.0, 2.0]}, "KID": {"": [0.1, 0.2]}, "CLIP score": {"": [20.0, 25.0]}}
-    plots.curves([0.0, 1.0], panels, "guidance", tmp_path / "a.png", ("CLIP score", "FD-EffLite0"))
-    plots.curves([0.0, 1.0], panels, "guidance", tmp_path / "b.png")
+    plots.score_curves([0.0, 1.0], panels, "guidance", tmp_path / "a.png", ("CLIP score", "FD-EffLite0"))
+    plots.score_curves([0.0, 1.0], panels, "guidance", tmp_path / "b.png")
     from PIL import Image
 
     wide, narrow = (Image.open(tmp_path / name).size[0] for name in ("a.png", "b.png"))

@@ -134,7 +134,7 @@ def test_refuses_a_foreign_weight_file(tmp_path):
     np.savez(path, weight=np.zeros(3))
     with pytest.raises(ValueError, match=r"other.npz: not a state dict of .*: tensor '_blocks.0._.*' is missing"):
         efficientnet.load(path, **options)
-    tensors = weights.read(efficientnet.package_file())
+    tensors = weights.read_tensors(efficientnet.package_file())
     np.savez(path, **{**tensors, "_conv_head.weight": np.zeros((1280, 319, 1, 1), np.float32)})
     with pytest.raises(ValueError, match=r"'_conv_head.weight' has shape \(1280, 319, 1, 1\).*\(1280, 320, 1, 1\)"):
         efficientnet.load(path, **options)

@@ -33,14 +33,14 @@ def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch,
     evaluate.evaluate(generator.config, str(tmp_path), str(file))
     assert opened == [("val2014", str(file))]
     row = json.loads((tmp_path / "scores.json").read_text())[0]
-    assert row["step"] == 0 and row["weights"] == evaluate.identity(str(file)) and len(row["weights"]) == 16
+    assert row["step"] == 0 and row["weights"] == evaluate.weights_identity(str(file)) and len(row["weights"]) == 16
     np.savez(file, a=np.ones(1))
-    assert evaluate.identity(str(file)) != row["weights"]
+    assert evaluate.weights_identity(str(file)) != row["weights"]
 
 
 def test_what_cannot_be_scored_is_said_before_training(monkeypatch, tmp_path):
     config = fake_scoring(8, unguided=False)[0].config
-    evaluate.check(config)
+    evaluate.check_evaluation(config)
     config.evaluate.split = "no such"
 
     def read(config):
@@ -48,8 +48,8 @@ def test_what_cannot_be_scored_is_said_before_training(monkeypatch, tmp_path):
 
     monkeypatch.setattr(build_data, "images", read)
     with pytest.raises(ValueError, match="config.evaluate.split 'no such': no folder of it"):
-        evaluate.check(config)
+        evaluate.check_evaluation(config)
     config.evaluate.split, config.text.encoder = "", "minilm"
     config.evaluate.clip.weights = str(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="absent: no such weight file"):
-        evaluate.check(config)
+        evaluate.check_evaluation(config)

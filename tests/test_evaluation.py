@@ -43,11 +43,11 @@ def test_frechet_distance_of_one_dimension_is_the_closed_form():
 
 
 def test_statistics_are_numpys_and_the_recorded_ones(golden, features):
-    fitted = frechet.fit(features, "toy")
+    fitted = frechet.fit_statistics(features, "toy")
     np.testing.assert_allclose(fitted.mu, features.mean(axis=0), rtol=1e-14)
     np.testing.assert_allclose(fitted.sigma, np.cov(features, rowvar=False, ddof=1), rtol=1e-12)
     data = golden("eval_frechet.npz")
-    fitted = frechet.fit(data["in/stats/features"], "toy")
+    fitted = frechet.fit_statistics(data["in/stats/features"], "toy")
     np.testing.assert_allclose(fitted.mu, data["out/stats/mu"], rtol=1e-13)
     np.testing.assert_allclose(fitted.sigma, data["out/stats/sigma"], rtol=1e-12, atol=1e-15)
 
@@ -55,8 +55,10 @@ def test_statistics_are_numpys_and_the_recorded_ones(golden, features):
 @pytest.mark.parametrize("sizes", [(500,), (1, 1, 498), (64,) * 7 + (52,), (499, 1)])
 def test_streamed_statistics_do_not_depend_on_the_batches(features, sizes):
     batches = np.split(features, np.cumsum(sizes)[:-1])
-    streamed = frechet.gather(iter(batches), "toy")
-    halves = frechet.gather(batches[1::2] + batches[::2], "toy")  # another order, as other processes would merge
+    streamed = frechet.gather_statistics(iter(batches), "toy")
+    halves = frechet.gather_statistics(
+        batches[1::2] + batches[::2], "toy"
+    )  # another order, as other processes would merge
     for found in (streamed, halves):
         assert (found.count, found.extractor) == (500, "toy")
         np.testing.assert_allclose(found.mu, features.mean(axis=0), rtol=1e-14)
@@ -66,20 +68,20 @@ def test_streamed_statistics_do_not_depend_on_the_batches(features, sizes):
 def test_float16_features_are_summed_in_float64():
     features = np.full((4000, 1), 100.0, np.float16)
     features[::2] += 1
-    fitted = frechet.gather(np.split(features, 40), "toy")
+    fitted = frechet.gather_statistics(np.split(features, 40), "toy")
     assert fitted.mu[0] == pytest.approx(100.5, rel=1e-15)
     assert fitted.sigma[0, 0] == pytest.approx(0.25 * 4000 / 3999, rel=1e-12)
 
 
 def test_saved_statistics_load_and_compare(tmp_path, features):
-    first, second = frechet.fit(features[:200], "toy"), frechet.fit(features[200:], "toy")
+    first, second = frechet.fit_statistics(features[:200], "toy"), frechet.fit_statistics(features[200:], "toy")
     first.save(tmp_path / "first.npz")
-    loaded = frechet.load(tmp_path / "first.npz")
+    loaded = frechet.load_statistics(tmp_path / "first.npz")
     assert (loaded.count, loaded.extractor) == (200, "toy")
     np.testing.assert_array_equal(loaded.mu, first.mu)
     np.testing.assert_allclose(loaded.sigma, first.sigma, rtol=1e-15)
     expected = frechet.frechet_distance(first.mu, first.sigma, second.mu, second.sigma)
-    assert frechet.distance(loaded, second) == pytest.approx(expected, rel=1e-9)
+    assert frechet.statistics_distance(loaded, second) == pytest.approx(expected, rel=1e-9)
     merged = loaded.merge(second)
     np.testing.assert_allclose(merged.sigma, np.cov(features, rowvar=False), rtol=1e-11)
     with np.load(tmp_path / "first.npz", allow_pickle=False) as archive:
@@ -87,35 +89,35 @@ def test_saved_statistics_load_and_compare(tmp_path, features):
 
 
 def test_statistics_that_do_not_belong_together_are_refused(features):
-    first = frechet.fit(features, "EffLite0")
-    for join in (frechet.distance, frechet.Statistics.merge):
+    first = frechet.fit_statistics(features, "EffLite0")
+    for join in (frechet.statistics_distance, frechet.Statistics.merge):
         with pytest.raises(ValueError, match="different extractors: EffLite0 and Inception; use one"):
             join(first, dataclasses.replace(first, extractor="Inception"))
         with pytest.raises(ValueError, match="EffLite0 statistics of different dimensions: 6 and 4;"):
-            join(first, frechet.fit(features[:, :4], "EffLite0"))
+            join(first, frechet.fit_statistics(features[:, :4], "EffLite0"))
 
 
 def test_features_that_give_no_statistics_are_refused(features):
     with pytest.raises(ValueError, match="toy features: no batches"):
-        frechet.gather([], "toy")
+        frechet.gather_statistics([], "toy")
     for shape in ((0, 4), (4,), (2, 2, 2)):
         with pytest.raises(ValueError, match=r"toy features: found shape .* expected \[samples > 0, dimension\]"):
-            frechet.fit(np.zeros(shape), "toy")
-    one = frechet.fit(features[:1], "toy")
+            frechet.fit_statistics(np.zeros(shape), "toy")
+    one = frechet.fit_statistics(features[:1], "toy")
     with pytest.raises(ValueError, match="covariance of toy features: found 1 sample, need 2 or more"):
-        frechet.distance(one, frechet.fit(features, "toy"))
+        frechet.statistics_distance(one, frechet.fit_statistics(features, "toy"))
     broken = features.copy()
     broken[3, 1], broken[7] = np.nan, np.inf
     with pytest.raises(ValueError, match="toy features: 2 of 500 rows are not finite"):
-        frechet.fit(broken, "toy")
+        frechet.fit_statistics(broken, "toy")
     with pytest.raises(ValueError, match=r"found shapes .*expected \[d\], \[d, d\]"):
         frechet.frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
 
 
 def test_files_that_hold_no_statistics_are_refused(tmp_path, features):
     with pytest.raises(FileNotFoundError, match=r"none\.npz: no feature statistics there; run --mode=evaluate"):
-        frechet.load(tmp_path / "none.npz")
-    frechet.fit(features, "toy").save(tmp_path / "whole.npz")
+        frechet.load_statistics(tmp_path / "none.npz")
+    frechet.fit_statistics(features, "toy").save(tmp_path / "whole.npz")
     whole = (tmp_path / "whole.npz").read_bytes()
     contents = {"empty": b"", "text": b"<html>moved</html>", "truncated": whole[: len(whole) // 2]}
     for name, content in contents.items():
@@ -126,12 +128,12 @@ def test_files_that_hold_no_statistics_are_refused(tmp_path, features):
     np.savez(tmp_path / "pickle.npz", mu=np.array([{}], object), sigma=np.eye(2), n=2, extractor="toy")
     for name in [*contents, "keys", "array", "pickle"]:
         with pytest.raises(ValueError, match=rf"{name}\.npz: not feature statistics .*: .") as error:
-            frechet.load(tmp_path / f"{name}.npz")
+            frechet.load_statistics(tmp_path / f"{name}.npz")
         assert "\n" not in str(error.value)
     for size, count in ((3, 2), (2, 1)):
         np.savez(tmp_path / "shapes.npz", mu=np.zeros(size), sigma=np.eye(2), n=count, extractor="toy")
         with pytest.raises(ValueError, match=rf"shapes\.npz: found mu \({size},\), sigma \(2, 2\), n {count}; exp"):
-            frechet.load(tmp_path / "shapes.npz")
+            frechet.load_statistics(tmp_path / "shapes.npz")
 
 
 def test_kernel_distance_is_torch_fidelitys(golden):

@@ -58,10 +58,10 @@ def test_what_is_written(run, exported):
     assert sorted(os.listdir(exported.parent)) == [
         "weights.safetensors", "weights.x2.safetensors", "weights.x8.safetensors"
     ]  # fmt: skip
-    notes, ema = weights.metadata(exported), ema_of(run)
+    notes, ema = weights.read_metadata(exported), ema_of(run)
     assert json.loads(notes["nested_config"]) == checkpoint.read_config(run) and notes["step"] == "1"
     tensors = load_file(exported)  # by the public library
-    assert tensors.keys() == export.named(ema).keys()
+    assert tensors.keys() == export.flatten_by_name(ema).keys()
     attention = ema["x8"]["mid_block"]["attn"]
     np.testing.assert_array_equal(tensors["x8.mid_block.attn.qkv.kernel"], attention["qkv"]["kernel"])
 
@@ -73,7 +73,7 @@ def test_the_authors_names_are_those_of_torch(run, exported):
     for name, params in ema.items():
         path = exported.with_name(f"weights.{name}.safetensors")
         state = load_file(path)
-        assert weights.metadata(path)["level"] == name
+        assert weights.read_metadata(path)["level"] == name
         assert {"pos_embed", "patch_embed.proj.weight", "mid_block.attn.qkv.weight", "label_emb.weight"} < state.keys()
         assert state["mid_block.attn.qkv.weight"].shape == (48, 16)  # out, in
         assert state["patch_embed.proj.weight"].shape[:2] == (16, 1)
@@ -103,7 +103,7 @@ def test_a_file_is_scored_as_step_0(exported, tmp_path, monkeypatch, capsys):
 
 def refused(message, path, config, shapes=None):
     with pytest.raises(ValueError, match=message) as error:
-        export.load(str(path), config, abstract(config) if shapes is None else shapes)
+        export.load_parameters(str(path), config, abstract(config) if shapes is None else shapes)
     assert "\n" not in str(error.value)
 
 
@@ -117,10 +117,10 @@ def test_the_file_must_be_of_the_configs_networks(exported, run, tmp_path):
     config.levels[0].name = "a"
     config.hierarchy.label_levels = ("a", "x8")
     refused("no level a like this config's .*a.shape: checkpoint None, config", exported, config)
-    tensors, notes = weights.read(exported), weights.metadata(exported)
-    weights.write(tmp_path / "w.safetensors", dict(list(tensors.items())[1:]), notes)
+    tensors, notes = weights.read_tensors(exported), weights.read_metadata(exported)
+    weights.write_safetensors(tmp_path / "w.safetensors", dict(list(tensors.items())[1:]), notes)
     refused(r"w.safetensors: tensor 'x2\..*' .* is missing", tmp_path / "w.safetensors", config_of())
-    weights.write(tmp_path / "w.safetensors", tensors | {"x8.more": np.zeros(2, np.float32)}, notes)
+    weights.write_safetensors(tmp_path / "w.safetensors", tensors | {"x8.more": np.zeros(2, np.float32)}, notes)
     refused(r"w.safetensors: tensor 'x8.more' \(2,\) is unknown", tmp_path / "w.safetensors", config_of())
     one = exported.with_name("weights.x8.safetensors")
     refused("holds one network, by its authors' names, and the config has the levels x2, x8: give", one, config_of())
@@ -144,7 +144,7 @@ def test_a_file_of_another_process_is_not_sampled_from(exported):
         config = config_of()
         config.levels[1].update(change)
         refused(f"its networks mean something else .{message}.; give the config of its run", exported, config)
-        export.load(str(exported), config, abstract(config), trained_on=True)
+        export.load_parameters(str(exported), config, abstract(config), trained_on=True)
     config = config_of(codec__scale=0.5)
     config.levels[0].process.parameterization = "v"
     refused("x2.process.parameterization: .*; codec.scale: checkpoint 0.0, config 0.5.; give", exported, config)
@@ -156,7 +156,10 @@ def test_the_step_noted_is_the_one_that_was_restored(run, tmp_path):
     newest = shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "2")
     shutil.rmtree(newest / "meta")
     export.export(config_of(), str(workdir), str(tmp_path / "w.safetensors"))
-    assert [weights.metadata(tmp_path / name)["step"] for name in ("w.safetensors", "w.x2.safetensors")] == ["1", "1"]
+    assert [weights.read_metadata(tmp_path / name)["step"] for name in ("w.safetensors", "w.x2.safetensors")] == [
+        "1",
+        "1",
+    ]
 
 
 def single():
@@ -182,10 +185,10 @@ def test_the_authors_names_load_from_all_that_they_save(state, tmp_path):
     write_state(tmp_path / "d.pth", both)
     write_state(tmp_path / "e.pth", state | {"t_emb": np.zeros((1, 4), np.float32)})
     kdiffusion = {"config": json.dumps({"model": {"type": "image_transformer_v2"}})}  # their files for inference
-    weights.write(tmp_path / "f.safetensors", state, kdiffusion)
+    weights.write_safetensors(tmp_path / "f.safetensors", state, kdiffusion)
     config = single()
     for name in ("a.npz", "b.safetensors", "nnet_ema.pth", "c.pth", "d.pth", "e.pth", "f.safetensors"):
-        loaded = export.load(str(tmp_path / name), config, abstract(config))
+        loaded = export.load_parameters(str(tmp_path / name), config, abstract(config))
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
         for key, array in weights.to_torch(loaded["x8"]).items():
             np.testing.assert_array_equal(array, state[key], f"{name} {key}")

@@ -61,7 +61,9 @@ def report(images, samples, config, made, tmp_path):
     order = build_data.held_out(config, len(images))
     order = np.concatenate([np.setdiff1d(np.arange(len(images)), order), order])
     source = sources.ImagesInMemory(images[order.argsort()], np.zeros(len(images), np.int32), 0, (), "toy")
-    lines = memorization.report(Generator(config, made, samples), "ema", source, features, 7, str(tmp_path))
+    lines = memorization.report_memorization(
+        Generator(config, made, samples), "ema", source, features, 7, str(tmp_path)
+    )
     return lines, json.loads((tmp_path / "memorization.json").read_text())
 
 
@@ -113,9 +115,9 @@ def test_images_are_compared_as_the_samples_are_made(images):
     """A level of 2x2 pixels: training images are averaged to that; a sample that is one of them is at distance 0."""
     averages = np.round(images.reshape(70, 2, 2, 2, 2, 1).mean((2, 4))).astype(np.uint8)
     made = latents.of_images((latents.LevelSource("x", "pixels", (2, 2, 1)),), (4, 4, 1))
-    seen = memorization.as_decoded(made, Generator.mesh)(images)
+    seen = memorization.make_decoder(made, Generator.mesh)(images)
     assert seen.shape == (70, 2, 2, 1) and np.abs(seen.astype(int) - averages).max() <= 1  # halves round either way
-    found = memorization.distances(
+    found = memorization.compare_groups(
         {"samples": seen[5:8], "held_out": seen[50:], "training": seen[:2]}, np.arange(2), [seen[:30], seen[30:50]],
         lambda x: x.reshape(len(x), -1),
     )  # fmt: skip
@@ -129,7 +131,7 @@ def test_the_most_suspicious_are_drawn_beside_their_originals(images, monkeypatc
     samples = np.random.default_rng(3).integers(0, 256, (SAMPLES, 4, 4, 1), dtype=np.uint8)
     samples[8], samples[5] = images[40], images[41] ^ 1
     drawn = []
-    monkeypatch.setattr(memorization, "draw", lambda *arguments: drawn.extend(arguments))
+    monkeypatch.setattr(memorization, "draw_memorization", lambda *arguments: drawn.extend(arguments))
     made = latents.of_images((latents.LevelSource("x", "pixels", (4, 4, 1)),), (4, 4, 1))
     report(images, samples, make_config(), made, tmp_path)
     shown, partners, apart, _, path = drawn
@@ -150,15 +152,15 @@ def test_samples_with_text_have_the_captions_of_the_data(images, monkeypatch, tm
 
 def test_reports_that_cannot_be_made_are_refused():
     config = make_config()
-    memorization.check(config)
+    memorization.check_options(config)
     config.data.holdout = 0
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: needs images that are not trained on"):
-        memorization.check(config)
+        memorization.check_options(config)
     config = make_config()
     config.evaluate.num_samples = 0
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: comes with the scores, and config.eval"):
-        memorization.check(config)
+        memorization.check_options(config)
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: it compares still images, not clips"):
-        memorization.check(make_config(shape=(2, 4, 4, 1)))
+        memorization.check_options(make_config(shape=(2, 4, 4, 1)))
     config.evaluate.memorization = 0
-    memorization.check(config)
+    memorization.check_options(config)

@@ -27,7 +27,7 @@ def test_nearest_is_the_definition(small_blocks):
     random = np.random.default_rng(0)
     queries, points = random.normal(size=(90, 3, 2)), random.normal(size=(150, 3, 2)).astype(np.float32)
     seen = []
-    distances, indices = nearest.nearest(queries.astype(np.float32), points, 7, report=seen.append)
+    distances, indices = nearest.nearest_neighbors(queries.astype(np.float32), points, 7, report=seen.append)
     expected, places = by_definition(queries.astype(np.float32), points, 7)
     np.testing.assert_array_equal(indices, places)
     np.testing.assert_allclose(distances, expected, rtol=1e-6)
@@ -37,9 +37,9 @@ def test_nearest_is_the_definition(small_blocks):
 def test_a_query_is_not_its_own_neighbour(small_blocks):
     points = np.random.default_rng(1).normal(size=(150, 4)).astype(np.float32)
     own = np.arange(0, 150, 2)
-    _, indices = nearest.nearest(points[own], points, 3, own)
+    _, indices = nearest.nearest_neighbors(points[own], points, 3, own)
     np.testing.assert_array_equal(indices, by_definition(points[own], points, 3, own)[1])
-    _, itself = nearest.nearest(points[own], points, 1)
+    _, itself = nearest.nearest_neighbors(points[own], points, 1)
     np.testing.assert_array_equal(itself[:, 0], own)
 
 
@@ -49,7 +49,7 @@ def test_distances_far_below_the_norms_keep_their_digits():
     points = (100 * random.normal(size=(40, 50))).repeat(5, axis=0)
     points = (points + 1e-2 * random.normal(size=points.shape)).astype(np.float32)
     queries = points[::10] + (1e-2 * random.normal(size=(20, 50))).astype(np.float32)
-    distances, indices = nearest.nearest(queries, points, 2)
+    distances, indices = nearest.nearest_neighbors(queries, points, 2)
     expected, places = by_definition(queries, points, 2)
     np.testing.assert_array_equal(indices, places)
     np.testing.assert_allclose(distances, expected, rtol=1e-5)
@@ -59,7 +59,7 @@ def test_equal_points_come_in_the_order_of_their_indices(small_blocks):
     """Also where they are in different blocks: 200 points of 5 kinds."""
     kinds = np.random.default_rng(3).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
     points = kinds[np.arange(200) % 5]
-    distances, indices = nearest.nearest(kinds, points, 4)
+    distances, indices = nearest.nearest_neighbors(kinds, points, 4)
     np.testing.assert_array_equal(indices, np.arange(5)[:, None] + [[0, 5, 10, 15]])
     assert not distances.any()
 
@@ -80,7 +80,7 @@ def test_a_stream_counts_on(small_blocks):
 def test_what_there_is_too_little_of():
     points = np.eye(3, dtype=np.float32)
     with pytest.raises(ValueError, match="3 asked for among 3 points; ask for fewer"):
-        nearest.nearest(points, points, 3, own=np.arange(3))
+        nearest.nearest_neighbors(points, points, 3, own=np.arange(3))
     with pytest.raises(ValueError, match="k is 0; give 1 or more"):
         nearest.NearestStream(points, 0)
 
@@ -88,7 +88,7 @@ def test_what_there_is_too_little_of():
 def test_votes_and_ties():
     """Two of 1 and two of 2: the nearest of the four decides; three votes outweigh any nearness."""
     labels = np.array([[2, 1, 1, 2], [0, 1, 1, 2], [0, 2, 2, 0], [2, 1, 1, 1]])
-    np.testing.assert_array_equal(nearest.vote(labels, 3), [2, 1, 0, 1])
+    np.testing.assert_array_equal(nearest.majority_vote(labels, 3), [2, 1, 0, 1])
 
 
 @pytest.mark.parametrize("k", [1, 4, 20])
@@ -101,4 +101,4 @@ def test_accuracy_is_the_definition(k):
     right = 0
     for row, label in zip(labels[neighbours].tolist(), labels, strict=True):
         right += max(row, key=row.count) == label  # max() gives the first of those that are largest
-    assert nearest.accuracy(neighbours, labels, 3) == right / 200 > 0.5
+    assert nearest.knn_accuracy(neighbours, labels, 3) == right / 200 > 0.5

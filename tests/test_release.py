@@ -220,7 +220,7 @@ def test_ml_mdm_files_load(name, tmp_path):
     )  # fmt: skip
     args = Call("argparse Namespace", Call("models.nested_unet NestedUNetConfig", "x"))
     params = released(config, tmp_path / "w.pth", lambda content: {"state_dict": content, "args": args, "loss": 0.1})
-    loaded = export.load(str(tmp_path / "w.pth"), config, abstract(config))
+    loaded = export.load_parameters(str(tmp_path / "w.pth"), config, abstract(config))
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert {"lm_proj.weight", "cond_emb.weight", "cond_layers.scale.0.weight"} <= {
         name.removeprefix("inner_unet.") for name in weights.to_torch(params["x"])

@@ -284,7 +284,7 @@ def pooler(monkeypatch):
 def test_features_are_padded_to_one_batch_size():
     images = np.random.default_rng(1).integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
     pooler = Pooler()
-    features = evaluate.features(pooler, [images[:3], images[3:7]], 4)
+    features = evaluate.pooled_features(pooler, [images[:3], images[3:7]], 4)
     assert pooler.sizes == [4, 4] and features.shape == (7, 5)
     np.testing.assert_array_equal(features, Pooler().pooled(images))
 
@@ -318,7 +318,7 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
 
 def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
     generator, source = fake_scoring(30)
-    guided, unguided = evaluate.score(generator, None, source, str(tmp_path), step=9)
+    guided, unguided = evaluate.score_run(generator, None, source, str(tmp_path), step=9)
     assert guided.guided and guided.guidance == (0.5, 0.3) and not unguided.guided and unguided.guidance == (0.0, 0.0)
     assert abs(guided.fd) < 1e-9 and guided.num_samples == guided.num_reference == 30 and guided.step == 9
     shift = 50 / 255 * np.random.default_rng(0).normal(size=(16, 5)).sum(0)  # equal covariances: |mu_1 - mu_2|^2
@@ -331,7 +331,7 @@ def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
 @pytest.mark.parametrize("guidance, unguided", [((0.5, 0.3), False), ((0.0, 0.0), True)])
 def test_the_unguided_score_only_where_asked_for_and_different(pooler, tmp_path, guidance, unguided):
     generator, source = fake_scoring(8, guidance, unguided)
-    (score,) = evaluate.score(generator, None, source, str(tmp_path), step=1)
+    (score,) = evaluate.score_run(generator, None, source, str(tmp_path), step=1)
     assert score.guidance == guidance
 
 
@@ -353,7 +353,7 @@ def test_too_few_to_score_is_refused(pooler, tmp_path, key):
     generator, source = fake_scoring(8)
     generator.config.evaluate[key] = 1
     with pytest.raises(ValueError, match=f"{key} 1.* a distance needs 2 or more of each") as error:
-        evaluate.score(generator, None, source, str(tmp_path), step=1)
+        evaluate.score_run(generator, None, source, str(tmp_path), step=1)
     assert "\n" not in str(error.value)
 
 

@@ -161,7 +161,7 @@ def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch
     gen = types.SimpleNamespace(config=config, levels=build.levels(config), text=None)
     monkeypatch.setattr(sample, "restored", lambda config, workdir: (gen, None, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (None, None))
-    monkeypatch.setattr(evaluate, "measurement", None)
+    monkeypatch.setattr(evaluate, "make_scorer", None)
     refused(evaluate.evaluate, config, "unused", match=message)
 
 
@@ -246,7 +246,7 @@ def test_the_option_with_the_most_values_lies_along_x(tmp_path, figures):
 
 
 def test_values_that_are_no_numbers_stand_at_equal_distances(tmp_path, figures):
-    plots.curves([0.1, 5, "inf"], {"FD": {"": [1.0, 2.0, np.nan]}}, "gamma", tmp_path / "unused.png")
+    plots.score_curves([0.1, 5, "inf"], {"FD": {"": [1.0, 2.0, np.nan]}}, "gamma", tmp_path / "unused.png")
     (axis,) = figures[0].axes
     assert list(axis.lines[0].get_xdata()) == [0, 1, 2] and not figures[0].legends
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.1", "5", "inf"]

@@ -143,7 +143,7 @@ def test_the_last_phase_takes_the_same_network_whole(straight):
     """From s4, of the same shapes: its first step starts from s4's average, so it differs from s4's last."""
     _, (_, second), (_, last) = build.phases(config_of())
     abstract = train.abstract_state(last).params
-    taken = transfer.taken(last, str(folder(straight, "s4")), abstract)
+    taken = transfer.load_initial_weights(last, str(folder(straight, "s4")), abstract)
     assert list(taken) == [("x",)]
     assert_equal(taken[("x",)], state_of(folder(straight, "s4"), second)["ema"]["x"])
 
@@ -195,10 +195,10 @@ def test_a_phase_differs_in_what_it_says_alone():
 def test_two_new_levels_put_it_two_levels_down(straight, grafted):
     config = config_of(("init_from.path", str(folder(straight, "s2"))), kind="deep")
     abstract = train.abstract_state(config).params
-    ((place, tree),) = transfer.taken(config, config.init_from.path, abstract).items()
+    ((place, tree),) = transfer.load_initial_weights(config, config.init_from.path, abstract).items()
     assert place == ("x", "inner_unet", "inner_unet")
     assert_equal(tree, grafted[1])
-    replaced = transfer.replaced(abstract, place, tree)
+    replaced = transfer.replace_subtree(abstract, place, tree)
     assert replaced["x"]["inner_unet"]["inner_unet"] is tree
     assert replaced["x"]["inner_unet"]["conv_in"] is abstract["x"]["inner_unet"]["conv_in"]
     assert abstract["x"]["inner_unet"]["inner_unet"] is not tree
@@ -207,19 +207,21 @@ def test_two_new_levels_put_it_two_levels_down(straight, grafted):
 def test_a_level_that_the_other_run_lacks_is_named(straight):
     config = config_of(("init_from.path", str(folder(straight, "s2"))), ("init_from.levels", ("y",)), kind="deep")
     message = "no level y, only x; change init_from.levels"
-    refused(transfer.taken, config, config.init_from.path, train.abstract_state(config).params, match=message)
+    refused(
+        transfer.load_initial_weights, config, config.init_from.path, train.abstract_state(config).params, match=message
+    )
 
 
 def test_the_deepest_of_several_places_is_taken():
     net = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
     params = {"x": {"outer": net, "inner": {"own": net, "adapter": {}}, "kernel": net["kernel"]}}
-    assert transfer.graft_place(params, "x", {"kernel": (2, 3)}) == ("x", "inner", "own")
-    assert transfer.graft_place(params, "x", {"kernel": (3, 2)}) is None
+    assert transfer.find_graft_place(params, "x", {"kernel": (2, 3)}) == ("x", "inner", "own")
+    assert transfer.find_graft_place(params, "x", {"kernel": (3, 2)}) is None
 
 
 def test_weights_before_the_average_where_asked_for(straight, grafted):
     config = config_of(("init_from.path", str(folder(straight, "s2"))), ("init_from.weights", "params"), kind="nest")
-    taken = transfer.taken(config, config.init_from.path, train.abstract_state(config).params)
+    taken = transfer.load_initial_weights(config, config.init_from.path, train.abstract_state(config).params)
     own = state_of(folder(straight, "s2"), grafted[0])["params"]["x"]
     assert_equal(taken[("x", "inner_unet")], own)
     assert not np.array_equal(own["conv_out"]["kernel"], grafted[1]["conv_out"]["kernel"])
@@ -276,4 +278,4 @@ def test_what_fits_nowhere_is_refused(straight, changes, message):
             place = place[int(part)] if part.isdigit() else place[part]
         place[key] = value
     abstract = train.abstract_state(config).params
-    refused(transfer.taken, config, config.init_from.path, abstract, match=message)
+    refused(transfer.load_initial_weights, config, config.init_from.path, abstract, match=message)

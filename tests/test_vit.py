@@ -307,7 +307,7 @@ def test_a_folder_is_read_whole(files, tiny_variants, tmp_path):
     tensors, whole = files[0]["clip_vitb16"][1], load("clip_vitb16", files[0]["clip_vitb16"][0])
     shards = [tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for i, path in enumerate(shards):
-        weights.write(path, dict(list(tensors.items())[i::2]), {})
+        weights.write_safetensors(path, dict(list(tensors.items())[i::2]), {})
     encoder = load("clip_vitb16", str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, encoder.params, whole.params)
     assert encoder.fingerprint == "-".join(map(weights.sha256, shards))

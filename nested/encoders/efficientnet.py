@@ -192,7 +192,7 @@ def load(path, *, input_size, map, vector, features, prefix="", dtype="float32")
     for feature in features:
         grids.parse(feature)
     path = pathlib.Path(path).expanduser() if path else package_file()
-    tensors = weights.read(path)
+    tensors = weights.read_tensors(path)
     return EfficientNetLite0(_fold(tensors, path), weights.sha256(path), input_size, map, tuple(features))
 
 

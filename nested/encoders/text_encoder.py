@@ -154,10 +154,10 @@ def load(name, weights, max_tokens, dtype="float32"):
     network = NETWORKS[name]
     if network.positions and max_tokens > network.positions:
         raise ValueError(f"max_tokens: {max_tokens} given; {name} has positions for {network.positions}")
-    files = weight_files.files(weights or _absent_weights(name))
+    files = weight_files.find_weight_files(weights or _absent_weights(name))
     folder = pathlib.Path(files[0]).parent
-    tensors = network.renamed(weight_files.load(files, network.anchors, unused=network.unused))
-    tensors = weight_files.checked(tensors, network.shapes(tensors), f"{folder}: not the weights of {name}")
+    tensors = network.renamed(weight_files.load_network(files, network.anchors, unused=network.unused))
+    tensors = weight_files.check_tensors(tensors, network.shapes(tensors), f"{folder}: not the weights of {name}")
     params = {key: jnp.asarray(np.array(array, DTYPES[dtype])) for key, array in tensors.items()}
     vocabulary, width = params[network.embedding].shape
     tokenize = tokens.read_tokenizer(folder, max_tokens, network.empty, vocabulary, network.pieces, network.filled)

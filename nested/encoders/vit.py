@@ -273,7 +273,7 @@ def load(name, path, *, input_size, map, vector, features, prefix, dtype):
         raise FileNotFoundError(
             f"{name} comes in no package: give its weight file, such as {vit.released}, in config.encoder.weights"
         )
-    files = weights.files(path)
+    files = weights.find_weight_files(path)
     params = vit_files.read(files, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
     fingerprint = "-".join(weights.sha256(file) for file in files)
     return VitEncoder(name, vit, params, fingerprint, input_size, vector, tuple(features))

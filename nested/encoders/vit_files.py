@@ -141,13 +141,13 @@ def read(paths, vit, name, *, prefix, projected, dtype):
     in `dtype`.
 
     prefix: the wrapper to take ('state_dict.module.momentum_encoder.'); '' finds it. projected: with the head. Raises
-    as weights.load and weights.checked do: every tensor is accounted for."""
+    as weights.load_network and weights.check_tensors do: every tensor is accounted for."""
     family = FAMILIES[vit.family]
     anchors = [layout.names["cls"] for layout in family.layouts]
     unused = family.unused + (family.counters if projected else family.head)
-    tensors = weights.load(paths, anchors, prefix=prefix, prefer=family.prefer, unused=unused)
+    tensors = weights.load_network(paths, anchors, prefix=prefix, prefer=family.prefer, unused=unused)
     layout = family.layouts[[anchor in tensors for anchor in anchors].index(True)]
-    tensors = weights.checked(tensors, shapes(vit, layout, projected), f"{paths[0]}: not the weights of {name}")
+    tensors = weights.check_tensors(tensors, shapes(vit, layout, projected), f"{paths[0]}: not the weights of {name}")
     return params(tensors, vit, layout, projected, dtype)
 
 

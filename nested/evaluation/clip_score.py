@@ -45,13 +45,13 @@ class Clip:
         return np.concatenate(found)[[rows[text] for text in texts]]
 
 
-def load(name, folder):
+def load_clip(name, folder):
     """Clip `name`, 'clip_vitb16' or 'clip_vitl14', from a folder as transformers saves it, with its tokenizer.
 
     Raises, in one line: ValueError for another name, or weights of another network; FileNotFoundError."""
     if name not in NAMES:
         raise ValueError(f"evaluate.clip.name: {name!r} given; choose from {', '.join(map(repr, NAMES))}")
-    files = weights.files(folder)
+    files = weights.find_weight_files(folder)
     if len(files) > 1:
         raise ValueError(f"evaluate.clip.weights {folder}: {len(files)} weight files; give the folder of a whole CLIP")
     images = vit.load(
@@ -66,15 +66,15 @@ def load(name, folder):
 
 def _text_params(file, width, what):
     """The text tower of transformers' CLIP, with its projection to `width`, which stands outside of the tower."""
-    tensors = weights.load([file], clip_text.EMBEDDING, unused=clip_text.UNUSED)
-    projection = {name: x for name, x in weights.read(file).items() if name == clip_text.PROJECTION}
+    tensors = weights.load_network([file], clip_text.EMBEDDING, unused=clip_text.UNUSED)
+    projection = {name: x for name, x in weights.read_tensors(file).items() if name == clip_text.PROJECTION}
     shapes = clip_text.shapes(tensors)
     shapes[clip_text.PROJECTION] = (width, shapes["final_layer_norm.weight"][0])
-    found = weights.checked(tensors | projection, shapes, what)
+    found = weights.check_tensors(tensors | projection, shapes, what)
     return {name: jnp.asarray(np.array(x, np.float32)) for name, x in found.items()}
 
 
-def score(image_vectors, text_vectors):
+def mean_clip_score(image_vectors, text_vectors):
     """The CLIP score of pairs of vectors [N, D], of any length."""
     x, y = (np.asarray(rows, np.float64) for rows in (image_vectors, text_vectors))
     cosines = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))

@@ -56,7 +56,7 @@ class Statistics:
         atomic_write(path, buffer.getvalue())
 
 
-def fit(features, extractor):
+def fit_statistics(features, extractor):
     """Statistics of `features` [N, d] of any real type. Raises ValueError where they are empty or not finite."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or not len(features):
@@ -69,16 +69,16 @@ def fit(features, extractor):
     return Statistics(extractor, len(features), mu, centred.T @ centred)
 
 
-def gather(batches, extractor):
+def gather_statistics(batches, extractor):
     """Statistics of a stream of feature batches [n, d] (n may vary); holds one batch and two [d, d] sums at a time."""
-    fitted = (fit(batch, extractor) for batch in batches)
+    fitted = (fit_statistics(batch, extractor) for batch in batches)
     first = next(fitted, None)
     if first is None:
         raise ValueError(f"{extractor} features: no batches; check that the data set or sample file is not empty")
     return functools.reduce(Statistics.merge, fitted, first)
 
 
-def load(path):
+def load_statistics(path):
     """Statistics saved by Statistics.save. Raises FileNotFoundError, or ValueError for a file that holds none."""
     path = pathlib.Path(path)
     if not path.is_file():
@@ -95,7 +95,7 @@ def load(path):
     return Statistics(str(extractor), count, np.asarray(mu, np.float64), np.asarray(sigma, np.float64) * (count - 1))
 
 
-def distance(first, second):
+def statistics_distance(first, second):
     """Frechet distance between two Statistics of the same extractor, in squared feature units; ValueError otherwise."""
     _check_comparable(first, second)
     return frechet_distance(first.mu, first.sigma, second.mu, second.sigma)

@@ -55,7 +55,7 @@ class Distances:
         return np.divide(first, second, out=np.ones_like(first), where=second > 0)
 
 
-def check(config) -> None:
+def check_options(config) -> None:
     """ValueError where a report is asked for that cannot be made."""
     if config.evaluate.memorization and not config.evaluate.num_samples:
         raise ValueError(
@@ -74,7 +74,7 @@ def check(config) -> None:
         )
 
 
-def distances(groups: dict[str, np.ndarray], own, training, features: Callable) -> dict[str, dict[str, Distances]]:
+def compare_groups(groups: dict[str, np.ndarray], own, training, features: Callable) -> dict[str, dict[str, Distances]]:
     """{kind: {group: Distances}} of groups of images uint8 [N, H, W, C] to the training images.
 
     own: for the group of training images, the place of each; it is not its own neighbour. training: an iterable of
@@ -96,13 +96,13 @@ def distances(groups: dict[str, np.ndarray], own, training, features: Callable) 
     return result
 
 
-def statistics(of_groups: dict[str, Distances]) -> dict[str, Any]:
+def summarize_distances(of_groups: dict[str, Distances]) -> dict[str, Any]:
     """What memorization.json says of one kind of distance."""
     first = {name: found.two[:, 0] for name, found in of_groups.items()}
     return {
         "quantiles": {name: quantiles(values) for name, values in first.items()},
         "samples_nearer_than": {
-            name: {percent(q): float((first[SAMPLES] < np.quantile(first[name], q)).mean()) for q in SHARES}
+            name: {format_percent(q): float((first[SAMPLES] < np.quantile(first[name], q)).mean()) for q in SHARES}
             for name in (HELD_OUT, TRAINING)
         },
         "ratio_quantiles": {name: quantiles(found.ratio) for name, found in of_groups.items()},
@@ -111,15 +111,15 @@ def statistics(of_groups: dict[str, Distances]) -> dict[str, Any]:
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
-    return {percent(q): float(np.quantile(values, q)) for q in QUANTILES}
+    return {format_percent(q): float(np.quantile(values, q)) for q in QUANTILES}
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     return f"{100 * share:g}%"
 
 
-def describe(kind: str, said: dict[str, Any]) -> str:
-    """A line of statistics()."""
+def summary_line(kind: str, said: dict[str, Any]) -> str:
+    """A line of summarize_distances()."""
     median = {name: said["quantiles"][name]["50%"] for name in GROUPS}
     nearer = said["samples_nearer_than"]
     return (
@@ -130,7 +130,7 @@ def describe(kind: str, said: dict[str, Any]) -> str:
     )
 
 
-def as_decoded(latents, mesh) -> Callable:
+def make_decoder(latents, mesh) -> Callable:
     """Stored images [N, H, W, C], or their latents' moments -> the uint8 images that the finest level's codec makes of
     them, at the samples' resolution. The rows are split over the mesh."""
     codec, size = latents.transforms[-1], -(-BATCH // mesh.size) * mesh.size
@@ -142,13 +142,13 @@ def as_decoded(latents, mesh) -> Callable:
 
     def seen(stored):
         chunks = (stored[start : start + size] for start in range(0, len(stored), size))
-        padded = ((len(chunk), partition.split_rows(nearest.padded(chunk, size), mesh)) for chunk in chunks)
+        padded = ((len(chunk), partition.split_rows(nearest.pad_rows(chunk, size), mesh)) for chunk in chunks)
         return np.concatenate([np.asarray(decoded(chunk, latents.params))[:count] for count, chunk in padded])
 
     return seen
 
 
-def in_turn(training, field: str, seen: Callable):
+def decoded_batches(training, field: str, seen: Callable):
     """The training images in batches, as decoded from that field of the records, with a progress line."""
     progress, done = Progress("training images compared", len(training)), 0
     for batch in loader.in_order(sources.Fields(training, (field,)), BATCH):
@@ -156,46 +156,46 @@ def in_turn(training, field: str, seen: Callable):
         progress.update(done := done + len(batch[field]))
 
 
-def at(source, places, field: str) -> np.ndarray:
+def stack_records(source, places, field: str) -> np.ndarray:
     """That field of a source's records at these places."""
     return np.stack([source[int(i)][field] for i in places])
 
 
-def report(gen, ema, source, features: Callable, step: int, workdir: str) -> list[str]:
+def report_memorization(gen, ema, source, features: Callable, step: int, workdir: str) -> list[str]:
     """Draws config.evaluate.memorization samples and compares them with the training images; writes memorization.json
     and memorization.png to workdir. Returns the lines to print: a summary of each kind, and the files.
 
     gen, ema: a sample.Generator and its parameters, of `step`. source: the run's records, those held out included.
     features: uint8 images [N, H, W, C] -> [N, d], those of the scores.
-    Raises ValueError as check() does."""
+    Raises ValueError as check_options() does."""
     config = gen.config
-    check(config)
+    check_options(config)
     number, field = config.evaluate.memorization, gen.latents.codec_field
-    seen = as_decoded(gen.latents, gen.mesh)
+    seen = make_decoder(gen.latents, gen.mesh)
     if config.text.encoder:
         gen = dataclasses.replace(gen, prompts=build_data.some_captions(config, number))
     training = build_data.split(config, source)[0]
     own = np.linspace(0, len(training), min(number, len(training)), endpoint=False).astype(int)
     groups = {
         SAMPLES: gen.images(ema, number, "samples, memorization"),
-        HELD_OUT: seen(at(source, build_data.held_out(config, len(source)), field)),
-        TRAINING: seen(at(training, own, field)),
+        HELD_OUT: seen(stack_records(source, build_data.held_out(config, len(source)), field)),
+        TRAINING: seen(stack_records(training, own, field)),
     }
-    found = distances(groups, own, in_turn(training, field, seen), features)
-    said = {kind: statistics(of_groups) for kind, of_groups in found.items()}
+    found = compare_groups(groups, own, decoded_batches(training, field, seen), features)
+    said = {kind: summarize_distances(of_groups) for kind, of_groups in found.items()}
     counts = {f"num_{name}": len(images) for name, images in groups.items()}
     content = {"step": step, "num_compared_with": len(training), **counts, **said}
     paths = [os.path.join(workdir, f"memorization.{kind}") for kind in ("json", "png")]
     drawn = found["features"][SAMPLES]
     worst = drawn.two[:, 0].argsort(kind="stable")[:SUSPICIOUS]
-    partners = seen(at(training, drawn.nearest[worst], field))  # on all hosts: the devices of all work at it
+    partners = seen(stack_records(training, drawn.nearest[worst], field))  # on all hosts: the devices of all work at it
     if jax.process_index() == 0:
         atomic_write(paths[0], json.dumps(content, indent=1) + "\n")
-        draw(groups[SAMPLES][worst], partners, drawn.two[worst, 0], found, paths[1])
-    return [*(describe(kind, of) for kind, of in said.items()), *(f"memorization: {path}" for path in paths)]
+        draw_memorization(groups[SAMPLES][worst], partners, drawn.two[worst, 0], found, paths[1])
+    return [*(summary_line(kind, of) for kind, of in said.items()), *(f"memorization: {path}" for path in paths)]
 
 
-def draw(samples, partners, apart, found: dict[str, dict[str, Distances]], path: str) -> None:
+def draw_memorization(samples, partners, apart, found: dict[str, dict[str, Distances]], path: str) -> None:
     """Writes the PNG: samples uint8 [n, H, W, C], each beside its partner, the training image nearest by features at
     distance `apart` [n]; and the distributions of d_1 by every kind of distance."""
     from matplotlib.figure import Figure

@@ -48,12 +48,12 @@ class NearestStream:
         rows = min(QUERY_ROWS, _power_of_two(len(self._queries)))
         for first in range(0, len(points), size):
             block = points[first : first + size]
-            on_device = jax.device_put(padded(block, size))
+            on_device = jax.device_put(pad_rows(block, size))
             for start in range(0, len(self._queries), rows):
                 chosen = slice(start, start + rows)
                 queries, own = self._queries[chosen], self._own[chosen] - self._added
                 found = _closest(
-                    padded(queries, rows), on_device, self._shift, padded(own, rows), len(block),
+                    pad_rows(queries, rows), on_device, self._shift, pad_rows(own, rows), len(block),
                     min(self._k + SPARE, size),
                 )  # fmt: skip
                 self._merge(chosen, *(np.asarray(array)[: len(queries)] for array in found))
@@ -76,14 +76,14 @@ class NearestStream:
         return self._distances, self._indices
 
 
-def nearest(queries, points, k, own=None, report=None):
+def nearest_neighbors(queries, points, k, own=None, report=None):
     """NearestStream's result for `points` [N, ...] held in memory."""
     stream = NearestStream(queries, k, own)
     stream.add(points, report)
     return stream.result()
 
 
-def vote(neighbour_labels, num_classes):
+def majority_vote(neighbour_labels, num_classes):
     """int [N, k] labels, nearest first -> int [N], the class with the most votes; a tie goes to the nearest's class."""
     count, k = neighbour_labels.shape
     votes = np.zeros((count, num_classes))
@@ -92,9 +92,9 @@ def vote(neighbour_labels, num_classes):
     return votes.argmax(axis=1)
 
 
-def accuracy(neighbours, labels, num_classes):
+def knn_accuracy(neighbours, labels, num_classes):
     """Share of the N points that their nearest others, int [N, k], classify as `labels` [N] says."""
-    return float((vote(labels[neighbours], num_classes) == labels).mean())
+    return float((majority_vote(labels[neighbours], num_classes) == labels).mean())
 
 
 def _power_of_two(count):
@@ -102,7 +102,7 @@ def _power_of_two(count):
     return 1 << (count - 1).bit_length()
 
 
-def padded(rows, size):
+def pad_rows(rows, size):
     """[n, ...] with zeros up to `size` rows."""
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
 

@@ -57,13 +57,13 @@ class Score:
         return "" if self.clip is None else f"CLIP score {self.clip:.2f}  "
 
 
-def features(encoder, batches, size: int) -> np.ndarray:
+def pooled_features(encoder, batches, size: int) -> np.ndarray:
     """Pooled features float32 [N, 1280] of uint8 images, given in batches of any length; of clips, one per frame. Every
     batch that is encoded is padded to `size` rows."""
-    return encoded(encoder.pooled, (batch.reshape(-1, *batch.shape[-3:]) for batch in batches), size)
+    return encode_batches(encoder.pooled, (batch.reshape(-1, *batch.shape[-3:]) for batch in batches), size)
 
 
-def encoded(network, batches, size: int) -> np.ndarray:
+def encode_batches(network, batches, size: int) -> np.ndarray:
     """What `network` makes of images, given in batches of any length, padded to `size` rows each time."""
     result = []
     for images in rechunk(batches, size):
@@ -86,7 +86,7 @@ def reference_features(config, source, encoder, cache_dir: str) -> np.ndarray:
     batches = (
         np.stack([source[int(i)]["image"] for i in chosen[start : start + size]]) for start in range(0, number, size)
     )
-    result = features(encoder, batches, size)
+    result = pooled_features(encoder, batches, size)
     if jax.process_index() == 0:
         buffer = io.BytesIO()
         np.save(buffer, result)
@@ -101,30 +101,30 @@ def rechunk(batches, size: int):
             yield batch[start : start + size]
 
 
-def score(gen: sample.Generator, ema, source, cache_dir: str, step: int, file: str = "") -> list[Score]:
+def score_run(gen: sample.Generator, ema, source, cache_dir: str, step: int, file: str = "") -> list[Score]:
     """The guided score and, with config.evaluate.unguided and guidance anywhere, the unguided one. file: identifies the
     weight file that is scored (Score.weights)."""
     guidance = tuple(level.guidance for level in gen.levels)
     drawers = [gen]
     if gen.config.evaluate.unguided and any(guidance):
         drawers.append(gen.with_guidance((0.0,) * len(guidance)))
-    measure = measurement(gen.config, source, cache_dir, file)
+    measure = make_scorer(gen.config, source, cache_dir, file)
     return [measure(drawer, ema, step) for drawer in drawers]
 
 
-def measurement(config, source, cache_dir: str, file: str = ""):
+def make_scorer(config, source, cache_dir: str, file: str = ""):
     """The function (generator, EMA, step) -> Score against the data that the config names."""
     if min(config.evaluate.num_samples, config.evaluate.num_reference) < 2:
         raise ValueError(
             f"config.evaluate: num_samples {config.evaluate.num_samples}, num_reference "
             f"{config.evaluate.num_reference}; a distance needs 2 or more of each"
         )
-    clip = clip_of(config)
+    clip = load_clip_scorer(config)
     encoder, size, number = build_data.score_encoder(config), config.encoder.batch_size, config.evaluate.num_samples
     scored, source = build_data.scored_against(config, source)
     texts = build_data.some_captions(scored, number) if config.text.encoder else ()  # not those of the pictures
     reference = reference_features(config, build_data.pictures(scored, source), encoder, cache_dir)
-    fitted = frechet.fit(reference, EXTRACTOR)
+    fitted = frechet.fit_statistics(reference, EXTRACTOR)
 
     def measure(gen, ema, step):
         weights = tuple(level.guidance for level in gen.levels)
@@ -135,44 +135,46 @@ def measurement(config, source, cache_dir: str, file: str = ""):
         def drawn_batches():
             for images in gen.batches(ema, number, f"samples, guidance {weights}"):
                 if clip:
-                    vectors.append(encoded(clip.image_vectors, [images], config.sample.batch_size))
+                    vectors.append(encode_batches(clip.image_vectors, [images], config.sample.batch_size))
                 yield images
 
-        drawn = features(encoder, drawn_batches(), size)
-        fd = frechet.distance(frechet.fit(drawn, EXTRACTOR), fitted)
+        drawn = pooled_features(encoder, drawn_batches(), size)
+        fd = frechet.statistics_distance(frechet.fit_statistics(drawn, EXTRACTOR), fitted)
         kid = scores.kernel_distance(drawn, reference).mean
         fits = None
         if clip:
             prompts = [gen.prompts[i % len(gen.prompts)] for i in range(number)]
-            fits = clip_score.score(np.concatenate(vectors), clip.text_vectors(prompts))
+            fits = clip_score.mean_clip_score(np.concatenate(vectors), clip.text_vectors(prompts))
         return Score(any(weights), weights, fd, kid, len(drawn), len(reference), encoder.input_size, step, fits, file)
 
     return measure
 
 
-def check(config) -> None:
+def check_evaluation(config) -> None:
     """ValueError for what cannot be scored, before a run trains for days: memorisation, a CLIP, another split."""
-    memorization.check(config)
-    if check_clip(config):
-        weight_files.files(config.evaluate.clip.weights)
+    memorization.check_options(config)
+    if wants_clip_score(config):
+        weight_files.find_weight_files(config.evaluate.clip.weights)
     if config.evaluate.split and config.evaluate.num_samples:
         build_data.scored_against(config, None)
 
 
-def identity(path: str) -> str:
+def weights_identity(path: str) -> str:
     """What Score.weights says of a weight file, or a folder of them."""
     if not path:
         return ""
-    return hashlib.sha256("".join(map(weight_files.sha256, weight_files.files(path))).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(map(weight_files.sha256, weight_files.find_weight_files(path))).encode()).hexdigest()[
+        :16
+    ]
 
 
-def clip_of(config) -> clip_score.Clip | None:
-    """The CLIP of config.evaluate.clip, None without weights. Raises ValueError as check_clip() does."""
+def load_clip_scorer(config) -> clip_score.Clip | None:
+    """The CLIP of config.evaluate.clip, None without weights. Raises ValueError as wants_clip_score() does."""
     options = config.evaluate.clip
-    return clip_score.load(options.name, options.weights) if check_clip(config) else None
+    return clip_score.load_clip(options.name, options.weights) if wants_clip_score(config) else None
 
 
-def check_clip(config) -> bool:
+def wants_clip_score(config) -> bool:
     """Whether to compute a CLIP score. Raises ValueError where there are no prompts or the samples are clips."""
     if not config.evaluate.clip.weights:
         return False
@@ -184,14 +186,18 @@ def check_clip(config) -> bool:
     return True
 
 
-def report(gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str, file: str = "") -> list[str]:
+def report_scores(
+    gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str, file: str = ""
+) -> list[str]:
     """Scores, written to scores.json, and what config.evaluate.memorization asks for; the lines to print."""
     config = gen.config
-    results = score(gen, ema, source, cache_dir, step, file)
+    results = score_run(gen, ema, source, cache_dir, step, file)
     lines = [f"score:   {result}" for result in results] + [f"scores:  {write_scores(workdir, results)}"]
     if config.evaluate.memorization:
         encoder, size = build_data.score_encoder(config), config.encoder.batch_size
-        lines += memorization.report(gen, ema, source, lambda images: features(encoder, [images], size), step, workdir)
+        lines += memorization.report_memorization(
+            gen, ema, source, lambda images: pooled_features(encoder, [images], size), step, workdir
+        )
     return lines
 
 
@@ -208,19 +214,19 @@ def evaluate(config, workdir: str, weights: str = "") -> None:
     writes scores.json, with the report on memorisation that the config asks for; or makes a sweep and nothing else."""
     if not config.evaluate.num_samples:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
-    check(config)
+    check_evaluation(config)
     images_alone = weights and not config.evaluate.memorization
     if images_alone:  # of a file that others trained: nothing is encoded
         config = build_data.scored_config(config)
     gen, ema, step = sample.opened(config, workdir, weights)
     source = build_data.images(config) if images_alone else build_data.latents(config, workdir, gen.text)[0]
-    cache_dir, file = build_data.latents_dir(config, workdir), identity(weights)
+    cache_dir, file = build_data.latents_dir(config, workdir), weights_identity(weights)
     if config.evaluate.sweep:
         todo = sweep.combinations(gen)  # all are checked before the first is drawn
-        paths = sweep.score(gen, ema, todo, measurement(config, source, cache_dir, file), step, workdir, file)
+        paths = sweep.score(gen, ema, todo, make_scorer(config, source, cache_dir, file), step, workdir, file)
         if jax.process_index() == 0:
             print("\n".join(f"sweep:   {path}" for path in paths))
         return
-    lines = report(gen, ema, source, cache_dir, step, workdir, file)
+    lines = report_scores(gen, ema, source, cache_dir, step, workdir, file)
     if jax.process_index() == 0:
         print("\n".join(lines))

@@ -6,7 +6,7 @@ import math
 from nested.runtime.files import atomic_write
 
 
-def curves(x, panels, x_label, path, against=()):
+def score_curves(x, panels, x_label, path, against=()):
     """Draws a panel for each score, side by side, and writes the PNG, whole or not at all.
 
     x: the values of the option, of every curve the same; numbers lie on an axis, where one is infinite or no number

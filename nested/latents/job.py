@@ -24,7 +24,7 @@ from absl import logging
 
 from input_pipeline import latent_records as records
 from nested.encoders import grids
-from nested.runtime.files import atomic_write, local
+from nested.runtime.files import atomic_write, local_path
 from nested.runtime.partition import local_devices
 from nested.runtime.writers import Progress
 from nested.spaces.autoencoder_kl import AutoencoderKL
@@ -220,7 +220,7 @@ def plan(
         raise ValueError(f"image 0: shape {shape}; images must be [H, W, 1 or 3]")
     found = _grids(encoder, config, codec, shape, autoencoder)
     processes = process_index, process_count, timeout_s
-    job = Job(source, encoder, config, codec, local(directory), *processes, shape, found, autoencoder, flip, check)
+    job = Job(source, encoder, config, codec, local_path(directory), *processes, shape, found, autoencoder, flip, check)
     _check_svd(job)
     return job
 

@@ -61,7 +61,7 @@ def compared(config, workdir: str) -> Compared:
         batch = loader.collate([source[i] for i in places])
         pixels = batch["image"] if pictured is source else np.stack([pictured[i]["image"] for i in places])
         count = len(batch["label"])
-        of_level = variables({name: nearest.padded(batch[name], size) for name in latents.fields})
+        of_level = variables({name: nearest.pad_rows(batch[name], size) for name in latents.fields})
         for level in config.levels:
             leaves = of_level[level.name]
             for i, leaf in enumerate(leaves if isinstance(leaves, tuple) else (leaves,)):
@@ -82,10 +82,10 @@ def find(config, found: Compared, queries: np.ndarray) -> list[Neighbors]:
         asked = np.arange(len(values)) if labelled else queries
         progress = Progress(f"distances, {name}", len(asked) * len(values))
         most = max(options.nearest, options.k) if labelled else options.nearest
-        distances, places = nearest.nearest(values[asked], values, most, asked, progress.update)
+        distances, places = nearest.nearest_neighbors(values[asked], values, most, asked, progress.update)
         accuracy = None
         if labelled:
-            accuracy = nearest.accuracy(places[:, : options.k], found.labels, config.data.num_classes)
+            accuracy = nearest.knn_accuracy(places[:, : options.k], found.labels, config.data.num_classes)
             places, distances = places[queries], distances[queries]
         shown = slice(0, options.nearest)
         result.append(Neighbors(name, values.shape[1:], places[:, shown], distances[:, shown], accuracy))

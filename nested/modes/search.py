@@ -214,7 +214,7 @@ def plot(rows: Sequence[dict], sigmas: Sequence[float], path: str) -> None:
         }
         for kind, scores in scores_by_kind(rows).items()
     }
-    plots.curves(sigmas, panels, "sigma of the newest level", path)
+    plots.score_curves(sigmas, panels, "sigma of the newest level", path)
 
 
 def conclusion(config, kept: Mapping[str, float], best: dict) -> list[str]:

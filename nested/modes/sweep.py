@@ -264,4 +264,4 @@ def plot(config, rows: Sequence[dict], path: str) -> None:
             lines = np.moveaxis(scores, axis, -1).reshape(-1, len(x))
             panels[score.title] = dict(zip(names, lines, strict=True))
     against = ("CLIP score", "FD-EffLite0") if "CLIP score" in panels else ()
-    plots.curves([v if isinstance(v, (int, float)) else shown(v) for v in x], panels, option, path, against)
+    plots.score_curves([v if isinstance(v, (int, float)) else shown(v) for v in x], panels, option, path, against)

@@ -34,7 +34,7 @@ def atomic_write(path, content):
         raise
 
 
-def local(directory):
+def local_path(directory):
     """The absolute path of a folder (~ expanded); ValueError for an address such as gs://bucket."""
     if "://" in str(directory):
         raise ValueError(f"{directory}: not a folder; mount the bucket (gcsfuse, NFS) and give the path of the mount")
@@ -46,7 +46,7 @@ def check_writable(directory):
 
     Raises OSError, in one line, where it cannot; ValueError for an address such as gs://bucket.
     """
-    path = local(directory)
+    path = local_path(directory)
     probe = path / f".write_probe.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)

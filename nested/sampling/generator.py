@@ -248,7 +248,7 @@ def opened(config, workdir: str, weights: str) -> tuple[Generator, Tree, int]:
     if not weights:
         return restored(config, workdir)
     made, abstract = prepared(config, workdir)
-    return made, export.load(weights, config, abstract), 0
+    return made, export.load_parameters(weights, config, abstract), 0
 
 
 def prepared(config, workdir: str) -> tuple[Generator, Tree]:

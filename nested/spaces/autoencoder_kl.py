@@ -290,7 +290,7 @@ def load(path: str, *, prefix: str, patch: int, channels: int, what: str) -> Aut
 
     prefix: what stands before the names, such as 'first_stage_model.' in a file of all of Stable Diffusion; '' finds
     it. patch, channels: what the weights must turn out to have. what: the option that gives the path, for errors.
-    Raises ValueError / FileNotFoundError in one line: as weights.files and weights.load; a tensor that is missing,
+    Raises ValueError / FileNotFoundError in one line: as find_weight_files and load_network; a tensor that is missing,
     unknown or of another shape (named); another patch or other channels.
     """
     if not path:
@@ -298,14 +298,14 @@ def load(path: str, *, prefix: str, patch: int, channels: int, what: str) -> Aut
             f"{what} is '': sd_vae needs the autoencoder's weights; give a file (.safetensors, .pth, .ckpt) or a "
             "folder that diffusers saved it to"
         )
-    files = weights.files(path)
-    found = weights.load(files, ANCHOR, prefix=prefix, unused=UNUSED)
+    files = weights.find_weight_files(path)
+    found = weights.load_network(files, ANCHOR, prefix=prefix, unused=UNUSED)
     levels = max(_count(found, "encoder.down_blocks."), _count(found, "encoder.down."))
     tensors = {_public_name(name, levels): array for name, array in found.items()}
     # 1x1 convolutions of CompVis' attention are matrices here
     tensors = {name: x[..., 0, 0] if ".attentions." in name and x.ndim == 4 else x for name, x in tensors.items()}
     layout = _layout(tensors, f"{what} {files[0]}")
-    tensors = weights.checked(tensors, layout.shapes(), f"{what} {files[0]}")
+    tensors = weights.check_tensors(tensors, layout.shapes(), f"{what} {files[0]}")
     if (layout.patch, layout.channels) != (patch, channels):
         raise ValueError(
             f"{what} {files[0]}: latents of {layout.channels} channels, one position for "

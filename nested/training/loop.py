@@ -201,8 +201,8 @@ def fresh_state(run: Run, root: str = "") -> TrainState:
         return state
     params, ema = state.params, state.ema
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    for place, tree in transfer.taken(run.config, path, run.abstract.params).items():
-        params, ema = transfer.replaced(params, place, tree), transfer.replaced(ema, place, copy(tree))
+    for place, tree in transfer.load_initial_weights(run.config, path, run.abstract.params).items():
+        params, ema = transfer.replace_subtree(params, place, tree), transfer.replace_subtree(ema, place, copy(tree))
     return state.replace(params=params, ema=ema)
 
 
@@ -233,7 +233,7 @@ def train(config, workdir: str) -> None:
         shapes = [(name, phase, abstract_state(phase).params) for name, phase in phases]
         for _, phase, params in shapes:
             opt.check_groups(build.optimizer(phase), params)
-        transfer.check_phases(shapes)
+        transfer.check_phases_fit(shapes)
     for name, phase in phases:
         folder = phase_dir(workdir, name)
         if name and (latest_step(folder) or 0) >= phase.train.steps:
@@ -251,7 +251,7 @@ def train_phase(config, workdir: str, root: str) -> bool:
     """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores.
     False where a signal stopped it."""
     build.check_pictures(config)
-    evaluate.check(config)
+    evaluate.check_evaluation(config)
     text = build_data.load_text(config)
     source, latents = build_data.latents(config, workdir, text)
     run = make_run(config, latents, text)
@@ -294,7 +294,7 @@ def finish(run: Run, state: TrainState, source, workdir: str) -> None:
         lines += [f"picture: {path}" for path in sample.show(gen, state.ema, workdir)]
     if config.evaluate.num_samples:
         cache_dir = build_data.latents_dir(config, workdir)
-        lines += evaluate.report(gen, state.ema, source, cache_dir, int(state.step), workdir)
+        lines += evaluate.report_scores(gen, state.ema, source, cache_dir, int(state.step), workdir)
     if jax.process_index() == 0:
         print("\n".join(lines))
 

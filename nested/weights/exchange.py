@@ -39,83 +39,85 @@ def export(config, workdir: str, out: str) -> None:
     if jax.process_index():
         return
     ema, notes = state["ema"], {"step": str(step), CONFIG: json.dumps(read_config(workdir))}
-    weights.write(base + suffix, {name: np.asarray(leaf) for name, leaf in named(ema).items()}, notes)
+    weights.write_safetensors(
+        base + suffix, {name: np.asarray(leaf) for name, leaf in flatten_by_name(ema).items()}, notes
+    )
     for name, params in ema.items():
         path = f"{base}.{name}{suffix}"
-        weights.write(path, weights.to_torch(params), {"step": notes["step"], "level": name})
+        weights.write_safetensors(path, weights.to_torch(params), {"step": notes["step"], "level": name})
         logging.info("export: level %s by its authors' names in %s", name, path)
     logging.info("export: step %s of %s in %s", notes["step"], workdir, base + suffix)
 
 
-def load(path: str, config, abstract, trained_on: bool = False):
+def load_parameters(path: str, config, abstract, trained_on: bool = False):
     """The parameters of every level of `config` from the weight file or folder `path`.
 
     abstract: {level: parameters} as shapes and shardings. trained_on: they are only where training starts; else they
     are sampled from, and a file of ours must be of the config's processes, variables and codec too. Raises, in one
-    line: as weights.files and weights.load; ValueError where the file's networks are not those of the config (the
+    line: as find_weight_files and load_network; ValueError where the file's networks are not those of the config (the
     options that differ, or the tensors that are missing, left over or of another shape, are named), or of a file by an
     author's names where there are levels.
     """
-    files = weights.files(path)
-    notes = weights.metadata(files[0]) if files[0].endswith(SUFFIX) else {}
+    files = weights.find_weight_files(path)
+    notes = weights.read_metadata(files[0]) if files[0].endswith(SUFFIX) else {}
     if CONFIG in notes:
         saved = json.loads(notes[CONFIG])
         if not trained_on:
-            check_meaning(files[0], saved, build.plain(config), abstract)
-        filled = ours(files[0], saved, config, abstract)
+            check_same_process_and_space(files[0], saved, build.plain(config), abstract)
+        filled = read_exported_file(files[0], saved, config, abstract)
     elif len(abstract) > 1:
         raise ValueError(
             f"{path}: holds one network, by its authors' names, and the config has the levels {', '.join(abstract)}: "
             "give a file that --mode=export wrote for them"
         )
     else:
-        filled = {name: theirs(path, files, tree) for name, tree in abstract.items()}
-    return jax.tree.map(placed, filled, abstract)
+        filled = {name: read_authors_file(path, files, tree) for name, tree in abstract.items()}
+    return jax.tree.map(place_on_devices, filled, abstract)
 
 
-def differences(saved: dict, config: dict, keys: tuple[str, ...], name: str) -> list[str]:
+def option_differences(saved: dict, config: dict, keys: tuple[str, ...], name: str) -> list[str]:
     """Where these options of two dicts differ, as config_differences says it."""
     return config_differences(*({key: some.get(key) for key in keys} for some in (saved, config)), name)
 
 
-def by_name(config: dict) -> dict[str, dict]:
+def levels_by_name(config: dict) -> dict[str, dict]:
     return {level["name"]: level for level in config["levels"]}
 
 
-def check_meaning(path: str, saved: dict, config: dict, names) -> None:
+def check_same_process_and_space(path: str, saved: dict, config: dict, names) -> None:
     """ValueError where what the networks of these levels compute is something else in the config `saved`: the process
     that they were trained in, the variable, the codec. All that differs is named."""
-    there, here, found = by_name(saved), by_name(config), []
+    there, here, found = levels_by_name(saved), levels_by_name(config), []
     for name in names:
         if name in there:
-            found += differences(there[name], here[name], ("process", "source", "standardize"), name)
-    found += differences(saved["codec"], config["codec"], ("name", "patch", "channels", "scale"), "codec")
+            found += option_differences(there[name], here[name], ("process", "source", "standardize"), name)
+    found += option_differences(saved["codec"], config["codec"], ("name", "patch", "channels", "scale"), "codec")
     if found:
         raise ValueError(f"{path}: its networks mean something else ({'; '.join(found)}); give the config of its run")
 
 
-def ours(path: str, saved: dict, config, abstract):
+def read_exported_file(path: str, saved: dict, config, abstract):
     """Of a file of the first kind, whose run had the config `saved`."""
     fitting = build.shared_levels(saved, config)
     for name in abstract:
         if name not in fitting:
-            there, here = by_name(saved).get(name, {}), by_name(build.plain(config))[name]
-            found = differences(there, here, ("shape", "backbone"), name) or ["its conditions, classes or text"]
+            there, here = levels_by_name(saved).get(name, {}), levels_by_name(build.plain(config))[name]
+            found = option_differences(there, here, ("shape", "backbone"), name) or ["its conditions, classes or text"]
             raise ValueError(f"{path}: no level {name} like this config's ({'; '.join(found)}); give the config of its "
                              "run")  # fmt: skip
-    tensors, leaves = weights.read(path), named(abstract)
+    tensors, leaves = weights.read_tensors(path), flatten_by_name(abstract)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     chosen = {name: tensors[name] for name in tensors if name in leaves or name.partition(".")[0] in abstract}
-    chosen = weights.checked(chosen, shapes, path)
+    chosen = weights.check_tensors(chosen, shapes, path)
     filled = [np.array(chosen[name], leaf.dtype) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
 
 
-def theirs(path: str, files: list[str], template):
+def read_authors_file(path: str, files: list[str], template):
     """Of one network by its authors' names, whatever wraps it in the file; averaged weights where there are others."""
     names = weights.torch_names(template)
     # The longest names first: 'conv_in.weight' is also the end of what an inner net has.
-    tensors = weights.load(files, sorted(names, key=len, reverse=True))
+    tensors = weights.load_network(files, sorted(names, key=len, reverse=True))
     tensors = {name: array for name, array in tensors.items() if name.rpartition(".")[2] not in CONSTANTS}
     try:
         return weights.from_torch(tensors, template)
@@ -123,12 +125,12 @@ def theirs(path: str, files: list[str], template):
         raise ValueError(f"{path}: {error}") from error
 
 
-def named(tree) -> dict:
+def flatten_by_name(tree) -> dict:
     """{'level.module.leaf': leaf} of {level: parameters}."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {".".join(entry.key for entry in path): leaf for path, leaf in leaves}
 
 
-def placed(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+def place_on_devices(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     """A host array, the same in every process, with the sharding of `like`."""
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])

@@ -1,8 +1,9 @@
 """Weight files of other code, read safely and without their frameworks, and the mapping between torch and linen names.
 
-`files` names the files of a download, shards by their index. `read` returns flat public names for .npz, .safetensors
-and .pth files; nothing in a file is ever executed, and nothing takes memory before it is used. `load` finds one network
-among them, whatever wraps it, and `checked` accounts for every tensor of it. `write` makes a .safetensors.
+`find_weight_files` names the files of a download, and the shards of an index. `read_tensors` returns the arrays of a
+.npz, .safetensors or .pth file by their public names; nothing in a file is ever executed, and an array takes no memory
+before it is used. `load_network` finds one network among them, whatever wraps it; `check_tensors` accounts for each of
+its tensors. `write_safetensors` writes a .safetensors file.
 `from_torch` and `to_torch` rest on one rule. A linen module carries the public module's name; a list index is joined
 to it with an underscore ('in_blocks.0' is 'in_blocks_0', 'down_levels.0.1' is 'down_levels_0_1'). The leaf names differ
 by layer:
@@ -43,7 +44,7 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
-def files(path: str | os.PathLike) -> list[str]:
+def find_weight_files(path: str | os.PathLike) -> list[str]:
     """The weight files of a download: `path` itself, or those of the folder `path`.
 
     Of a folder, by the names of SAVED_NAMES: the shards that an index ('model.safetensors.index.json') lists, or
@@ -83,7 +84,7 @@ def _indexed(index: pathlib.Path) -> list[str]:
     return [str(index.parent / name) for name in sorted(names)]
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays in a weight file by their public names, in the dtypes they are stored in (bfloat16 by ml_dtypes).
 
     path: .npz, .safetensors, or .pth / .pt / .bin / .ckpt / .tar (torch zip, TorchScript or legacy stream). Nested
@@ -115,7 +116,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 AVERAGED = ("model_ema", "nnet_ema", "ema", "teacher", "momentum_encoder")
 
 
-def load(
+def load_network(
     paths: Sequence[str | os.PathLike],
     anchor: str | Sequence[str],
     *,
@@ -131,12 +132,12 @@ def load(
     prefix: the wrapper to take, '.' for none; '' finds it. Of several, the one is taken that has a word of `prefer`
     among its parts, the earlier word first. unused: starts of names (without the wrapper) that the network does not
     need.
-    Raises, in one line: as read(); ValueError where nothing is called like the anchor, or two networks are and none is
-    preferred (named, to choose from).
+    Raises, in one line: as read_tensors(); ValueError where nothing is called like the anchor, or two networks are and
+    none is preferred (named, to choose from).
     """
     tensors, where = {}, os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     for path in paths:
-        part = read(path)
+        part = read_tensors(path)
         if twice := sorted(tensors.keys() & part.keys()):
             raise ValueError(f"{where}: {_some(twice)} in more than one shard; the files are not of one download")
         tensors |= part
@@ -169,7 +170,7 @@ def _wrapper(names: list[str], anchor: str, prefix: str, prefer: Sequence[str], 
     return chosen[0], tuple(other for other in found if other != chosen[0] and other.startswith(chosen[0]))
 
 
-def checked(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple], what: str) -> dict[str, np.ndarray]:
+def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple], what: str) -> dict[str, np.ndarray]:
     """The tensors in the order of `shapes`, {name: shape} of all that the network has.
 
     Raises ValueError, one line that begins with `what`, where a tensor is missing, unknown or of another shape: the
@@ -248,7 +249,7 @@ def _safetensors_header(stream) -> tuple[dict[str, dict], dict[str, str], int, i
 
 def _read_safetensors(stream) -> dict[str, np.ndarray]:
     entries, _, start, size = _safetensors_header(stream)
-    data, found, end = torch_pickle.mapped(stream), {}, 0
+    data, found, end = torch_pickle.map_file(stream), {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         expected = [end, end + math.prod(shape) * dtype.itemsize]
@@ -266,7 +267,7 @@ def _read_safetensors(stream) -> dict[str, np.ndarray]:
 _WRITTEN_DTYPES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
 
 
-def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """A .safetensors of host arrays, whole or not at all; metadata: strings under '__metadata__'.
 
     Raises OSError, in one line, where the file cannot be written."""
@@ -281,7 +282,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: 
     atomic_write(path, itertools.chain([len(text).to_bytes(8, "little"), text], data))
 
 
-def metadata(path: str | os.PathLike) -> dict[str, str]:
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The '__metadata__' of a .safetensors file, {} where it has none."""
     path = _existing(path)
     with open(path, "rb") as stream:

@@ -18,11 +18,12 @@ from nested.runtime.checkpoint import read_config, restore_subtree, saved_shapes
 from nested.weights import exchange as export
 
 
-def taken(config, path: str, abstract: Mapping) -> dict:
+def load_initial_weights(config, path: str, abstract: Mapping) -> dict:
     """{(level, key, ..., key): subtree of parameters} from the newest checkpoint of the run in `path`; or every level
     whole from the weight file `path` (nested/weights/exchange.py).
 
-    abstract: {level: parameters}, the shapes and shardings wanted. Raises ValueError as `places` and export.load do.
+    abstract: {level: parameters}, the shapes and shardings wanted. Raises ValueError as `find_places` and
+    export.load_parameters do.
     """
     if os.path.isfile(os.path.expanduser(path)):
         if config.init_from.weights != "ema":
@@ -31,20 +32,20 @@ def taken(config, path: str, abstract: Mapping) -> dict:
                 "config.init_from.weights to 'ema'"
             )
         asked = tuple(config.init_from.levels) or tuple(abstract)
-        loaded = export.load(path, config, {name: abstract[name] for name in asked}, trained_on=True)
+        loaded = export.load_parameters(path, config, {name: abstract[name] for name in asked}, trained_on=True)
         logging.info("init_from %s: took %s; the rest starts fresh", path, ", ".join(asked))
         return {(name,): tree for name, tree in loaded.items()}
     other, weights, shapes = read_config(path), config.init_from.weights, saved_shapes(path)
-    donors = {name: within(shapes, f"{weights}/{name}/") for name in abstract}
-    found = places(config, other, donors, abstract, path)
-    wanted = {weights: {name: subtree(abstract, place) for name, place in found.items()}}
+    donors = {name: entries_below(shapes, f"{weights}/{name}/") for name in abstract}
+    found = find_places(config, other, donors, abstract, path)
+    wanted = {weights: {name: get_subtree(abstract, place) for name, place in found.items()}}
     restored = restore_subtree(path, wanted)[weights]
     shown = ", ".join(f"{name} into {'/'.join(place)}" for name, place in found.items())
     logging.info("init_from %s: took the %s of %s; the rest starts fresh", path, weights, shown)
     return {place: restored[name] for name, place in found.items()}
 
 
-def places(config, other: Mapping, donors: Mapping[str, Mapping], abstract: Mapping, where: str) -> dict:
+def find_places(config, other: Mapping, donors: Mapping[str, Mapping], abstract: Mapping, where: str) -> dict:
     """{level: keys to where the other run's level of that name goes} in the parameters `abstract` of this config.
 
     other: that run's config, as build.plain gives it. donors: {level: {leaf name: shape}} of its parameters. where: the
@@ -56,9 +57,9 @@ def places(config, other: Mapping, donors: Mapping[str, Mapping], abstract: Mapp
     for name in asked or tuple(abstract):
         if asked and name not in theirs:
             raise ValueError(f"init_from {where}: no level {name}, only {', '.join(theirs)}; change init_from.levels")
-        place = (name,) if name in whole else graft_place(abstract, name, donors.get(name) or {})
+        place = (name,) if name in whole else find_graft_place(abstract, name, donors.get(name) or {})
         if place is not None and (
-            name in whole or same_inside(ours[name]["backbone"], theirs[name]["backbone"], len(place) - 1)
+            name in whole or holds_same_network(ours[name]["backbone"], theirs[name]["backbone"], len(place) - 1)
         ):
             result[name] = place
         elif asked:
@@ -76,7 +77,7 @@ def places(config, other: Mapping, donors: Mapping[str, Mapping], abstract: Mapp
     return result
 
 
-def same_inside(ours: Mapping, theirs: Mapping, depth: int) -> bool:
+def holds_same_network(ours: Mapping, theirs: Mapping, depth: int) -> bool:
     """Whether a nested_unet is what another holds `depth` nets inside: the same options, those that leave no trace in
     the parameters included. How the input is normalised may differ, as it does in ml-mdm's 1024-pixel config."""
     if not depth or "nets" not in ours or "nets" not in theirs:
@@ -89,27 +90,27 @@ def same_inside(ours: Mapping, theirs: Mapping, depth: int) -> bool:
     return options(ours, ours["nets"][:-depth]) == options(theirs, theirs["nets"])
 
 
-def check_phases(phases) -> None:
+def check_phases_fit(phases) -> None:
     """ValueError where a phase's network has no place for the one before it: said before the first phase trains.
 
     phases: [(name, config, {level: parameters as shapes})]."""
     for (name, before, donors), (_, config, abstract) in itertools.pairwise(phases):
-        shapes = {level: shapes_of(tree) for level, tree in donors.items()}
-        places(config, build.plain(before), shapes, abstract, f"phase {name}")
+        shapes = {level: leaf_shapes(tree) for level, tree in donors.items()}
+        find_places(config, build.plain(before), shapes, abstract, f"phase {name}")
 
 
-def within(shapes: Mapping[str, tuple], prefix: str) -> dict[str, tuple]:
+def entries_below(shapes: Mapping[str, tuple], prefix: str) -> dict[str, tuple]:
     """The entries below a prefix, named without it."""
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def graft_place(params: Mapping, name: str, donor: Mapping[str, tuple]) -> tuple[str, ...] | None:
+def find_graft_place(params: Mapping, name: str, donor: Mapping[str, tuple]) -> tuple[str, ...] | None:
     """Keys to the deepest dict in params[name] whose leaves have the donor's names and shapes; None where none has."""
     best = None
 
     def visit(place, tree):
         nonlocal best
-        if shapes_of(tree) == donor and (best is None or len(place) > len(best)):
+        if leaf_shapes(tree) == donor and (best is None or len(place) > len(best)):
             best = place
         for key, value in tree.items():
             if isinstance(value, Mapping):
@@ -119,19 +120,19 @@ def graft_place(params: Mapping, name: str, donor: Mapping[str, tuple]) -> tuple
     return best
 
 
-def shapes_of(tree: Mapping) -> dict[str, tuple]:
+def leaf_shapes(tree: Mapping) -> dict[str, tuple]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(entry.key for entry in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def subtree(tree: Mapping, place: tuple[str, ...]):
+def get_subtree(tree: Mapping, place: tuple[str, ...]):
     for key in place:
         tree = tree[key]
     return tree
 
 
-def replaced(tree: Mapping, place: tuple[str, ...], new) -> Mapping:
+def replace_subtree(tree: Mapping, place: tuple[str, ...], new) -> Mapping:
     """`tree` with the subtree at `place` replaced."""
     if not place:
         return new
-    return {**tree, place[0]: replaced(tree[place[0]], place[1:], new)}
+    return {**tree, place[0]: replace_subtree(tree[place[0]], place[1:], new)}

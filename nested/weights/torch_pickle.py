@@ -228,7 +228,7 @@ def _require_little_endian(little: bool) -> None:
         raise ValueError("its numbers are big-endian, expected little-endian; re-save it on a little-endian machine")
 
 
-def mapped(stream) -> np.ndarray:
+def map_file(stream) -> np.ndarray:
     """The bytes of an open file, uint8 [size]: memory that the system fills when it is looked at and may take back. The
     file must stay as it is while arrays made of it are in use."""
     return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -267,7 +267,7 @@ def _zip_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     if len(pickles) != 1:
         raise ValueError(f"a zip with {len(pickles)} members '*/data.pkl', expected 1: not a torch checkpoint")
     root = pickles[0].removesuffix("data.pkl")
-    file_bytes = mapped(stream)
+    file_bytes = map_file(stream)
 
     def member(name: str, limit: int) -> np.ndarray:
         if root + name not in names:
@@ -289,7 +289,7 @@ def _legacy_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     keys, _ = _unpickle(stream)
     if not isinstance(keys, list) or not storages.keys() <= set(map(str, keys)):
         raise ValueError("its list of storages does not have all its tensors use; the file is damaged, get it again")
-    file_bytes, raw = mapped(stream), {}
+    file_bytes, raw = map_file(stream), {}
     for key in map(str, keys):
         count = int.from_bytes(stream.read(8), "little", signed=True)
         storage, start = storages.get(key), stream.tell()
