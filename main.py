@@ -59,7 +59,7 @@ def start_jax(workdir: str) -> None:
 
 def run() -> None:
     from nested.build import data as build_data
-    from nested.build import levels as build
+    from nested.build.levels import build_levels
     from nested.evaluation import report as evaluate
     from nested.modes import compare, neighbors, search, summary
     from nested.runtime.files import check_writable
@@ -75,7 +75,7 @@ def run() -> None:
     if FLAGS.plan and mode != "encode":
         raise ValueError(f"--plan is of --mode=encode, not of {mode}: leave it out")
     if mode == "summary":
-        print(summary.summary(build.levels(config), train.abstract_state(config), FLAGS.out))
+        print(summary.summary(build_levels(config), train.abstract_state(config), FLAGS.out))
         return
     if not FLAGS.workdir:
         raise ValueError(f"--mode={mode} needs --workdir, the folder of the run")

@@ -1,7 +1,7 @@
 """The options of every backbone, by its function: those of a named variant, with changes. Used as common.uvit(...)."""
 
 
-def changed(what: str, options: dict, variant: dict, changes: dict) -> dict:
+def with_changes(what: str, options: dict, variant: dict, changes: dict) -> dict:
     """A backbone's options with those of a variant, then with changes. ValueError: a change that is no option."""
     unknown = sorted(set(changes) - set(options))
     if unknown:
@@ -29,7 +29,7 @@ def uvit(variant: str = "", **changes) -> dict:
         final_conv=True,
         attention="xla",
     )
-    return changed("uvit", options, VARIANTS[variant] if variant else {}, changes)
+    return with_changes("uvit", options, VARIANTS[variant] if variant else {}, changes)
 
 
 def hdit(variant: str = "", **changes) -> dict:
@@ -57,7 +57,7 @@ def hdit(variant: str = "", **changes) -> dict:
         attention="xla",
         neighborhood="auto",  # auto | reference | blocked
     )
-    options = changed("hdit", options, VARIANTS[variant] if variant else {}, changes)
+    options = with_changes("hdit", options, VARIANTS[variant] if variant else {}, changes)
     sizes = {"neighborhood": 7, "shifted_window": 8}
     options["windows"] = options["windows"] or tuple(sizes.get(kind, 0) for kind in options["attentions"])
     return options
@@ -78,7 +78,7 @@ def dit(variant: str = "", **changes) -> dict:
         learn_variance=False,
         attention="xla",
     )
-    return changed("dit", options, VARIANTS[variant] if variant else {}, changes)
+    return with_changes("dit", options, VARIANTS[variant] if variant else {}, changes)
 
 
 def res_mlp(variant: str = "", **changes) -> dict:
@@ -86,7 +86,7 @@ def res_mlp(variant: str = "", **changes) -> dict:
     from nested.models.res_mlp import VARIANTS
 
     options = dict(name="res_mlp", width=1536, depth=12, time_width=256, mid_width=1536, label_width=512)
-    return changed("res_mlp", options, VARIANTS[variant] if variant else {}, changes)
+    return with_changes("res_mlp", options, VARIANTS[variant] if variant else {}, changes)
 
 
 def nested_unet(variant: str = "", preset: str = "paper", **changes) -> dict:
@@ -110,7 +110,7 @@ def nested_unet(variant: str = "", preset: str = "paper", **changes) -> dict:
         chosen = dict(VARIANTS[variant][preset])
         chosen.pop("text_width")  # config.text.width
         chosen["nets"] = tuple(net(**options) for options in chosen["nets"])
-    return changed("nested_unet", options, chosen, changes)
+    return with_changes("nested_unet", options, chosen, changes)
 
 
 def net(channels: tuple, resnets: tuple, attention: tuple = (), **changes) -> dict:
@@ -129,4 +129,4 @@ def net(channels: tuple, resnets: tuple, attention: tuple = (), **changes) -> di
         dropout=0.0,
         rotary=False,
     )
-    return changed("net", options, {}, changes)
+    return with_changes("net", options, {}, changes)

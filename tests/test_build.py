@@ -7,8 +7,11 @@ import pytest
 from helpers import tiny, tiny_mdm
 
 from configs import common, imagenet, rcg
-from nested.build import levels as build
+from nested.build.levels import build_levels, trained_level_names
+from nested.build.options import to_plain
+from nested.build.training import STATE_KEYS, build_optimizer, check_batch_size, check_init_from
 from nested.training import loop as train
+from nested.weights.fit import shared_levels
 
 
 def changed(*changes, config=None):
@@ -77,7 +80,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("changes, message", REFUSED, ids=[str(changes[0]) for changes, _ in REFUSED])
 def test_levels_refuse(changes, message):
-    refused(build.levels, changed(*changes), match=message)
+    refused(build_levels, changed(*changes), match=message)
 
 
 DIFFUSED = ("hierarchy.cond_noise", "diffused")
@@ -114,19 +117,19 @@ REFUSED_NESTS = [
 
 @pytest.mark.parametrize("kind, changes, message", REFUSED_NESTS, ids=[str(case[1][0]) for case in REFUSED_NESTS])
 def test_nests_and_cascades_refuse(kind, changes, message):
-    refused(build.levels, changed(*changes, config=tiny_mdm.get_config(kind)), match=message)
+    refused(build_levels, changed(*changes, config=tiny_mdm.get_config(kind)), match=message)
 
 
 def test_backbones_that_do_not_take_what_the_hierarchy_gives():
     diffused = changed(DIFFUSED, ("hierarchy.noise_gamma", float("inf")), ("levels[0].sigma", 0.0),
                        ("levels[1].sigma", 0.0))  # fmt: skip
-    refused(build.levels, diffused, match="levels[1].backbone cannot be told how noisy its conditions are; use nested_")
+    refused(build_levels, diffused, match="levels[1].backbone cannot be told how noisy its conditions are; use nested_")
     text = changed(("text.encoder", "minilm"), ("hierarchy.text_levels", ("z2x2",)))
-    assert build.levels(text)[1].backbone.text_tokens == text.text.max_tokens
-    assert [level.backbone.text_dim for level in build.levels(text)] == [0, text.text.width, 0]
+    assert build_levels(text)[1].backbone.text_tokens == text.text.max_tokens
+    assert [level.backbone.text_dim for level in build_levels(text)] == [0, text.text.width, 0]
     with text.unlocked():
         text.levels[1].backbone = dict(common.hdit(), patch_size=1)
-    refused(build.levels, text, match="config.hierarchy.text_levels: levels[1].backbone 'hdit' does not take text")
+    refused(build_levels, text, match="config.hierarchy.text_levels: levels[1].backbone 'hdit' does not take text")
 
 
 @pytest.mark.parametrize(
@@ -140,19 +143,19 @@ def test_backbones_that_do_not_take_what_the_hierarchy_gives():
     ],
 )
 def test_a_preset_holds_the_options_to_its_paper(preset, changes, message):
-    refused(build.levels, changed(("hierarchy.preset", preset), *changes), match=message)
+    refused(build_levels, changed(("hierarchy.preset", preset), *changes), match=message)
 
 
 def test_the_presets_options_make_its_hierarchy():
     """CVPR: all coarser levels as tokens, 10 % drop. The draft: the next coarser one, two layers every two blocks."""
     config = tiny.get_config()
     common.use_preset(config, "iclr")
-    top, middle, bottom = build.levels(config)
+    top, middle, bottom = build_levels(config)
     assert (top.conditions, middle.conditions, bottom.conditions) == ((), ("z1x1",), ("z2x2",))
     assert (bottom.cond_drop, bottom.backbone.injection, bottom.backbone.inject_every) == (0.5, "deconv_concat", 2)
     assert bottom.backbone.inject_layers == 2
     common.use_preset(config, "cvpr")
-    bottom = build.levels(config)[2]
+    bottom = build_levels(config)[2]
     assert (bottom.conditions, bottom.cond_drop) == (("z1x1", "z2x2"), 0.1)
     assert (bottom.backbone.injection, bottom.backbone.inject_every) == ("append_tokens", 0)
 
@@ -166,31 +169,31 @@ def test_the_presets_options_make_its_hierarchy():
     ],
 )
 def test_noise_on_conditions_is_not_negative(change, message):
-    refused(build.levels, changed(change), match=message)
+    refused(build_levels, changed(change), match=message)
 
 
 def test_levels_to_take_need_a_run_to_take_them_from():
     """A run of configs/rcg.py:dit that forgets init_from.path would sample from a network that never trained."""
     message = "config.init_from.levels ('rep',) without a run to take them from: give config.init_from.path, the --work"
-    refused(build.check_init_from, rcg.get_config("dit"), match=message)
-    build.check_init_from(rcg.get_config("rdm"))
-    build.check_init_from(rcg.get_config("dit,synthetic"))
+    refused(check_init_from, rcg.get_config("dit"), match=message)
+    check_init_from(rcg.get_config("rdm"))
+    check_init_from(rcg.get_config("dit,synthetic"))
 
 
 def test_levels_that_see_other_text_do_not_fit():
     config = changed(("text.encoder", "minilm"), ("hierarchy.text_levels", ("x",)))
-    other = build.plain(config)
-    assert build.shared_levels(other, config) == ("z1x1", "z2x2", "x")
+    other = to_plain(config)
+    assert shared_levels(other, to_plain(config)) == ("z1x1", "z2x2", "x")
     for key, value in (("encoder", "t5"), ("max_tokens", 7), ("width", 8)):
-        assert build.shared_levels({**other, "text": {**other["text"], key: value}}, config) == ("z1x1", "z2x2")
+        assert shared_levels({**other, "text": {**other["text"], key: value}}, to_plain(config)) == ("z1x1", "z2x2")
 
 
 @pytest.mark.parametrize("option, value", [("noise_scale", "std"), ("noise_resample", True)])
 def test_how_conditions_are_noised_is_refused_where_they_are_not(option, value):
     config = changed(("hierarchy.noise_gamma", float("inf")), (f"hierarchy.{option}", value))
-    refused(build.levels, config, match="with gamma infinity conditions are shown without noise")
+    refused(build_levels, config, match="with gamma infinity conditions are shown without noise")
     config.hierarchy.noise_gamma = 0.5
-    assert getattr(build.levels(config)[2], option) == value
+    assert getattr(build_levels(config)[2], option) == value
 
 
 @pytest.mark.parametrize(
@@ -207,39 +210,39 @@ def test_how_conditions_are_noised_is_refused_where_they_are_not(option, value):
     ],
 )
 def test_optimizer_refuses(changes, message):
-    refused(build.optimizer, changed(*changes), match=message)
+    refused(build_optimizer, changed(*changes), match=message)
 
 
 def test_cosine_decay_ends_with_the_run():
-    assert build.optimizer(changed(("optimizer.decay", "cosine"), ("train.steps", 70))).total_steps == 70
-    assert build.optimizer(changed(("train.steps", 70))).total_steps is None
+    assert build_optimizer(changed(("optimizer.decay", "cosine"), ("train.steps", 70))).total_steps == 70
+    assert build_optimizer(changed(("train.steps", 70))).total_steps is None
 
 
 def test_batch_must_divide():
-    build.check_batch(changed(("train.batch_size", 12), ("train.accumulate", 3)), devices=4)
+    check_batch_size(changed(("train.batch_size", 12), ("train.accumulate", 3)), devices=4)
     message = "config.train.batch_size 8 does not divide by 3 devices x config.train.accumulate 2; use a multiple of 6"
-    refused(build.check_batch, changed(("train.accumulate", 2)), 3, match=message)
-    refused(build.check_batch, changed(("train.accumulate", 0)), 1, match="config.train.accumulate 0")
-    refused(build.check_batch, changed(("train.batch_size", 0)), 1, match="config.train.batch_size 0 does not")
+    refused(check_batch_size, changed(("train.accumulate", 2)), 3, match=message)
+    refused(check_batch_size, changed(("train.accumulate", 0)), 1, match="config.train.accumulate 0")
+    refused(check_batch_size, changed(("train.batch_size", 0)), 1, match="config.train.batch_size 0 does not")
     mixed = changed(("levels[0].mixed", (4, 1)), ("train.accumulate", 2), ("train.batch_size", 24),
                     config=tiny_mdm.get_config("nest"))  # fmt: skip
-    build.check_batch(mixed, devices=3)
+    check_batch_size(mixed, devices=3)
     message = "config.levels[0].mixed (4, 1): the 6 rows per device of config.train.batch_size 24 do not divide into gr"
-    refused(build.check_batch, mixed, 2, match=message)
+    refused(check_batch_size, mixed, 2, match=message)
 
 
 # --- what is built ---------------------------------------------------------------------------------------------------
 
 
 def conditions(config):
-    return [level.conditions for level in build.levels(config)]
+    return [level.conditions for level in build_levels(config)]
 
 
 def test_conditioning_sees_all_coarser_levels_or_the_next_one():
     assert conditions(tiny.get_config()) == [(), ("z1x1",), ("z1x1", "z2x2")]
     markovian = changed(("hierarchy.conditioning", "next_higher"), ("levels[0].sigma", 0.25), ("levels[1].sigma", 1.0))
     assert conditions(markovian) == [(), ("z1x1",), ("z2x2",)]
-    levels = build.levels(markovian)
+    levels = build_levels(markovian)
     assert [level.cond_sigmas for level in levels] == [(), (0.25,), (1.0,)]
     assert levels[2].backbone.conditions == (("z2x2", markovian.levels[1].backbone.patch_size),)
     state = train.abstract_state(markovian)
@@ -248,7 +251,7 @@ def test_conditioning_sees_all_coarser_levels_or_the_next_one():
 
 def test_only_label_levels_see_the_label():
     config = changed(("hierarchy.label_levels", ("x",)), ("levels[0].guidance", 0.0))
-    levels = build.levels(config)
+    levels = build_levels(config)
     assert [level.num_classes for level in levels] == [0, 0, 10]
     assert [level.backbone.num_classes for level in levels] == [0, 0, 10]
     assert [level.cond_drop for level in levels] == [0.0, 0.1, 0.1]  # the top level has nothing to drop
@@ -263,22 +266,22 @@ def test_options_reach_the_level():
         ("levels[2].loss_weight", 3.0), ("levels[1].guidance", 0.25),
         ("train.dtype", "bfloat16"), ("train.remat", True),
     )  # fmt: skip
-    top, middle, bottom = build.levels(config)
+    top, middle, bottom = build_levels(config)
     assert (top.drop_mode, middle.noise_gamma, bottom.cond_drop) == ("independent", 0.7, 0.2)
     assert (bottom.loss_weight, middle.guidance, bottom.shape) == (3.0, 0.25, (8, 8, 1))
     assert (bottom.backbone.dtype, bottom.backbone.remat) == (jax.numpy.bfloat16, True)
 
 
 def test_trained_levels():
-    assert build.trained(tiny.get_config()) == ALL
-    assert build.trained(changed(("train_levels", ("x", "z1x1")))) == ("z1x1", "x")
+    assert trained_level_names(tiny.get_config()) == ALL
+    assert trained_level_names(changed(("train_levels", ("x", "z1x1")))) == ("z1x1", "x")
 
 
 def test_plain_is_json_and_a_checkpoint_of_it_fits_itself():
     config = tiny.get_config()
-    plain = build.plain(config)
-    assert plain["levels"][2]["shape"] == [8, 8, 1] and set(build.STATE_KEYS) <= set(plain)
-    assert build.shared_levels(json.loads(json.dumps(plain)), config) == ALL
+    plain = to_plain(config)
+    assert plain["levels"][2]["shape"] == [8, 8, 1] and set(STATE_KEYS) <= set(plain)
+    assert shared_levels(json.loads(json.dumps(plain)), plain) == ALL
 
 
 # --- levels of another run -------------------------------------------------------------------------------------------
@@ -287,7 +290,7 @@ def test_plain_is_json_and_a_checkpoint_of_it_fits_itself():
 def test_a_deeper_hierarchy_reuses_the_coarse_levels():
     """CVPR Sec. 4: L - 1 levels of an L-level model exist already; the finest sees another hierarchy."""
     shallow, deep = (imagenet.get_config(depth) for depth in ("L3", "L4"))
-    assert build.shared_levels(build.plain(shallow), deep) == ("z1x1", "z2x2")
+    assert shared_levels(to_plain(shallow), to_plain(deep)) == ("z1x1", "z2x2")
     params = {name: train.abstract_state(config).params for name, config in (("shallow", shallow), ("deep", deep))}
     for name in ("z1x1", "z2x2"):
         assert params["shallow"][name] == params["deep"][name]
@@ -307,10 +310,10 @@ def test_a_deeper_hierarchy_reuses_the_coarse_levels():
     ],
 )
 def test_a_changed_network_does_not_fit(change, fitting):
-    assert build.shared_levels(build.plain(tiny.get_config()), changed(change)) == fitting
+    assert shared_levels(to_plain(tiny.get_config()), to_plain(changed(change))) == fitting
 
 
 def test_init_from_names_what_there_is():
     for key, value, found in (("weights", "both", "both"), ("levels", ("z9",), "z9")):
         config = changed(("init_from.path", "run"), (f"init_from.{key}", value))
-        refused(build.check_init_from, config, match=f"init_from.{key}: '{found}' given")
+        refused(check_init_from, config, match=f"init_from.{key}: '{found}' given")

@@ -11,8 +11,8 @@ from test_build import ALL, changed, refused
 
 from configs import common, imagenet
 from nested.build import data as build_data
-from nested.build import levels as build
 from nested.build import sources as build_sources
+from nested.build.training import check_images_exist
 from nested.encoders import vit
 from nested.spaces import codecs
 
@@ -221,9 +221,9 @@ def test_synthetic_latents_are_the_variables(tmp_path):
 
 def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
     config = changed(("data.source", "synthetic"))
-    refused(build.check_pictures, config, match="'synthetic', whose latents have no images")
+    refused(check_images_exist, config, match="'synthetic', whose latents have no images")
     config.sample.num_samples = config.evaluate.num_samples = 0
-    build.check_pictures(config)
+    check_images_exist(config)
 
 
 def test_what_a_codec_leaves_unset_is_what_the_defaults_say():

@@ -7,8 +7,9 @@ from helpers import tiny
 from test_build import changed, refused
 
 from configs import common
-from nested.build import levels as build
-from nested.build import process as build_process
+from nested.build.levels import build_levels
+from nested.build.parts import SAMPLERS, SCHEDULES
+from nested.build.process import build_process, build_sampler, side_ratios
 from nested.diffusion import denoiser, schedules
 from nested.diffusion.samplers import dpm_solver as samplers
 from nested.diffusion.samplers import k_diffusion as sigma_samplers
@@ -27,7 +28,7 @@ from nested.diffusion.samplers import k_diffusion as sigma_samplers
     ],
 )  # fmt: skip
 def test_samplers_take_their_options(options, expected):
-    assert build_process.sampler(options, "levels[0].sampler") == expected
+    assert build_sampler(options, "levels[0].sampler") == expected
 
 
 def test_every_sampler_by_its_name():
@@ -37,11 +38,11 @@ def test_every_sampler_by_its_name():
                  dpmpp_2s_ancestral=sigma_samplers.DPMpp2SAncestral, dpmpp_sde=sigma_samplers.DPMppSDE,
                  dpmpp_2m=sigma_samplers.DPMpp2M, dpmpp_3m_sde=sigma_samplers.DPMpp3MSDE)  # fmt: skip
     for name, kind in kinds.items():
-        assert build_process.sampler(dict(name=name, steps=3), "levels[0].sampler") == kind(3)
-    assert set(build_process.SAMPLERS) == {*kinds, "ddpm", "dpm_solver", "euler_in_time", "heun", "dpmpp_2m_sde"}
+        assert build_sampler(dict(name=name, steps=3), "levels[0].sampler") == kind(3)
+    assert set(SAMPLERS) == {*kinds, "ddpm", "dpm_solver", "euler_in_time", "heun", "dpmpp_2m_sde"}
 
 
-@pytest.mark.parametrize("name", build_process.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_by_its_name(name):
     expected = dict(
         sd_scaled_linear=schedules.sd_scaled_linear(), cosine=schedules.cosine(), linear_vp=schedules.LinearVP(),
@@ -49,7 +50,7 @@ def test_every_schedule_by_its_name(name):
         ldm_linear=schedules.ldm_linear(),
         cosine_log_snr=schedules.cosine_log_snr(), exponential_ve=schedules.ExponentialVE(1e-3, 1e3),
     )  # fmt: skip
-    built = build_process.build_process(dict(common.sd_process("v"), schedule=name), (8, 8, 3), "levels[0].process")[0]
+    built = build_process(dict(common.sd_process("v"), schedule=name), (8, 8, 3), "levels[0].process")[0]
     assert built.schedules == (expected[name],) and built.parameterization == "v"
 
 
@@ -69,11 +70,11 @@ def test_thresholds(name, percentile, maximum):
         return 300 * x
 
     x = np.linspace(-1, 1, 8).reshape(1, 2, 4, 1)
-    limit = build.levels(changed(("levels[2].threshold", name)))[2].threshold
+    limit = build_levels(changed(("levels[2].threshold", name)))[2].threshold
     result = limit(wild)(x, None, {})
     np.testing.assert_array_equal(result, denoiser.thresholded(wild, percentile, maximum)(x, None, {}))
     assert np.abs(result).max() <= 1
-    assert build.levels(tiny.get_config())[2].threshold is None
+    assert build_levels(tiny.get_config())[2].threshold is None
 
 
 JOINT = ((4, 4, 3), (8, 8, 3), (4, 8, 8, 3))
@@ -81,25 +82,25 @@ JOINT = ((4, 4, 3), (8, 8, 3), (4, 8, 8, 3))
 
 def test_side_ratios():
     """Frames count as a grid of images: 16 of them are 4 x 4."""
-    assert build_process.side_ratios((8, 8, 3)) == (1.0,)
-    assert build_process.side_ratios(((64, 64, 3), (256, 256, 3), (1024, 1024, 3))) == (1, 4, 16)
-    assert build_process.side_ratios(((64, 64, 3), (16, 64, 64, 3), (16, 256, 256, 3))) == (1, 4, 16)
-    assert build_process.side_ratios(JOINT) == (1, 2, 4)
+    assert side_ratios((8, 8, 3)) == (1.0,)
+    assert side_ratios(((64, 64, 3), (256, 256, 3), (1024, 1024, 3))) == (1, 4, 16)
+    assert side_ratios(((64, 64, 3), (16, 64, 64, 3), (16, 256, 256, 3))) == (1, 4, 16)
+    assert side_ratios(JOINT) == (1, 2, 4)
 
 
 def test_every_resolution_has_its_shifted_schedule():
-    process, scales = build_process.build_process(common.mdm_process(2.0), JOINT, "p")
+    process, scales = build_process(common.mdm_process(2.0), JOINT, "p")
     base = schedules.cosine()
     assert process.schedules == tuple(schedules.Shifted(base, scale, 2.0) for scale in (1.0, 2.0, 4.0))
     assert scales == () and process.parameterization == "v" and process.loss_space == "eps"
     np.testing.assert_allclose(process.c_noise(jax.numpy.array([0.001, 1.0])), [0, 999], atol=1e-4)
-    one = build_process.build_process(dict(common.mdm_process(), shift_scale=4.0), (8, 8, 3), "p")[0]
+    one = build_process(dict(common.mdm_process(), shift_scale=4.0), (8, 8, 3), "p")[0]
     assert one.schedules == (schedules.Shifted(base, 4.0, 1.0),)
 
 
 def test_rescaled_signal_has_one_schedule():
     options = dict(common.mdm_process(0.0), rescale_signal=True)
-    process, scales = build_process.build_process(options, JOINT, "p")
+    process, scales = build_process(options, JOINT, "p")
     assert process.schedules == (schedules.cosine(),) and scales == (1, 2, 4)
 
 
@@ -112,4 +113,4 @@ def test_rescaled_signal_has_one_schedule():
     ],
 )
 def test_contradicting_shifts(change, message):
-    refused(build_process.build_process, common.mdm_process() | change, JOINT, "p", match=message)
+    refused(build_process, common.mdm_process() | change, JOINT, "p", match=message)

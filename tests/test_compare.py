@@ -9,7 +9,8 @@ from helpers.small_runs import config_of
 from PIL import Image
 from test_build import refused
 
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.options import to_plain
 from nested.figures import grids as pictures
 from nested.modes import compare
 from nested.runtime import checkpoint
@@ -61,12 +62,12 @@ def test_scores_of_another_step_are_left_out(tmp_path):
 def test_a_config_that_was_stored_is_the_config(compared):
     """But for its seed and its samples' part, which are those of the config given."""
     run, config = compared[0][1], config_of(3, seed=7, sample__batch_size=3)
-    found, saved = build.plain(compare.config_of(run, config)), checkpoint.read_config(run)
-    assert found == saved | dict(seed=7, sample=build.plain(config.sample)) and found["hierarchy"]["noise_gamma"] == 0.3
+    found, saved = to_plain(compare.config_of(run, config)), checkpoint.read_config(run)
+    assert found == saved | dict(seed=7, sample=to_plain(config.sample)) and found["hierarchy"]["noise_gamma"] == 0.3
     assert compare.config_of(run, config).train.eval_times == (0.1, 0.3, 0.5, 0.7, 0.9)
-    levels = build.levels(compare.config_of(run, config))
-    assert [level.sampler for level in levels] == [level.sampler for level in build.levels(config_of(2))]
-    assert levels[1].backbone == build.levels(config_of(2))[1].backbone
+    levels = build_levels(compare.config_of(run, config))
+    assert [level.sampler for level in levels] == [level.sampler for level in build_levels(config_of(2))]
+    assert levels[1].backbone == build_levels(config_of(2))[1].backbone
 
 
 def copy_of(run, folder, change):

@@ -13,7 +13,8 @@ from conftest import ROOT
 
 from configs import coco, common, imagenet, mdm, mdm_baselines, uvit_release
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.training import build_optimizer, check_batch_size, split_phases
 from nested.diffusion.samplers import dpm_solver as samplers
 from nested.encoders import grids, vit
 from nested.training import loop as train
@@ -77,13 +78,13 @@ def test_every_config_builds(name, argument):
     config = get_config(name, argument)
     check_encoder(config)
     assert set(config) == set(common.default())
-    levels = build.levels(config)
+    levels = build_levels(config)
     assert {level.source for level in config.levels[:-1]} <= {"pixels", *config.encoder.features}
     assert config.levels[-1].source == config.codec.name
-    assert build.optimizer(config).learning_rate == config.optimizer.learning_rate
-    build.check_batch(config, devices=1)
-    for _, phase in build.phases(config):
-        build.levels(phase)
+    assert build_optimizer(config).learning_rate == config.optimizer.learning_rate
+    check_batch_size(config, devices=1)
+    for _, phase in split_phases(config):
+        build_levels(phase)
     assert all(level.sampler.nfe(level.process) > 1 for level in levels)
     for i, level in enumerate(levels):
         coarser = tuple(other.name for other in levels[:i])
@@ -122,7 +123,7 @@ def test_imagenet_trains_as_the_paper(depth, kind):
     assert (config.hierarchy.cond_drop, config.hierarchy.conditioning) == (0.1, "all_higher")
     assert config.hierarchy.noise_gamma == 0.3
     assert (config.data.num_classes, config.data.image_size) == (1000, 256)
-    for level in build.levels(config):
+    for level in build_levels(config):
         net = level.backbone
         assert (net.width, net.num_heads, net.time_mlp, net.qkv_bias) == (768, 12, True, False)
         assert net.depth == (16 if depth == "L1_wide" else 12)
@@ -150,7 +151,7 @@ def test_imagenet_levels(depth, kind, sigmas, guidance):
     config = imagenet.get_config(f"L{depth},{kind}")
     expected = [*SHAPES[: depth - 1], ("x", (32, 32, 4), 2)]
     assert [(level.name, level.shape, level.backbone.patch_size) for level in config.levels] == expected
-    levels = build.levels(config)
+    levels = build_levels(config)
     assert levels[-1].cond_sigmas == sigmas[: depth - 1]
     assert tuple(level.guidance for level in levels) == guidance[:depth]
     assert config.hierarchy.label_levels == (tuple(name for name, *_ in expected) if kind == "class" else ())
@@ -166,7 +167,7 @@ def test_decaying_guidance():
 def test_rcg_trains_as_its_repository():
     """README of LTH14/rcg, config/rdm/mocov3vitb_simplemlp_l12_w1536.yaml, main_rdm.py and main_dit.py."""
     rdm, dit = (get_config("rcg", part) for part in ("rdm", "dit"))
-    rep, x = build.levels(dit)
+    rep, x = build_levels(dit)
     assert (rdm.levels, rdm.train_levels, dit.train_levels) == (dit.levels, ("rep",), ("x",))
     assert (rep.shape, rep.conditions, x.shape, x.conditions) == ((1, 1, 256), (), (32, 32, 4), ("rep",))
     assert (x.cond_drop, x.cond_sigmas, x.backbone.empty, x.backbone.tanh_gelu) == (0.1, (0.0,), "variable", False)
@@ -184,7 +185,7 @@ def test_rcg_trains_as_its_repository():
         assert level.process.c_noise(jnp.asarray([1e-3, 1.0])).tolist() == pytest.approx([0, 999], abs=1e-3)
         assert level.sampler.nfe(level.process) == 250
     assert rep.sampler.eta == 1
-    by_class = build.levels(get_config("rcg", "rdm,class"))
+    by_class = build_levels(get_config("rcg", "rdm,class"))
     assert [level.num_classes for level in by_class] == [1000, 0] and by_class[0].cond_drop == 0
 
 

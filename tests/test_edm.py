@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from configs import common, hdit
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.training import build_optimizer
 from nested.diffusion import hierarchy, schedules
 from nested.diffusion.process import Process
 from nested.training import optimizer
@@ -177,12 +178,12 @@ def golden_level(data):
     config.levels = (common.level("x", "pixels", (16, 16, 1), 2, backbone=backbone, process=common.edm_process(16)),)
     config.hierarchy.label_levels = ("x",)
     config.optimizer.update(common.hdit_optimizer())
-    (level,) = build.levels(config)
+    (level,) = build_levels(config)
     level = dataclasses.replace(level, backbone=level.backbone.clone(dtype=None))  # float64 throughout
     template = jax.eval_shape(lambda: hierarchy.init((level,), jax.random.key(0)))["x"]
     tensors = {name[5:]: array for name, array in data.items() if name.startswith("init/")}
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), weights.from_torch(tensors, template))
-    return level, {"x": params}, build.optimizer(config)
+    return level, {"x": params}, build_optimizer(config)
 
 
 def test_six_training_steps_of_the_authors_code(golden, x64):
@@ -245,7 +246,7 @@ def test_groups_are_those_of_the_authors(golden, x64):
 
 def test_the_groups_of_hdit_e_have_the_authors_sizes():
     config = hdit.get_config("E")
-    levels, options = build.levels(config), build.optimizer(config)
+    levels, options = build_levels(config), build_optimizer(config)
     params = jax.eval_shape(lambda: hierarchy.init(levels, jax.random.key(0)))
     sizes, is_buffer = collections.Counter(), hierarchy.is_buffer(levels)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:

@@ -14,7 +14,8 @@ from test_train import assert_equal, batch_of, copied, make
 from configs import common
 from input_pipeline import sources
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.training import batch_spans, build_optimizer, check_batch_size
 from nested.diffusion import hierarchy
 from nested.runtime import checkpoint
 from nested.spaces import svd as compress
@@ -67,7 +68,7 @@ def test_sampling_needs_no_images_where_the_variables_are_images(tmp_path):
 def test_augmentation_is_refused_where_it_would_lie():
     augmented = ("data.augment_prob", 0.5)
     refused(build_data.latents, config_of(augmented, arg="hdit"), "unused", match="encoded for z1x1, z2x2 is of unch")
-    refused(build.levels, config_of(augmented, arg="L1"), match="levels[0].backbone 'uvit' cannot be told of the augm")
+    refused(build_levels, config_of(augmented, arg="L1"), match="levels[0].backbone 'uvit' cannot be told of the augm")
     both = config_of(augmented, ("data.flip", True))
     refused(build_data.augmentation, both, match="config.data: ")
     assert build_data.augmentation(config_of()) is None
@@ -77,7 +78,7 @@ def test_augmentation_is_refused_where_it_would_lie():
 
 
 def test_the_network_is_told_of_the_augmentation_and_of_none_in_validation_and_sampling():
-    (plain,), (level,) = (build.levels(config_of(("data.augment_prob", p))) for p in (0.0, 0.5))
+    (plain,), (level,) = (build_levels(config_of(("data.augment_prob", p))) for p in (0.0, 0.5))
     assert (plain.inputs, level.inputs) == ((), ("augment",))
     batch = next(train.feed(config_of(("data.augment_prob", 0.9)), DIGITS, 0))
     given = hierarchy.given((level,), batch)
@@ -155,7 +156,7 @@ def level_without_drops(level):
 
 def test_batches_grow_and_go_on_with_the_data():
     growing = config_of(("train.batch_growth", ((2, 16), (3, 24))), ("train.steps", 5), ("data.augment_prob", 0.5))
-    assert [tuple(span) for span in build.batch_spans(growing)] == [(0, 2, 8, 0), (2, 3, 16, 16), (3, 5, 24, 32)]
+    assert [tuple(span) for span in batch_spans(growing)] == [(0, 2, 8, 0), (2, 3, 16, 16), (3, 5, 24, 32)]
     batches = list(train.feed(growing, DIGITS, 0))
     assert [len(batch["label"]) for batch in batches] == [8, 8, 16, 24, 24]
     constant = config_of(("train.batch_size", 8), ("train.steps", 10), ("data.augment_prob", 0.5))
@@ -165,10 +166,10 @@ def test_batches_grow_and_go_on_with_the_data():
     for batch, again in zip(batches[3:], train.feed(growing, DIGITS, 3), strict=True):  # resumed at step 3
         assert_equal(batch, again)
     falling = config_of(("train.batch_growth", ((3, 16), (2, 24))))
-    refused(build.batch_spans, falling, match="its steps must rise from 1 on")
-    refused(build.batch_spans, config_of(("train.batch_growth", ((0, 16),))), match="its steps must rise from 1 on")
+    refused(batch_spans, falling, match="its steps must rise from 1 on")
+    refused(batch_spans, config_of(("train.batch_growth", ((0, 16),))), match="its steps must rise from 1 on")
     odd = config_of(("train.batch_growth", ((2, 15),)))
-    refused(build.check_batch, odd, 2, match="config.train.batch_size 15 does not divide by 2 devices")
+    refused(check_batch_size, odd, 2, match="config.train.batch_size 15 does not divide by 2 devices")
 
 
 @pytest.mark.parametrize(
@@ -191,8 +192,8 @@ def test_refusals_name_the_key(change, message):
     place[key] = value
 
     def build_all():
-        build.levels(config)
-        build.optimizer(config)
+        build_levels(config)
+        build_optimizer(config)
 
     refused(build_all, match=message)
 
@@ -201,7 +202,7 @@ def test_a_level_with_oblong_patches_conditions_nothing():
     config = config_of(arg="hdit")
     config.levels[0].backbone = common.hdit(depths=(1,), widths=(16,), attentions=("global",), head_widths=8)
     config.levels[0].backbone["patch_size"] = (1, 1)
-    refused(build.levels, config, match="config.levels[1]: sees z1x1, whose backbone.patch_size is (1, 1); give one")
+    refused(build_levels, config, match="config.levels[1]: sees z1x1, whose backbone.patch_size is (1, 1); give one")
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

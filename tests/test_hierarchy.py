@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from nested.build import levels as build
+from nested.build.levels import build_levels
 from nested.diffusion import hierarchy, process, schedules
 from nested.diffusion.samplers import dpm_solver as samplers
 from nested.diffusion.samplers import k_diffusion as sigma_samplers
@@ -194,10 +194,10 @@ def test_two_levels_are_markovian_either_way():
         configs = [tiny.get_config(depth), tiny.get_config(depth)]
         configs[1].hierarchy.conditioning = "next_higher"
         shapes = [
-            jax.eval_shape(lambda key, config=config: hierarchy.init(build.levels(config), key), jax.random.key(0))
+            jax.eval_shape(lambda key, config=config: hierarchy.init(build_levels(config), key), jax.random.key(0))
             for config in configs
         ]
-        seen = [[level.conditions for level in build.levels(config)] for config in configs]
+        seen = [[level.conditions for level in build_levels(config)] for config in configs]
         assert (seen[0] == seen[1]) == same == (jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1]))
 
 

@@ -6,7 +6,8 @@ from helpers.shrunk import check_two_steps, on_random_data
 from test_configs import get_config
 
 from configs import mdm
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.training import split_phases
 from nested.diffusion.samplers import dpm_solver as samplers
 
 # --- the numbers of the paper ----------------------------------------------------------------------------------------
@@ -24,7 +25,7 @@ from nested.diffusion.samplers import dpm_solver as samplers
 )
 def test_phases_train_as_the_paper(name, names, sides, batches, steps):
     """ICLR 2024, App. B and E."""
-    phases = build.phases(get_config("mdm", name))
+    phases = split_phases(get_config("mdm", name))
     assert [phase_name for phase_name, _ in phases] == names
     assert [phase.data.image_size for _, phase in phases] == sides
     assert [phase.train.batch_size for _, phase in phases] == batches
@@ -36,7 +37,7 @@ def test_phases_train_as_the_paper(name, names, sides, batches, steps):
         assert (optimizer.warmup_steps, optimizer.weight_decay, optimizer.clip_norm) == (30_000, 0.0, 2.0)
         remat = name in ("cc12m1024", "webvid")
         assert (optimizer.ema_decay, phase.train.dtype, phase.train.remat) == (0.9999, "bfloat16", remat)
-        (level,) = build.levels(phase)
+        (level,) = build_levels(phase)
         assert level.sampler == samplers.DDPM(250, grid="released") and set(level.leaf_weights) == {1.0}
         assert (level.null_text is None) == (name == "imagenet256") == (level.num_classes == 1000)
         assert level.process.parameterization == "v" and level.process.loss_space == "eps"
@@ -53,7 +54,7 @@ def test_phases_train_as_the_paper(name, names, sides, batches, steps):
 )  # fmt: skip
 def test_schedules_are_shifted(architecture, preset, scales):
     """SNR divided by 4 at 256 px, by 16 and 256 at 1024 px in the released config; 16 frames count as 4."""
-    (level,) = build.levels(get_config("mdm", f"{architecture},{preset}"))
+    (level,) = build_levels(get_config("mdm", f"{architecture},{preset}"))
     base = level.process.schedules[0]
     for schedule, scale in zip(level.process.schedules, scales, strict=True):
         ratio = np.exp(2 * (base.log_snr(0.5) - schedule.log_snr(0.5)))
@@ -63,7 +64,7 @@ def test_schedules_are_shifted(architecture, preset, scales):
 def test_the_released_preset():
     config = get_config("mdm", "cc12m1024,released")
     assert (config.optimizer.learning_rate, config.optimizer.b2, config.optimizer.warmup_steps) == (5e-5, 0.999, 10_000)
-    (level,) = build.levels(config)
+    (level,) = build_levels(config)
     network = level.backbone
     assert (network.text_proj, network.lm_layers, network.masked_cross_attention) == (2048, 0, False)
     assert [net.micro for net in network.nets] == [(("scale", side),) for side in (64, 256, 1024)]
@@ -71,12 +72,12 @@ def test_the_released_preset():
 
 
 def test_the_nested_baseline_has_no_low_resolution():
-    (level,) = build.levels(get_config("mdm_baselines", "simple_nested"))
+    (level,) = build_levels(get_config("mdm_baselines", "simple_nested"))
     assert level.leaf_weights == (0.0, 1.0) and not level.backbone.low_res_inputs
 
 
 def test_the_cascade_is_two_levels():
-    low, high = build.levels(get_config("mdm_baselines", "cascaded"))
+    low, high = build_levels(get_config("mdm_baselines", "cascaded"))
     assert high.conditions == ("x64",) and high.augmentation.level == 600 and high.augmentation.steps == 1000
     assert high.augmentation.schedule == high.process.schedules[0]
     assert low.augmentation is None and (low.num_classes, high.num_classes) == (1000, 1000)

@@ -13,7 +13,7 @@ from test_build import refused
 from test_sample import Pooler
 
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels
 from nested.evaluation import report as evaluate
 from nested.modes import sweep
 from nested.runtime import partition
@@ -72,7 +72,7 @@ def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, c
 
 def test_a_noise_level_that_there_is_not_is_refused():
     config = config_of("cascade", ("evaluate.sweep", (("hierarchy.cond_level", (0, 2000)),)))
-    gen = sample.generator(config, build.levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
+    gen = sample.generator(config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
     refused(sweep.combinations, gen, match="noise augmentation: level 2000 is outside 0 to 1000")
 
 

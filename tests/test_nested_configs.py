@@ -6,7 +6,7 @@ from test_build import refused
 from test_configs import get_config
 
 from configs import imagenet100
-from nested.build import levels as build
+from nested.build.levels import build_levels
 from nested.modes import summary
 
 # --- the numbers of the papers ---------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ def test_coco_trains_as_the_paper(depth):
     assert (optimizer.learning_rate, optimizer.b1, optimizer.b2) == (2e-4, 0.9, 0.9)
     assert (optimizer.weight_decay, optimizer.warmup_steps, optimizer.ema_decay) == (0.03, 5000, 0.9999)
     assert (config.hierarchy.cond_drop, config.evaluate.num_samples) == (0.1, 30_000)
-    levels = build.levels(config)
+    levels = build_levels(config)
     assert [level.shape for level in levels] == [(1, 1, 256), (2, 2, 128)][: depth - 1] + [(32, 32, 4)]
     assert levels[-1].cond_sigmas == (0.5,) * (depth - 1) and levels[-1].conditions == ("z1x1", "z2x2")[: depth - 1]
     for level in levels:
@@ -50,7 +50,7 @@ def test_the_encoder_is_a_word(word, encoder):
 def test_the_draft(name, argument, shapes, net, guidance):
     """ICLR draft Sec. 4.1: shapes, U-ViT-S / M / L, one guidance weight, 50 % drop, injection every two blocks."""
     config = get_config(name, argument)
-    levels = build.levels(config)
+    levels = build_levels(config)
     assert [level.shape for level in levels] == [*shapes, (32, 32, 4)]
     assert tuple(level.guidance for level in levels) == guidance
     for i, level in enumerate(levels):
@@ -68,7 +68,7 @@ def test_the_draft_of_imagenet_1k_has_two_levels():
 
 def test_the_depth_one_net_of_the_draft():
     """Table 1b, L = 1: 130.7 M parameters; 71.60 GFlops, which is near twice the multiply-accumulates (U-ViT-M)."""
-    (level,) = summary.levels(build.levels(get_config("imagenet100", "L1")))
+    (level,) = summary.levels(build_levels(get_config("imagenet100", "L1")))
     assert level.parameters == pytest.approx(130.7e6, rel=0.006)
     assert 2 * level.macs == pytest.approx(71.60e9, rel=0.025)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from test_clip_text import hugging_face, write_tokenizer
 
 from configs import uvit_release
-from nested.build import levels as build
+from nested.build.levels import build_levels
 from nested.diffusion import schedules
 from nested.diffusion.samplers import dpm_solver as samplers
 from nested.modes import summary
@@ -41,7 +41,7 @@ COUNTS = {  # million parameters, GMACs of matrix products and norms; null: ours
 @pytest.mark.parametrize("name", COUNTS)
 def test_sizes_are_those_that_were_counted_on_the_authors_code(name):
     parameters, macs = COUNTS[name]
-    (row,) = summary.levels(build.levels(uvit_release.get_config(name)))
+    (row,) = summary.levels(build_levels(uvit_release.get_config(name)))
     assert row.parameters / 1e6 == pytest.approx(parameters, abs=0.01)
     assert macs is None or row.macs / 1e9 == pytest.approx(macs, abs=0.01)
     assert row.tokens == 256
@@ -79,7 +79,7 @@ def test_names_and_shapes_of_the_huge_model():
 def test_sampling_is_that_of_the_release(name):
     """configs/*.py, eval.py, eval_ldm.py, eval_ldm_discrete.py and eval_t2i_discrete.py of U-ViT."""
     config = uvit_release.get_config(name)
-    (level,) = build.levels(config)
+    (level,) = build_levels(config)
     process, pixels = level.process, name in ("cifar10", "celeba64")
     if "large" in name or pixels:
         assert process.schedules == (schedules.LinearVP(0.1, 20.0),)
@@ -121,7 +121,7 @@ def test_training_is_that_of_the_release(name):
 @pytest.mark.parametrize("name, steps, eta", [("s64", 50, 0.0), ("s64s256", 100, 0.0), ("s64s256s1024", 250, 1.0)])
 def test_ml_mdm_samples_as_its_demo(name, steps, eta):
     config = importlib.import_module("configs.mdm").get_config(f"{name},released")
-    (level,) = build.levels(config)
+    (level,) = build_levels(config)
     assert config.train.dtype == "bfloat16"
     assert level.sampler == samplers.DDIM(steps, eta, grid="released") and level.guidance == 6.5
     assert level.threshold.keywords == dict(percentile=0.95, maximum=1.5)

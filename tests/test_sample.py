@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import common
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels
 from nested.diffusion import hierarchy
 from nested.evaluation import report as evaluate
 from nested.figures import grids as pictures
@@ -66,13 +66,13 @@ class Decoder:
 
 def make_generator(config, mesh):
     """The latents' stand-in decodes a quarter of z: most of what an untrained net says is then within the range."""
-    return sample.generator(config, build.levels(config), Decoder(0.25), mesh)
+    return sample.generator(config, build_levels(config), Decoder(0.25), mesh)
 
 
 @pytest.fixture(scope="module")
 def params():
     """Scaled up, so that conditions and labels matter before any training."""
-    levels = build.levels(tiny_config())
+    levels = build_levels(tiny_config())
     init = jax.jit(lambda key: hierarchy.init(levels, key), compiler_options={"xla_backend_optimization_level": 0})
     return jax.tree.map(lambda w: 3 * np.asarray(w), init(jax.random.key(0)))
 
@@ -164,7 +164,7 @@ def test_levels_of_equal_programs_are_compiled_once(mesh):
     equal = dict(config.levels[0], shape=(2, 2, 4), guidance=0.3, backbone=net)
     config.levels = tuple(ConfigDict(dict(equal, name=name)) for name in ("za", "zb", "zc"))
     config.hierarchy.label_levels = ("za", "zb", "zc")
-    levels = build.levels(config)
+    levels = build_levels(config)
     generator = sample.generator(config, levels, Decoder(1.0), mesh)
     init = jax.jit(lambda key: hierarchy.init(levels, key), compiler_options={"xla_backend_optimization_level": 0})
     params = init(jax.random.key(0))
@@ -301,7 +301,7 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
     config.evaluate.update(num_samples=number, num_reference=number, unguided=unguided)
     images = np.random.default_rng(2).integers(0, 200, (number, 4, 4, 1), dtype=np.uint8)
     levels = tuple(
-        dataclasses.replace(level, guidance=w) for level, w in zip(build.levels(tiny_config()), guidance, strict=True)
+        dataclasses.replace(level, guidance=w) for level, w in zip(build_levels(tiny_config()), guidance, strict=True)
     )
 
     class Fake(sample.Generator):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from nested.build import levels as build
+from nested.build.levels import build_levels
 from nested.models.hdit import HDiT
 from nested.modes import summary
 from nested.training import loop as train
@@ -28,7 +28,7 @@ TABLE_6 = {  # depth: (million parameters, GMACs)
 
 @functools.cache
 def table_6_rows(depth):
-    return summary.levels(build.levels(imagenet.get_config(depth)))
+    return summary.levels(build_levels(imagenet.get_config(depth)))
 
 
 @pytest.mark.parametrize("depth", TABLE_6)
@@ -68,7 +68,7 @@ COUNTED = {}  # (network, shape of its variable): its LevelSummary; some rows di
 
 
 def only_row(name, arguments):
-    (level,) = build.levels(importlib.import_module(f"configs.{name}").get_config(arguments))
+    (level,) = build_levels(importlib.import_module(f"configs.{name}").get_config(arguments))
     key = (level.backbone, level.shape)
     if key not in COUNTED:
         (COUNTED[key],) = summary.levels((level,))
@@ -136,7 +136,7 @@ def test_macs_of_a_scan_count_every_turn_and_remat_counts_once():
 def test_json_holds_what_the_table_shows(tmp_path):
     config = imagenet.get_config("L2")
     out = tmp_path / "summary.json"
-    text = summary.summary(build.levels(config), train.abstract_state(config), str(out))
+    text = summary.summary(build_levels(config), train.abstract_state(config), str(out))
     content = json.loads(out.read_text())
     assert [level["name"] for level in content["levels"]] == ["z1x1", "x"]
     assert content["levels"][1]["shape"] == [32, 32, 4] and content["levels"][1]["tokens"] == 256

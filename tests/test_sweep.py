@@ -16,7 +16,7 @@ from test_build import refused
 from test_sample import Pooler
 
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels
 from nested.evaluation import report as evaluate
 from nested.figures import curves as plots
 from nested.modes import sweep
@@ -25,7 +25,7 @@ from nested.sampling import generator as sample
 
 
 def generator(config):
-    return sample.generator(config, build.levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
+    return sample.generator(config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
 
 
 def swept(*pairs, depth=2, **changes):
@@ -96,10 +96,10 @@ def test_scores_of_another_weight_file_are_not_taken_over(tmp_path):
 
 def values(option, value, config):
     """What a value of an option makes of (guidance, steps, eta) of every level."""
-    levels = build.levels(config)
+    levels = build_levels(config)
     config = copy.deepcopy(config)
     sweep.assign(config, option, value, levels)
-    return [(one.guidance, one.sampler.steps, getattr(one.sampler, "eta", None)) for one in build.levels(config)]
+    return [(one.guidance, one.sampler.steps, getattr(one.sampler, "eta", None)) for one in build_levels(config)]
 
 
 def test_an_option_sets_the_levels_that_it_means():
@@ -115,7 +115,7 @@ def test_an_option_sets_the_levels_that_it_means():
 
 
 def test_what_can_be_guided_can_lose_a_condition():
-    coarse, fine = build.levels(unlabelled(config_of(2)))
+    coarse, fine = build_levels(unlabelled(config_of(2)))
     assert [sweep.can_be_guided(one) for one in (coarse, fine)] == [False, True]
     assert sweep.can_be_guided(dataclasses.replace(coarse, num_classes=10))
     assert sweep.can_be_guided(dataclasses.replace(coarse, null_text={}))
@@ -158,7 +158,7 @@ def test_noise_options_reach_the_levels():
 )
 def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch):
     config = config_of(2, evaluate__sweep=pairs)
-    gen = types.SimpleNamespace(config=config, levels=build.levels(config), text=None)
+    gen = types.SimpleNamespace(config=config, levels=build_levels(config), text=None)
     monkeypatch.setattr(sample, "restored", lambda config, workdir: (gen, None, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (None, None))
     monkeypatch.setattr(evaluate, "make_scorer", None)
@@ -174,7 +174,7 @@ def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch
 )
 def test_sweeps_of_what_changes_nothing_are_refused(pair, message):
     config = unlabelled(config_of(1, evaluate__sweep=(pair,)))
-    gen = types.SimpleNamespace(config=config, levels=build.levels(config), text=None)
+    gen = types.SimpleNamespace(config=config, levels=build_levels(config), text=None)
     refused(sweep.combinations, gen, match=message)
 
 

@@ -14,7 +14,8 @@ from test_train import assert_equal
 
 from configs import common
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import as_shape, build_levels
+from nested.build.training import split_phases
 from nested.diffusion import hierarchy
 from nested.runtime import checkpoint
 from nested.runtime.writers import read_metrics
@@ -72,7 +73,7 @@ def straight(tmp_path_factory):
 @pytest.fixture(scope="module")
 def grafted(straight):
     """(config of the phase s2, its EMA, config of the nest, the nest's state before its first step)."""
-    (_, first), (_, second), _ = build.phases(config_of())
+    (_, first), (_, second), _ = split_phases(config_of())
     _, latents = build_data.latents(second, str(straight))
     state = train.fresh_state(train.make_run(second, latents), str(straight))
     return first, state_of(folder(straight, "s2"), first)["ema"]["x"], second, state
@@ -85,7 +86,7 @@ def test_each_phase_is_a_run_of_its_own(straight):
     for phase, steps in PHASES.items():
         assert checkpoint.latest_step(folder(straight, phase)) == steps
         saved = checkpoint.read_config(folder(straight, phase))
-        assert len(build.as_shape(saved["levels"][0]["shape"])) == (3 if phase == "s2" else 2)
+        assert len(as_shape(saved["levels"][0]["shape"])) == (3 if phase == "s2" else 2)
         losses = [line for line in read_metrics(folder(straight, phase)) if "loss/x" in line]
         assert [line["step"] for line in losses] == list(range(1, steps + 1))
         assert all(np.isfinite(line["loss/x"]) and not line["skipped_steps"] for line in losses)
@@ -141,7 +142,7 @@ def test_a_phase_starts_from_the_average_of_the_one_before(grafted):
 
 def test_the_last_phase_takes_the_same_network_whole(straight):
     """From s4, of the same shapes: its first step starts from s4's average, so it differs from s4's last."""
-    _, (_, second), (_, last) = build.phases(config_of())
+    _, (_, second), (_, last) = split_phases(config_of())
     abstract = train.abstract_state(last).params
     taken = transfer.load_initial_weights(last, str(folder(straight, "s4")), abstract)
     assert list(taken) == [("x",)]
@@ -181,7 +182,7 @@ def test_wrong_phases_are_refused_before_any_trains(phases, message, tmp_path):
 def test_a_phase_differs_in_what_it_says_alone():
     config = config_of(("init_from.path", "/elsewhere"), kind="nest")
     config.phases = (dict(name="a", train=dict(steps=7), data=dict(flip=True)), dict(name="b"))
-    (_, a), (_, b), (name, last) = build.phases(config)
+    (_, a), (_, b), (name, last) = split_phases(config)
     assert (a.train.steps, a.train.batch_size, a.data.flip, a.data.source) == (7, 8, True, "digits")
     assert (b.train.steps, b.data.flip, name, last.phases) == (2, False, "", ())
     assert [phase.init_from.path for phase in (a, b, last)] == ["/elsewhere", "", ""]
@@ -231,7 +232,7 @@ def drawn(config, params, sampler, options):
     """The variables of four samples, compiled with these options."""
     config = config.copy_and_resolve_references()
     config.levels[0].sampler = sampler
-    levels = build.levels(config)
+    levels = build_levels(config)
     keys = {"x": hierarchy.rows(jax.random.key(5), 4)}
 
     def draw(params):

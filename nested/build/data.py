@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from input_pipeline import augment, captions, loader, sources
 from input_pipeline import latent_records as records
 from nested.build.levels import as_shape
-from nested.build.process import choose, construct, is_joint
+from nested.build.options import choose, construct
+from nested.build.process import is_joint
 from nested.build.sources import check_options, images, shard_window
 from nested.encoders import efficientnet, grids, vit
 from nested.encoders import text_encoder as text_encoders

@@ -1,80 +1,13 @@
-"""Config -> schedules, processes, samplers, limits on x0: the tables of their names, and the two ways to look them up.
-
-A name in a config is a key of one of these dicts; an unknown one, or an option that its object does not take, is a
-one-line error.
-"""
+"""Config -> a level's process and its sampler."""
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from nested.diffusion import denoiser, process, schedules
-from nested.diffusion.samplers import dpm_solver as samplers
-from nested.diffusion.samplers import k_diffusion as sigma_samplers
-
-SCHEDULES = {
-    "sd_scaled_linear": schedules.sd_scaled_linear,
-    "ldm_linear": schedules.ldm_linear,
-    "cosine": schedules.cosine,
-    "cosine_log_snr": schedules.cosine_log_snr,
-    "ddpm_linear": schedules.ddpm_linear,
-    "linear_vp": schedules.LinearVP,
-    "exponential_ve": schedules.ExponentialVE,
-}
-DENSITIES = {
-    "lognormal": schedules.LogNormal,
-    "loglogistic": schedules.LogLogistic,
-    "loguniform": schedules.LogUniform,
-    "v_diffusion": schedules.VDiffusion,
-    "cosine_interpolated": schedules.CosineInterpolated,
-}
-SAMPLERS = {
-    "ddpm": samplers.DDPM,
-    "ddim": samplers.DDIM,
-    "dpm_solver": samplers.DPMSolver,
-    "euler_in_time": samplers.EulerInTime,
-    "euler_maruyama": samplers.EulerMaruyama,
-    "euler": sigma_samplers.Euler,
-    "heun": sigma_samplers.Heun,
-    "dpm2": sigma_samplers.DPM2,
-    "lms": sigma_samplers.LMS,
-    "euler_ancestral": sigma_samplers.EulerAncestral,
-    "dpm2_ancestral": sigma_samplers.DPM2Ancestral,
-    "dpmpp_2s_ancestral": sigma_samplers.DPMpp2SAncestral,
-    "dpmpp_sde": sigma_samplers.DPMppSDE,
-    "dpmpp_2m": sigma_samplers.DPMpp2M,
-    "dpmpp_2m_sde": sigma_samplers.DPMpp2MSDE,
-    "dpmpp_3m_sde": sigma_samplers.DPMpp3MSDE,
-}
-THRESHOLDS = {
-    "none": None,
-    "static": functools.partial(denoiser.thresholded, percentile=None),
-    "dynamic": functools.partial(denoiser.thresholded, percentile=0.995),
-    "dynamic_100": functools.partial(denoiser.thresholded, percentile=0.995, maximum=100.0),
-    "deepfloyd": functools.partial(denoiser.thresholded, percentile=0.95, maximum=1.5),
-}
-
-
-def choose(key: str, name: str, table) -> Any:
-    """table[name], or a one-line error that names the key, the value found and the values allowed."""
-    if name not in table:
-        raise ValueError(f"config.{key}: {name!r} given; choose from {', '.join(map(repr, table))}")
-    return table[name]
-
-
-def construct(key: str, constructor, options: dict, derived: dict):
-    """constructor(**options, **derived); `derived` is what other parts of the config decide.
-
-    Options that it does not take, that others decide or whose values it refuses are one-line errors at `key`."""
-    decided = [name for name in options if name in derived]
-    if decided:
-        raise ValueError(f"config.{key}: {', '.join(decided)} is decided by other parts of the config; remove it here")
-    try:
-        return constructor(**options, **derived)
-    except TypeError as error:
-        raise ValueError(f"config.{key}: {error}; found options {', '.join(options)}") from error
-    except ValueError as error:
-        raise ValueError(f"config.{key}: {error}") from error
+from nested.build.options import choose, construct
+from nested.build.parts import DENSITIES, SAMPLERS, SCHEDULES
+from nested.diffusion import process, schedules
 
 
 def is_joint(shape) -> bool:
@@ -117,6 +50,7 @@ def build_process(options, shape, key: str) -> tuple[process.Process, tuple[floa
     return construct(key, process.Process, given, dict(schedules=built)), scales
 
 
-def sampler(options, key: str):
+def build_sampler(options: Mapping[str, Any], key: str) -> Any:
+    """The sampler that `options` names, with the other options; `key` is where they stand in the config."""
     given = dict(options)
     return construct(key, choose(f"{key}.name", given.pop("name"), SAMPLERS), given, {})

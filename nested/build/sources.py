@@ -1,7 +1,7 @@
 """Config -> the source of images: the only reader of the options of config.data that say where images come from."""
 
 from input_pipeline import clips, coco, decoded, image_files, imagenet, parquet, sources, transforms, webdataset
-from nested.build.process import choose
+from nested.build.options import choose
 
 
 def digits(data):

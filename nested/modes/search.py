@@ -34,7 +34,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.training import check_images_exist
 from nested.figures import curves as plots
 from nested.modes import sweep
 from nested.runtime.checkpoint import latest_step
@@ -117,8 +118,8 @@ def check(config, workdir: str) -> None:
     for run in plan(config):
         own = run_config(config, run, {}, workdir)
         try:
-            build.levels(own)
-            build.check_pictures(own)
+            build_levels(own)
+            check_images_exist(own)
         except ValueError as error:
             raise ValueError(f"search, run {run.name}: {error}") from error
 

@@ -33,7 +33,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.options import to_plain
 from nested.diffusion import hierarchy
 from nested.figures import curves as plots
 from nested.runtime.files import atomic_write
@@ -81,7 +82,7 @@ def combinations(gen: sample.Generator) -> list[Combination]:
         config = copy.deepcopy(gen.config)
         for option, value in zip(options, values, strict=True):
             assign(config, option, value, gen.levels)
-        levels = build.levels(config, null_text)
+        levels = build_levels(config, null_text)
         result.append(Combination(dict(zip(options, values, strict=True)), levels, fingerprint(config)))
     return result
 
@@ -172,7 +173,7 @@ def typed(option: str, value, kind: type):
 
 def fingerprint(config) -> str:
     """12 hexadecimal digits of the whole config, but for what asks for more rows: evaluate.sweep and search."""
-    kept = build.plain(config)
+    kept = to_plain(config)
     kept = {**kept, "evaluate": {**kept["evaluate"], "sweep": []}, "search": {}}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

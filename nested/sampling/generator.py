@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels, trained_level_names
 from nested.diffusion import hierarchy
 from nested.figures import grids as pictures
 from nested.runtime import partition
@@ -255,7 +255,7 @@ def prepared(config, workdir: str) -> tuple[Generator, Tree]:
     """The config's generator, and the parameters that it takes as shapes and shardings."""
     latents = build_data.decoder(config, workdir)
     text = build_data.load_text(config)
-    levels = build.levels(config, text and text.null())
+    levels = build_levels(config, text and text.null())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
     abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))
@@ -311,7 +311,7 @@ def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
     metrics = read_metrics(workdir) if jax.process_index() == 0 else []
     if metrics:
         paths.append(os.path.join(workdir, "curves.png"))
-        pictures.loss_curves(metrics, paths[-1], build.trained(gen.config))
+        pictures.loss_curves(metrics, paths[-1], trained_level_names(gen.config))
     return paths
 
 

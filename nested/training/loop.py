@@ -23,8 +23,18 @@ from clu import parameter_overview
 
 from input_pipeline import loader
 from nested.build import data as build_data
-from nested.build import levels as build
+from nested.build.levels import build_levels, trained_level_names
+from nested.build.options import to_plain
 from nested.build.sources import shard_window
+from nested.build.training import (
+    STATE_KEYS,
+    batch_spans,
+    build_optimizer,
+    check_batch_size,
+    check_images_exist,
+    check_init_from,
+    split_phases,
+)
 from nested.diffusion import hierarchy
 from nested.evaluation import report as evaluate
 from nested.modes import summary
@@ -164,23 +174,23 @@ class Run:
 
 def abstract_state(config) -> TrainState:
     """Shapes and dtypes of a config's train state; allocates nothing."""
-    step = Step(build.levels(config), None, build.optimizer(config), build.trained(config))
+    step = Step(build_levels(config), None, build_optimizer(config), trained_level_names(config))
     return jax.eval_shape(lambda key: init_state(step, key), jax.random.key(0))
 
 
 def make_run(config, latents, text=None) -> Run:
     """Builds levels, mesh and shardings; allocates nothing."""
-    levels = build.levels(config, text and text.null())
+    levels = build_levels(config, text and text.null())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     step = Step(
         levels=levels,
         latents=latents,
-        optimizer=build.optimizer(config),
-        trained=build.trained(config),
+        optimizer=build_optimizer(config),
+        trained=trained_level_names(config),
         accumulate=config.train.accumulate,
     )
-    build.check_batch(config, mesh.size)
-    build.check_init_from(config)
+    check_batch_size(config, mesh.size)
+    check_init_from(config)
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(lambda k: init_state(step, k), key)
     opt.check_groups(step.optimizer, {name: shapes.params[name] for name in step.trained})
@@ -222,17 +232,17 @@ def compiled_step(run: Run) -> Callable:
 
 def train(config, workdir: str) -> None:
     """Trains the phases of the config in turn, going on where an earlier call was stopped."""
-    phases = build.phases(config)
+    phases = split_phases(config)
     for _, phase in phases:  # what is wrong in a late phase is said before the first one trains
-        build.levels(phase)
-        build.optimizer(phase)
-        build.check_batch(phase, partition.make_mesh(phase.train.mesh_data, phase.train.mesh_fsdp).size)
-        build.check_init_from(phase)
-        build.check_pictures(phase)
+        build_levels(phase)
+        build_optimizer(phase)
+        check_batch_size(phase, partition.make_mesh(phase.train.mesh_data, phase.train.mesh_fsdp).size)
+        check_init_from(phase)
+        check_images_exist(phase)
     if len(phases) > 1:
         shapes = [(name, phase, abstract_state(phase).params) for name, phase in phases]
         for _, phase, params in shapes:
-            opt.check_groups(build.optimizer(phase), params)
+            opt.check_groups(build_optimizer(phase), params)
         transfer.check_phases_fit(shapes)
     for name, phase in phases:
         folder = phase_dir(workdir, name)
@@ -250,14 +260,14 @@ def train(config, workdir: str) -> None:
 def train_phase(config, workdir: str, root: str) -> bool:
     """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores.
     False where a signal stopped it."""
-    build.check_pictures(config)
+    check_images_exist(config)
     evaluate.check_evaluation(config)
     text = build_data.load_text(config)
     source, latents = build_data.latents(config, workdir, text)
     run = make_run(config, latents, text)
     training, held_out = build_data.split(config, source)
     checkpoints = Checkpoints(
-        workdir, build.plain(config), build.STATE_KEYS, keep=config.train.keep, save_every=config.train.save_every
+        workdir, to_plain(config), STATE_KEYS, keep=config.train.keep, save_every=config.train.save_every
     )
     restored = checkpoints.restore(run.abstract)
     state = fresh_state(run, root) if restored is None else restored
@@ -307,7 +317,7 @@ def to_device(run: Run, rows: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def feed(config, training, first: int) -> Iterator[dict]:
     """This process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size."""
-    for span in build.batch_spans(config):
+    for span in batch_spans(config):
         if span.end <= first:
             continue
         start = max(first, span.start)

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from nested.build import levels as build
+from nested.build.levels import build_levels
+from nested.build.options import to_plain
 from nested.diffusion import hierarchy
 from nested.runtime import partition
 from nested.runtime.checkpoint import config_differences, read_config, restore_part
 from nested.weights import files as weights
+from nested.weights.fit import shared_levels
 
 SUFFIX = ".safetensors"
 CONFIG = "nested_config"  # the key of a run's config in a file's metadata: others have a "config" there, as k-diffusion
@@ -32,7 +34,7 @@ def export(config, workdir: str, out: str) -> None:
     base, suffix = os.path.splitext(os.path.expanduser(out))
     if suffix != SUFFIX:
         raise ValueError(f"--out={out}: give the name of a {SUFFIX} file to export to")
-    levels, mesh = build.levels(config), partition.make_mesh(-1, 1)
+    levels, mesh = build_levels(config), partition.make_mesh(-1, 1)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
     whole = jax.tree.map(lambda _: partition.replicated(mesh), shapes)
     state, step = restore_part(workdir, {"ema": partition.abstract(shapes, whole)})
@@ -63,7 +65,7 @@ def load_parameters(path: str, config, abstract, trained_on: bool = False):
     if CONFIG in notes:
         saved = json.loads(notes[CONFIG])
         if not trained_on:
-            check_same_process_and_space(files[0], saved, build.plain(config), abstract)
+            check_same_process_and_space(files[0], saved, to_plain(config), abstract)
         filled = read_exported_file(files[0], saved, config, abstract)
     elif len(abstract) > 1:
         raise ValueError(
@@ -98,10 +100,10 @@ def check_same_process_and_space(path: str, saved: dict, config: dict, names) ->
 
 def read_exported_file(path: str, saved: dict, config, abstract):
     """Of a file of the first kind, whose run had the config `saved`."""
-    fitting = build.shared_levels(saved, config)
+    fitting = shared_levels(saved, to_plain(config))
     for name in abstract:
         if name not in fitting:
-            there, here = levels_by_name(saved).get(name, {}), levels_by_name(build.plain(config))[name]
+            there, here = levels_by_name(saved).get(name, {}), levels_by_name(to_plain(config))[name]
             found = option_differences(there, here, ("shape", "backbone"), name) or ["its conditions, classes or text"]
             raise ValueError(f"{path}: no level {name} like this config's ({'; '.join(found)}); give the config of its "
                              "run")  # fmt: skip

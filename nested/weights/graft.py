@@ -1,6 +1,6 @@
 """Weights taken over from another run: whole levels, or a network grafted where a larger one holds it.
 
-A level is taken whole where the other run's has the same name, shape, backbone and conditions (build.shared_levels).
+A level is taken whole where the other run's has the same name, shape, backbone and conditions (fit.shared_levels).
 Else its parameters are grafted at the deepest part of ours that has the same names, shapes and options: progressive
 training of Matryoshka (arXiv 2310.15111, Sec. 3.3), where the 64-pixel model becomes the `inner_unet` of the nest, two
 levels down where the nest has two new ones. Its new adapters start at zero, so what it computed it computes still.
@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import jax
 from absl import logging
 
-from nested.build import levels as build
+from nested.build.options import to_plain
 from nested.runtime.checkpoint import read_config, restore_subtree, saved_shapes
 from nested.weights import exchange as export
+from nested.weights.fit import shared_levels
 
 
 def load_initial_weights(config, path: str, abstract: Mapping) -> dict:
@@ -48,11 +49,11 @@ def load_initial_weights(config, path: str, abstract: Mapping) -> dict:
 def find_places(config, other: Mapping, donors: Mapping[str, Mapping], abstract: Mapping, where: str) -> dict:
     """{level: keys to where the other run's level of that name goes} in the parameters `abstract` of this config.
 
-    other: that run's config, as build.plain gives it. donors: {level: {leaf name: shape}} of its parameters. where: the
+    other: that run's config, as to_plain gives it. donors: {level: {leaf name: shape}} of its parameters. where: the
     run, for errors. Raises ValueError where nothing fits, or where a level that config.init_from.levels names does not.
     """
-    asked, whole = tuple(config.init_from.levels), build.shared_levels(other, config)
-    theirs, ours = ({level["name"]: level for level in some["levels"]} for some in (other, build.plain(config)))
+    asked, whole = tuple(config.init_from.levels), shared_levels(other, to_plain(config))
+    theirs, ours = ({level["name"]: level for level in some["levels"]} for some in (other, to_plain(config)))
     result = {}
     for name in asked or tuple(abstract):
         if asked and name not in theirs:
@@ -96,7 +97,7 @@ def check_phases_fit(phases) -> None:
     phases: [(name, config, {level: parameters as shapes})]."""
     for (name, before, donors), (_, config, abstract) in itertools.pairwise(phases):
         shapes = {level: leaf_shapes(tree) for level, tree in donors.items()}
-        find_places(config, build.plain(before), shapes, abstract, f"phase {name}")
+        find_places(config, to_plain(before), shapes, abstract, f"phase {name}")
 
 
 def entries_below(shapes: Mapping[str, tuple], prefix: str) -> dict[str, tuple]:

@@ -1,0 +1,59 @@
+"""The parts that a config chooses by name: one table per kind. Adding a part is one file and one line here.
+
+Values are what `construct` calls with the options that stand beside the name; nothing else in nested/build depends on
+which of them was chosen.
+"""
+
+import functools
+
+from nested.diffusion import denoiser, schedules
+from nested.diffusion.samplers import dpm_solver, k_diffusion
+from nested.models.dit import DiT
+from nested.models.hdit import HDiT
+from nested.models.nested_unet import NestedUNet
+from nested.models.res_mlp import ResMLP
+from nested.models.uvit import UViT
+from nested.weights.fit import CONDITIONINGS as CONDITIONINGS
+
+BACKBONES = {"uvit": UViT, "hdit": HDiT, "dit": DiT, "nested_unet": NestedUNet, "res_mlp": ResMLP}
+SCHEDULES = {
+    "sd_scaled_linear": schedules.sd_scaled_linear,
+    "ldm_linear": schedules.ldm_linear,
+    "cosine": schedules.cosine,
+    "cosine_log_snr": schedules.cosine_log_snr,
+    "ddpm_linear": schedules.ddpm_linear,
+    "linear_vp": schedules.LinearVP,
+    "exponential_ve": schedules.ExponentialVE,
+}
+DENSITIES = {
+    "lognormal": schedules.LogNormal,
+    "loglogistic": schedules.LogLogistic,
+    "loguniform": schedules.LogUniform,
+    "v_diffusion": schedules.VDiffusion,
+    "cosine_interpolated": schedules.CosineInterpolated,
+}
+SAMPLERS = {
+    "ddpm": dpm_solver.DDPM,
+    "ddim": dpm_solver.DDIM,
+    "dpm_solver": dpm_solver.DPMSolver,
+    "euler_in_time": dpm_solver.EulerInTime,
+    "euler_maruyama": dpm_solver.EulerMaruyama,
+    "euler": k_diffusion.Euler,
+    "heun": k_diffusion.Heun,
+    "dpm2": k_diffusion.DPM2,
+    "lms": k_diffusion.LMS,
+    "euler_ancestral": k_diffusion.EulerAncestral,
+    "dpm2_ancestral": k_diffusion.DPM2Ancestral,
+    "dpmpp_2s_ancestral": k_diffusion.DPMpp2SAncestral,
+    "dpmpp_sde": k_diffusion.DPMppSDE,
+    "dpmpp_2m": k_diffusion.DPMpp2M,
+    "dpmpp_2m_sde": k_diffusion.DPMpp2MSDE,
+    "dpmpp_3m_sde": k_diffusion.DPMpp3MSDE,
+}
+THRESHOLDS = {
+    "none": None,
+    "static": functools.partial(denoiser.thresholded, percentile=None),
+    "dynamic": functools.partial(denoiser.thresholded, percentile=0.995),
+    "dynamic_100": functools.partial(denoiser.thresholded, percentile=0.995, maximum=100.0),
+    "deepfloyd": functools.partial(denoiser.thresholded, percentile=0.95, maximum=1.5),
+}
