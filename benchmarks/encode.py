@@ -31,7 +31,7 @@ from nested.encoders import efficientnet
 from nested.latents import job as encoding
 from nested.latents import passes as encode
 from nested.spaces import codecs
-from nested.spaces import svd as compress
+from nested.spaces.svd import CovarianceStream, fit_basis
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("images", 4096, "images that are encoded")
@@ -82,7 +82,7 @@ def seconds(call, repeats=3):
 def whole(count, rounds):
     """Rates of the network and of encoding, and the shares."""
     source = Images(count)
-    network = efficientnet.load("", input_size=SIDE, map="stage4", vector="pool", features=("map",))
+    network = efficientnet.load_efficientnet("", input_size=SIDE, map="stage4", vector="pool", features=("map",))
     codec, cache = codecs.CodecConfig("patch_pca", 4, 16, **codecs.UNSET), encode.FEATURE_CACHE_BYTES
     config = encoding.EncoderConfig(
         name=network.name, weights="", input_size=SIDE, map="stage4", vector="pool", prefix="", dtype="float32",
@@ -135,7 +135,7 @@ def svd():
     right = np.linalg.svd(centred.astype(np.float64), full_matrices=False)[2][:COMPONENTS].T
     full = seconds(lambda: np.linalg.svd(centred, full_matrices=False), repeats=1)
 
-    stream = compress.CovarianceStream()
+    stream = CovarianceStream()
     stream.add(batch, SVD_BATCH)  # compiles
 
     def add():
@@ -143,13 +143,13 @@ def svd():
         stream.result()
 
     streamed = seconds(add)
-    (vectors,) = compress.fit_basis(stream.result(), COMPONENTS).vectors
+    (vectors,) = fit_basis(stream.result(), COMPONENTS).vectors
     outside = right - vectors @ (vectors.T @ right)
     return {
         "full_images_per_second": rounded(SVD_BATCH / full),
         "streamed_images_per_second": rounded(SVD_BATCH / streamed),
         "ratio": rounded(full / streamed),
-        "eigh_seconds": rounded(seconds(lambda: compress.fit_basis(stream.result(), COMPONENTS))),
+        "eigh_seconds": rounded(seconds(lambda: fit_basis(stream.result(), COMPONENTS))),
         "subspace_error": rounded(np.linalg.norm(outside, 2)),
     }
 
@@ -158,7 +158,9 @@ def network():
     """Images per second of EfficientNet-Lite0's map and vector, by input size."""
     rates = {}
     for size in (64, 128):
-        net = efficientnet.load("", input_size=size, map="stage4", vector="pool", features=("crops1", "map"))
+        net = efficientnet.load_efficientnet(
+            "", input_size=size, map="stage4", vector="pool", features=("crops1", "map")
+        )
         images = np.zeros((32, size, size, 3), np.uint8)
         jax.block_until_ready(net.features(images))
         took = seconds(lambda net=net, images=images: jax.block_until_ready(net.features(images)), repeats=5)

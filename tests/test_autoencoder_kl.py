@@ -30,7 +30,7 @@ def recorded(golden):
 def load(path, tensors, **options):
     np.savez(path / "weights.npz", **tensors)
     options = dict(prefix="", patch=2, channels=4, what="config.codec.weights") | options
-    return kl.load(str(path / "weights.npz"), **options)
+    return kl.load_autoencoder(str(path / "weights.npz"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_files_as_they_are_released(recorded, network, tmp_path, layout):
     found = load(tmp_path, tensors, **options)
     if layout == "folder":  # as diffusers saves it
         weights.write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", tensors, {})
-        found = kl.load(str(tmp_path), prefix="", patch=2, channels=4, what="config.codec.weights")
+        found = kl.load_autoencoder(str(tmp_path), prefix="", patch=2, channels=4, what="config.codec.weights")
     assert found.layout == network.layout == kl.Layout((32, 64), 1, 4, 3, ("quant_conv", "post_quant_conv"))
     assert found.params.keys() == network.params.keys() and len(found.fingerprint) == 64
     for name, x in found.params.items():
@@ -151,9 +151,9 @@ def test_weights_that_do_not_fit_are_refused(recorded, tmp_path, changes, option
 def test_weights_that_are_not_there(tmp_path):
     options = dict(prefix="", patch=8, channels=4, what="config.codec.weights")
     with pytest.raises(ValueError, match="^config.codec.weights is '': sd_vae needs the autoencoder's weights; give"):
-        kl.load("", **options)
+        kl.load_autoencoder("", **options)
     with pytest.raises(FileNotFoundError, match="no weight file in it"):
-        kl.load(str(tmp_path), **options)
+        kl.load_autoencoder(str(tmp_path), **options)
 
 
 # --- the codec ---------------------------------------------------------------------------------------------------

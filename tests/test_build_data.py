@@ -146,7 +146,7 @@ def test_encoded_latents_have_the_text_of_their_images(toy, tmp_path, monkeypatc
     config, made = toy
     config.text.update(encoder="minilm", stored=stored, max_tokens=3, width=2)
     made["source"].captions = tuple("a" * (i + 1) for i in range(44))
-    monkeypatch.setattr(build_data, "load_text", lambda config: build_data.Text(Lengths()))
+    monkeypatch.setattr(build_data, "load_text_encoder", lambda config: Lengths())
     records, latents = build_data.latents(config, str(tmp_path))
     for i in (0, 43, 7):
         found = records[i]

@@ -1,6 +1,7 @@
 """nested/build/sources.py: every source from its config, and options that a source does not read."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -167,9 +168,6 @@ def test_every_caption_of_coco_is_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(build_data.text_store, "store", lambda encoder, texts, *how: stored.extend(texts))
     monkeypatch.setattr(text, "StoredText", lambda source, *how: source)
     config.text.update(encoder="minilm", stored=True)
-
-    class Loaded:
-        encoder = type("Encoder", (), {"fingerprint": "f"})()
-
-    build_data.with_text(config, build_data.images(config), ("image",), Loaded(), str(tmp_path))
+    loaded = types.SimpleNamespace(fingerprint="f")
+    build_data.with_text(config, build_data.images(config), ("image",), loaded, str(tmp_path))
     assert sorted(stored) == ["a cat", "a cow", "a dog", "ein Hund", "eine Kuh", "some dog"]

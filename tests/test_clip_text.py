@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from input_pipeline import captions as text
-from nested.encoders import clip_text
-from nested.encoders import text_encoder as encoders
+from nested.encoders import clip_text, minilm, t5
 from nested.encoders.clip_text import PROJECTION
+from nested.encoders.text_encoder import load_text_encoder
 from nested.latents import captions as text_store
 
 HEADS, END = 4, 98  # of the recording: 32 wide, short texts filled up with 98
@@ -59,13 +59,13 @@ def test_keeps_the_dtype(recorded, x64):
 def test_products_of_float32_are_float32_on_accelerators(dtype, highest, recorded, golden):
     """The precision of every product of the lowered text, of each of the three networks."""
     clip, ids, _ = recorded
-    t5 = {name[2:]: array for name, array in golden("enc_t5.npz").items() if name.startswith("w/")}
-    minilm = {name: np.empty(shape) for name, shape in encoders.NETWORKS["minilm"].shapes({}).items()}
+    t5_params = {name[2:]: array for name, array in golden("enc_t5.npz").items() if name.startswith("w/")}
+    minilm_params = {name: np.empty(shape) for name, shape in minilm.shapes({}).items()}
     mask = np.ones(ids.shape, bool)
     for network, tensors, arguments in (
         (functools.partial(clip_text.clip_text_embeds, heads=HEADS), clip, (ids,)),
-        (encoders.minilm, minilm, (ids, mask)),
-        (encoders.t5, t5, (ids, mask)),
+        (minilm.minilm, minilm_params, (ids, mask)),
+        (t5.t5, t5_params, (ids, mask)),
     ):
         params = {name: jax.ShapeDtypeStruct(array.shape, dtype) for name, array in tensors.items()}
         lines = jax.jit(network).lower(params, *arguments).as_text().splitlines()
@@ -148,7 +148,7 @@ def hugging_face(params, wrapper):
 def encoder(network, tmp_path):
     write_tokenizer(tmp_path / "tokenizer.json")
     save_file(hugging_face(network, ""), tmp_path / "model.safetensors")
-    return encoders.load("clip_vitl14", tmp_path, 77)
+    return load_text_encoder(clip_text.NETWORK, tmp_path, 77)
 
 
 def test_every_layout_loads_alike(network, encoder, tmp_path):
@@ -157,7 +157,7 @@ def test_every_layout_loads_alike(network, encoder, tmp_path):
     files = {"sd.npz": hugging_face(network, "cond_stage_model.transformer."), "openai.npz": openai(network)}
     for name, tensors in files.items():
         np.savez(tmp_path / name, **tensors)
-        found = encoders.load("clip_vitl14", tmp_path / name, 77)
+        found = load_text_encoder(clip_text.NETWORK, tmp_path / name, 77)
         assert found.params.keys() == ours
         for key in ours:
             np.testing.assert_array_equal(found.params[key], network[key], key)
@@ -176,7 +176,7 @@ def test_other_weights_are_refused(network, tmp_path, change, message):
     tensors = hugging_face(network, "") | change
     np.savez(tmp_path / "w.npz", **{name: array for name, array in tensors.items() if array is not None})
     with pytest.raises(ValueError, match=message) as error:
-        encoders.load("clip_vitl14", tmp_path / "w.npz", 77)
+        load_text_encoder(clip_text.NETWORK, tmp_path / "w.npz", 77)
     assert "\n" not in str(error.value)
 
 
@@ -189,7 +189,7 @@ def test_short_texts_are_filled_with_the_end_of_text_and_stored_whole(encoder, n
     features = encoder.features(ids, mask)
     np.testing.assert_allclose(features, clip_text.clip_text(network, ids), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="max_tokens: 78 given; clip_vitl14 has positions for 77"):
-        encoders.load("clip_vitl14", tmp_path, 78)
+        load_text_encoder(clip_text.NETWORK, tmp_path, 78)
 
     index = text_store.store(encoder, ["a red apple"], tmp_path / "store", 2)
     assert index["bytes"]["features"] == 128 + 2 * 77 * 64 * 2

@@ -26,7 +26,8 @@ from nested.runtime import partition
 from nested.runtime.writers import read_metrics
 from nested.sampling import generator as sample
 from nested.spaces import autoencoder_kl as kl
-from nested.spaces import svd as compress
+from nested.spaces.pixels import to_images
+from nested.spaces.svd import CovarianceStream, fit_basis
 from nested.training import loop as train
 
 SIDE, COUNT = 16, 44
@@ -81,7 +82,7 @@ def encoded(weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(weights):
-    return kl.load(weights, prefix="", patch=2, channels=4, what="")
+    return kl.load_autoencoder(weights, prefix="", patch=2, channels=4, what="")
 
 
 def batch_of(source, count=COUNT):
@@ -113,9 +114,9 @@ def test_the_mirrored_fields_are_those_of_encoding_mirrored_images(encoded):
     batch = batch_of(source)
     x = np.asarray(Toy().features(Colours().images)["map"], np.float64)
     mirrored = np.asarray(Toy().features(Colours().images[:, :, ::-1])["map"], np.float64)
-    covariance = compress.CovarianceStream()
+    covariance = CovarianceStream()
     covariance.add(x, COUNT)
-    basis = compress.fit_basis(covariance.result(), 4)
+    basis = fit_basis(covariance.result(), 4)
     for name, features in (("map", x), ("map.mirrored", mirrored)):
         expected = (features - basis.mean[0]) @ basis.vectors[0]
         np.testing.assert_allclose(batch[name], expected, atol=5e-3)
@@ -208,7 +209,7 @@ def test_training_draws_a_flip_of_all_fields_at_once(encoded, weights):
 
 def test_flips_keep_the_text(encoded, weights, monkeypatch):
     monkeypatch.setattr(Colours, "captions", tuple("a" * (i + 1) for i in range(COUNT)), raising=False)
-    monkeypatch.setattr(build_data, "load_text", lambda config: build_data.Text(Lengths()))
+    monkeypatch.setattr(build_data, "load_text_encoder", lambda config: Lengths())
     config = make_config(weights)
     config.text.update(encoder="minilm", stored=False, max_tokens=3, width=2)
     source, _ = build_data.latents(config, str(encoded[0]))
@@ -295,7 +296,7 @@ def test_all_images_are_compared_as_decoded_from_their_means(encoded, network, m
     _, source, latents = encoded
     seen = memorization.make_decoder(latents, partition.make_mesh(1, 1))(batch_of(source)["sd_vae"])
     mean = moments_of(network, Colours().images)[..., :4]
-    expected = compress.to_images(kl.decode(network.decoder, mean))
+    expected = to_images(kl.decode(network.decoder, mean))
     assert np.abs(np.int32(seen) - np.int32(expected)).max() <= 2  # the means are stored in float16
 
 

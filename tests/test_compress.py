@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from nested.encoders import grids
-from nested.spaces import svd as compress
+from nested.spaces import svd
+from nested.spaces.features import fit_level
+from nested.spaces.patch_pca import PatchPCA, patchify, unpatchify
+from nested.spaces.pixels import DOWNSAMPLINGS, Pixels, Pyramid, normalise
 
 
 def features(seed, images=60, grid=(3, 4), channels=7, offset=3.0):
@@ -22,7 +25,7 @@ def features(seed, images=60, grid=(3, 4), channels=7, offset=3.0):
 
 def stream(x, batch=16, per_position=False):
     """Through CovarianceStream in batches of one size, the last filled up with junk."""
-    sums = compress.CovarianceStream(per_position)
+    sums = svd.CovarianceStream(per_position)
     for start in range(0, len(x), batch):
         part = x[start : start + batch]
         padded = np.concatenate([part, np.full((batch - len(part), *x.shape[1:]), np.nan, np.float32)])
@@ -32,7 +35,7 @@ def stream(x, batch=16, per_position=False):
 
 def test_streamed_basis_equals_svd_of_the_whole():
     x = features(0)
-    basis = compress.fit_basis(stream(x), components=4)
+    basis = svd.fit_basis(stream(x), components=4)
     rows = x.reshape(-1, 7).astype(np.float64)
     _, singular, right = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     np.testing.assert_allclose(basis.mean[0], rows.mean(0), rtol=1e-6)
@@ -47,13 +50,13 @@ def test_streamed_basis_equals_svd_of_the_whole():
 
 def test_without_centring_the_svd_is_of_the_features_themselves():
     x = features(0)
-    basis = compress.fit_basis(stream(x), 4, center=False)
+    basis = svd.fit_basis(stream(x), 4, center=False)
     rows = x.reshape(-1, 7).astype(np.float64)
     _, singular, right = np.linalg.svd(rows, full_matrices=False)
     np.testing.assert_array_equal(basis.mean, np.zeros((1, 7)))
     np.testing.assert_allclose(basis.variances[0], singular**2 / len(rows), rtol=2e-5, atol=1e-5)
     np.testing.assert_allclose(np.abs(np.sum(basis.vectors[0] * right[:4].T, 0)), 1.0, atol=1e-6)
-    np.testing.assert_allclose(np.abs(compress.project(x, *floats(basis))), np.abs(x @ right[:4].T), atol=1e-4)
+    np.testing.assert_allclose(np.abs(svd.project(x, *floats(basis))), np.abs(x @ right[:4].T), atol=1e-4)
 
 
 def floats(basis):
@@ -63,9 +66,9 @@ def floats(basis):
 @pytest.mark.parametrize("center", [True, False])
 def test_a_basis_per_position_is_the_svd_of_each_position(center):
     x = features(11)
-    basis = compress.fit_basis(stream(x, per_position=True), 4, center)
+    basis = svd.fit_basis(stream(x, per_position=True), 4, center)
     assert basis.vectors.shape == (12, 7, 4)
-    total, projected = 0.0, np.asarray(compress.project(x, *floats(basis))).reshape(60, 12, 4)
+    total, projected = 0.0, np.asarray(svd.project(x, *floats(basis))).reshape(60, 12, 4)
     for position in range(12):
         rows = x.reshape(60, 12, 7)[:, position].astype(np.float64)
         rows = rows - rows.mean(0) * center
@@ -78,15 +81,15 @@ def test_a_basis_per_position_is_the_svd_of_each_position(center):
 
 def test_one_position_has_the_shared_basis():
     x = features(12, grid=(1, 1))
-    shared, own = (compress.fit_basis(stream(x, per_position=some), 3) for some in (False, True))
+    shared, own = (svd.fit_basis(stream(x, per_position=some), 3) for some in (False, True))
     for one, other in zip(vars(shared).values(), vars(own).values(), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_without_an_svd_projected_features_are_the_features():
     x = features(13)
-    basis = compress.identity_basis(stream(x))
-    np.testing.assert_array_equal(compress.project(x, *floats(basis)), x)
+    basis = svd.identity_basis(stream(x))
+    np.testing.assert_array_equal(svd.project(x, *floats(basis)), x)
     rows = x.reshape(-1, 7).astype(np.float64)
     np.testing.assert_allclose(basis.variances[0], rows.var(0), rtol=1e-5)
     np.testing.assert_allclose(basis.explained_variance(), np.cumsum(rows.var(0)) / rows.var(0).sum(), rtol=1e-5)
@@ -98,11 +101,11 @@ def test_a_basis_behind_a_linear_map(center):
     rng = np.random.default_rng(14)
     x, shift, mixing = features(14), rng.normal(size=7), rng.normal(size=(7, 3))
     y = ((x - shift) @ mixing).astype(np.float32)
-    expected = compress.fit_basis(stream(y), 2, center)
-    found = compress.fit_basis(stream(x).through(shift, mixing), 2, center)
+    expected = svd.fit_basis(stream(y), 2, center)
+    found = svd.fit_basis(stream(x).through(shift, mixing), 2, center)
     np.testing.assert_allclose(found.variances, expected.variances, rtol=1e-4)
     behind = found.after(shift, mixing)
-    np.testing.assert_allclose(compress.project(x, *floats(behind)), compress.project(y, *floats(expected)), atol=2e-3)
+    np.testing.assert_allclose(svd.project(x, *floats(behind)), svd.project(y, *floats(expected)), atol=2e-3)
 
 
 def test_a_large_offset_costs_no_accuracy():
@@ -115,7 +118,7 @@ def test_merged_shards_equal_one_pass():
     x = features(2)
     whole = stream(x)
     parts = [stream(x[:16]), stream(x[16:21]), stream(x[21:])]
-    merged = functools.reduce(compress.Covariance.merge, parts)
+    merged = functools.reduce(svd.Covariance.merge, parts)
     assert merged.n == whole.n == 60 * 12
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-6)
     assert merged.scatter.shape == (1, 7, 7)
@@ -126,25 +129,25 @@ def test_merged_shards_equal_one_pass():
 
 
 def exact(rows):
-    return compress.Covariance(len(rows), rows.mean(0)[None], np.cov(rows.T, bias=True)[None] * len(rows))
+    return svd.Covariance(len(rows), rows.mean(0)[None], np.cov(rows.T, bias=True)[None] * len(rows))
 
 
 def test_not_finite_images_are_reported():
     x = features(3, images=8)
     x[2, 1, 1, 0], x[5, 0, 0, 3] = np.nan, np.inf
-    finite = compress.CovarianceStream().add(jnp.asarray(x), 6)
+    finite = svd.CovarianceStream().add(jnp.asarray(x), 6)
     assert np.flatnonzero(~finite).tolist() == [2, 5]
 
 
 def test_explained_variance_of_constant_data():
-    basis = compress.fit_basis(stream(np.full((4, 1, 1, 3), 2.0, np.float32)), 2)
+    basis = svd.fit_basis(stream(np.full((4, 1, 1, 3), 2.0, np.float32)), 2)
     np.testing.assert_array_equal(basis.explained_variance(), [1.0, 1.0])
 
 
 def test_hash_follows_the_basis():
-    basis = compress.fit_basis(stream(features(0)), 3)
-    assert basis.sha256() == compress.fit_basis(stream(features(0)), 3).sha256()
-    assert basis.sha256() != compress.fit_basis(stream(features(1)), 3).sha256()
+    basis = svd.fit_basis(stream(features(0)), 3)
+    assert basis.sha256() == svd.fit_basis(stream(features(0)), 3).sha256()
+    assert basis.sha256() != svd.fit_basis(stream(features(1)), 3).sha256()
 
 
 @pytest.mark.parametrize("size, pooled", [(14, 8), (14, 14), (7, 1), (5, 3), (4, 2)])
@@ -161,9 +164,9 @@ def test_adaptive_pooling_is_the_mean_of_its_window(size, pooled):
 @pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 5), (2, 3, 2), (3, 1, 4)])
 def test_pooled_standardisation_equals_brute_force(shape):
     z = features(4, channels=5).astype(np.float16)
-    moments = compress.Moments.of(z[:23]).merge(compress.Moments.of(z[23:]))
+    moments = svd.Moments.of(z[:23]).merge(svd.Moments.of(z[23:]))
     assert moments.n == 60
-    transform = compress.fit_level(moments, (3, 4), shape)
+    transform = fit_level(moments, (3, 4), shape)
     rows, columns = grids.pooling_matrix(3, shape[0]), grids.pooling_matrix(4, shape[1])
     pooled = np.einsum("bhwk,ih,jw->bijk", z.astype(np.float64), rows, columns)[..., : shape[2]]
     np.testing.assert_allclose(transform.mean, pooled.mean((0, 1, 2)), rtol=1e-12)
@@ -179,7 +182,7 @@ def test_a_channel_without_variance_is_refused():
     z = features(5, channels=4)
     z[..., 2] = 1.5
     with pytest.raises(ValueError, match="channel 2 of 4 has no variance left.*use at most 2 channels"):
-        compress.fit_level(compress.Moments.of(z), (3, 4), (1, 1, 4))
+        fit_level(svd.Moments.of(z), (3, 4), (1, 1, 4))
 
 
 def test_information_is_the_mean_divergence():
@@ -188,24 +191,24 @@ def test_information_is_the_mean_divergence():
     z = (z - z.mean(0)) / z.std(0)
     for sigma in (0.3, 1.0, 2.0):  # KL(N(z, s^2 I) || N(0, I)) = (d s^2 + |z|^2 - d - d log s^2) / 2 nats
         nats = 0.5 * (5 * sigma**2 + (z**2).sum(1) - 5 - 5 * math.log(sigma**2))
-        assert compress.information_bits(5, sigma) == pytest.approx(nats.mean() / math.log(2), rel=1e-12)
-    assert compress.information_bits(5, 0) == math.inf
+        assert svd.information_bits(5, sigma) == pytest.approx(nats.mean() / math.log(2), rel=1e-12)
+    assert svd.information_bits(5, 0) == math.inf
 
 
 def test_patchify_round_trip_and_order():
     x = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
-    patches = compress.patchify(x, 2)
+    patches = patchify(x, 2)
     assert patches.shape == (2, 2, 3, 12)
     np.testing.assert_array_equal(patches[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
-    np.testing.assert_array_equal(compress.unpatchify(patches, 2), x)
+    np.testing.assert_array_equal(unpatchify(patches, 2), x)
 
 
 def test_pixels_round_trip_and_clip():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    z = compress.Pixels().encode(images)
+    z = Pixels().encode(images)
     assert float(z.min()) == -1.0 and float(z.max()) == 1.0
-    np.testing.assert_array_equal(compress.Pixels().decode(z), images)
-    np.testing.assert_array_equal(compress.Pixels().decode(jnp.array([-3.0, -0.001, 0.001, 3.0])), [0, 127, 128, 255])
+    np.testing.assert_array_equal(Pixels().decode(z), images)
+    np.testing.assert_array_equal(Pixels().decode(jnp.array([-3.0, -0.001, 0.001, 3.0])), [0, 127, 128, 255])
 
 
 def images_and_codec(channels, patch=4):
@@ -213,9 +216,9 @@ def images_and_codec(channels, patch=4):
     rng = np.random.default_rng(7)
     coarse = rng.integers(0, 256, (50, 4, 4, 3)).astype(np.float32)
     images = np.asarray(jax.image.resize(coarse, (50, 16, 16, 3), "bilinear")).round().astype(np.uint8)
-    patches = compress.patchify(compress.normalise(images), patch)
-    basis = compress.fit_basis(stream(np.asarray(patches)), channels)
-    return images, compress.PatchPCA.from_basis(basis, patch, channels), basis
+    patches = patchify(normalise(images), patch)
+    basis = svd.fit_basis(stream(np.asarray(patches)), channels)
+    return images, PatchPCA.from_basis(basis, patch, channels), basis
 
 
 def test_patch_pca_is_exact_at_full_rank():
@@ -231,16 +234,16 @@ def test_patch_pca_keeps_what_it_says():
     z = np.asarray(codec.encode(images), np.float64)
     np.testing.assert_allclose(z.mean((0, 1, 2)), 0.0, atol=1e-5)
     assert np.mean(z**2) == pytest.approx(1.0, rel=1e-5)
-    x = np.asarray(compress.patchify(compress.normalise(images), 4), np.float64)
+    x = np.asarray(patchify(normalise(images), 4), np.float64)
     error = x - (z / codec.scale @ codec.vectors.T.astype(np.float64) + codec.mean)
     assert (error**2).sum(-1).mean() == pytest.approx(basis.variances[0, 8:].sum(), rel=1e-4)
     assert 0.5 < basis.explained_variance()[-1] < 1.0
 
 
 def test_patch_pca_refuses_flat_images():
-    basis = compress.fit_basis(stream(np.zeros((4, 1, 1, 4), np.float32)), 2)
+    basis = svd.fit_basis(stream(np.zeros((4, 1, 1, 4), np.float32)), 2)
     with pytest.raises(ValueError, match="images do not vary"):
-        compress.PatchPCA.from_basis(basis, 2, 2)
+        PatchPCA.from_basis(basis, 2, 2)
 
 
 # --- resolutions of one image ----------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ def test_patch_pca_refuses_flat_images():
 
 def test_a_pyramid_averages_blocks():
     images = np.random.default_rng(8).integers(0, 256, (3, 8, 12, 2), np.uint8)
-    pyramid = compress.Pyramid(((2, 3, 2), (4, 6, 2), (8, 12, 2)))
+    pyramid = Pyramid(((2, 3, 2), (4, 6, 2), (8, 12, 2)))
     coarse, middle, fine = jax.jit(pyramid.encode)(images)
     x = images / 127.5 - 1
     np.testing.assert_allclose(fine, x, atol=1e-6)
@@ -261,7 +264,7 @@ def test_a_pyramid_averages_blocks():
 def test_bilinear_looks_at_the_four_pixels_in_the_middle_of_a_block(factor):
     images = np.random.default_rng(9).integers(0, 256, (2, 8, 8, 1), np.uint8)
     side = 8 // factor
-    found = compress.Pyramid((side, side, 1), "bilinear").encode(images)
+    found = Pyramid((side, side, 1), "bilinear").encode(images)
     blocks = (images / 127.5 - 1).reshape(2, side, factor, side, factor, 1)
     middle = slice(factor // 2 - 1, factor // 2 + 1)
     np.testing.assert_allclose(found, blocks[:, :, middle][:, :, :, :, middle].mean((2, 4)), atol=1e-6)
@@ -269,8 +272,8 @@ def test_bilinear_looks_at_the_four_pixels_in_the_middle_of_a_block(factor):
 
 def test_a_pyramid_of_a_clip_may_begin_with_its_first_frame():
     clips = np.random.default_rng(10).integers(0, 256, (2, 3, 4, 4, 1), np.uint8)
-    for downsampling in compress.DOWNSAMPLINGS:
-        pyramid = compress.Pyramid(((2, 2, 1), (3, 2, 2, 1), (3, 4, 4, 1)), downsampling)
+    for downsampling in DOWNSAMPLINGS:
+        pyramid = Pyramid(((2, 2, 1), (3, 2, 2, 1), (3, 4, 4, 1)), downsampling)
         first, low, whole = pyramid.encode(clips)
         assert (first.shape, low.shape) == ((2, 2, 2, 1), (2, 3, 2, 2, 1))
         np.testing.assert_allclose(first, low[:, 0], atol=1e-6)
@@ -280,7 +283,7 @@ def test_a_pyramid_of_a_clip_may_begin_with_its_first_frame():
 
 def test_a_pyramid_of_one_resolution():
     images = np.full((2, 4, 4, 1), 255, np.uint8)
-    pyramid = compress.Pyramid((2, 2, 1))
+    pyramid = Pyramid((2, 2, 1))
     z = pyramid.encode(images)
     np.testing.assert_array_equal(z, np.ones((2, 2, 2, 1)))
     np.testing.assert_array_equal(pyramid.decode(z), images[:, :2, :2])
@@ -288,4 +291,4 @@ def test_a_pyramid_of_one_resolution():
 
 def test_unknown_downsampling():
     with pytest.raises(ValueError, match="downsampling 'bicubic' is not known: use one of .'average', 'bilinear'.$"):
-        compress.Pyramid((2, 2, 1), "bicubic")
+        Pyramid((2, 2, 1), "bicubic")

@@ -16,7 +16,7 @@ ALL = ("crops1", "crops2", "crops4", "map", "map3")
 
 @pytest.fixture(scope="module")
 def encoder():
-    return efficientnet.load("", input_size=64, map="stage4", vector="pool", features=ALL)
+    return efficientnet.load_efficientnet("", input_size=64, map="stage4", vector="pool", features=ALL)
 
 
 def test_equals_the_pytorch_reference(encoder, golden):
@@ -42,7 +42,7 @@ def test_depthwise_equals_a_grouped_convolution(size, kernel, stride):
 
 
 def test_names_the_photographs():
-    encoder = efficientnet.load("", input_size=224, map="head", vector="pool", features=())
+    encoder = efficientnet.load_efficientnet("", input_size=224, map="head", vector="pool", features=())
     for name, wanted in (("china.jpg", 698), ("flower.jpg", 985)):  # ImageNet: palace, daisy
         photo = load_sample_image(name)
         left = (photo.shape[1] - photo.shape[0]) // 2
@@ -118,7 +118,9 @@ def test_crops_must_divide_the_image(encoder):
 )
 def test_refuses_options(options, message):
     with pytest.raises(ValueError, match=message) as error:
-        efficientnet.load("", **{"input_size": 64, "map": "stage4", "vector": "pool", "features": (), **options})
+        efficientnet.load_efficientnet(
+            "", **{"input_size": 64, "map": "stage4", "vector": "pool", "features": (), **options}
+        )
     assert "\n" not in str(error.value)
 
 
@@ -133,8 +135,8 @@ def test_refuses_a_foreign_weight_file(tmp_path):
     path = tmp_path / "other.npz"
     np.savez(path, weight=np.zeros(3))
     with pytest.raises(ValueError, match=r"other.npz: not a state dict of .*: tensor '_blocks.0._.*' is missing"):
-        efficientnet.load(path, **options)
+        efficientnet.load_efficientnet(path, **options)
     tensors = weights.read_tensors(efficientnet.package_file())
     np.savez(path, **{**tensors, "_conv_head.weight": np.zeros((1280, 319, 1, 1), np.float32)})
     with pytest.raises(ValueError, match=r"'_conv_head.weight' has shape \(1280, 319, 1, 1\).*\(1280, 320, 1, 1\)"):
-        efficientnet.load(path, **options)
+        efficientnet.load_efficientnet(path, **options)

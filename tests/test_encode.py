@@ -29,7 +29,7 @@ from nested.encoders import efficientnet, grids
 from nested.latents import job as encoding
 from nested.latents import passes as encode
 from nested.latents import store as latents
-from nested.spaces import svd as compress
+from nested.spaces.svd import Basis, CovarianceStream, fit_basis, project
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_json_says_what_made_it(finished):
 
 def test_fit_images_limits_the_basis_not_the_statistics(tmp_path, finished):
     run(tmp_path, config=dataclasses.replace(CONFIG, fit_images=20, shard_images=11))
-    basis = encoding.load(tmp_path / "statistics.npz", compress.Basis, "basis/")["map"]
+    basis = encoding.load(tmp_path / "statistics.npz", Basis, "basis/")["map"]
     fitted = np.r_[:11, 22:31]  # all of shard 0, a part of shard 2 of 4
     rows = np.asarray(Toy().features(Source().images[fitted])["map"], np.float64).reshape(-1, 9)
     np.testing.assert_allclose(basis.mean[0], rows.mean(0), atol=1e-6)
@@ -115,13 +115,13 @@ def test_features_of_the_codec_are_made_of_its_latents(tmp_path, caplog, svd, ce
     finest = latents.read(tmp_path, (latents.LevelSource("z1", "patch_pca", (4, 4, 6)),))
     z = finest.variables(raw, jax.random.key(0))["z1"]
     for name, grid in (("codec", z), ("codec3", grids.adaptive_pool(z, 3))):
-        sums = compress.CovarianceStream(svd == "per_position")
+        sums = CovarianceStream(svd == "per_position")
         sums.add(grid, IMAGES)
         if svd == "none":
             expected = grid
         else:
-            basis = compress.fit_basis(sums.result(), 6, center)
-            expected = compress.project(grid, np.float32(basis.mean), np.float32(basis.vectors))
+            basis = fit_basis(sums.result(), 6, center)
+            expected = project(grid, np.float32(basis.mean), np.float32(basis.vectors))
         np.testing.assert_allclose(np.abs(raw[name]), np.abs(expected), atol=5e-3)
     summary = json.loads((tmp_path / "latents.json").read_text())["features"]["codec3"]
     assert (summary["channels"], summary["components"]) == (6, 6)
@@ -161,7 +161,7 @@ def test_shards_of_the_fit_are_spread_over_the_data():
 
 def test_real_encoder(tmp_path):
     config = dataclasses.replace(CONFIG, name=efficientnet.NAME, components=(8,), batch_size=8, shard_images=24)
-    encoder = efficientnet.load("", input_size=32, map="stage4", vector="pool", features=("crops1", "map"))
+    encoder = efficientnet.load_efficientnet("", input_size=32, map="stage4", vector="pool", features=("crops1", "map"))
     run(tmp_path, Source(24), encoder, config)
     levels = (latents.LevelSource("z2", "map", (1, 1, 8)), *LEVELS[2:])
     z = latents.read(tmp_path, levels).variables(batch(tmp_path), jax.random.key(0))

@@ -18,7 +18,9 @@ from nested.build.levels import build_levels
 from nested.build.training import batch_spans, build_optimizer, check_batch_size
 from nested.diffusion import hierarchy
 from nested.runtime import checkpoint
-from nested.spaces import svd as compress
+from nested.spaces import svd
+from nested.spaces.patch_pca import PatchPCA, patchify
+from nested.spaces.pixels import normalise
 from nested.training import loop as train
 
 GROUPS = common.hdit_groups()
@@ -50,12 +52,12 @@ def test_images_that_no_encoder_needs_are_read_as_they_are(tmp_path):
 
 
 def test_augmented_images_are_not_normalised_twice():
-    covariance = compress.CovarianceStream()
+    covariance = svd.CovarianceStream()
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), np.uint8)
-    covariance.add(compress.patchify(compress.normalise(images), 2), 9)
-    codec = compress.PatchPCA.from_basis(compress.fit_basis(covariance.result(), 3), 2, 3)
+    covariance.add(patchify(normalise(images), 2), 9)
+    codec = PatchPCA.from_basis(svd.fit_basis(covariance.result(), 3), 2, 3)
     image = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 1), np.uint8)
-    np.testing.assert_allclose(codec.encode(compress.normalise(image)), codec.encode(image), atol=1e-6)
+    np.testing.assert_allclose(codec.encode(normalise(image)), codec.encode(image), atol=1e-6)
 
 
 def test_sampling_needs_no_images_where_the_variables_are_images(tmp_path):

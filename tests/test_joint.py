@@ -15,6 +15,7 @@ from test_hierarchy import draw, make_levels
 from test_train import assert_equal
 
 from nested.build import data as build_data
+from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy, process, schedules
 from nested.diffusion.samplers import dpm_solver as samplers
 from nested.latents import store as latents
@@ -177,7 +178,7 @@ def test_the_text_of_a_batch_reaches_the_network():
     config.text.update(encoder="minilm", max_tokens=3, width=6)
     config.hierarchy.text_levels = ("x",)
     source, made = build_data.latents(config, "unused")
-    run = train.make_run(config, made, build_data.load_text(config))
+    run = train.make_run(config, made, load_text_encoder(config))
     raw = train.to_device(run, train.loader.collate([source[i] for i in range(8)]))
     given = hierarchy.given(run.step.levels, raw)
     np.testing.assert_array_equal(given["text"][5], source[5]["text"])

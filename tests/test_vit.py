@@ -274,7 +274,7 @@ def tiny_variants(monkeypatch):
 def load(name, path, **changes):
     patch = vit.VARIANTS[name].patch
     options = dict(input_size=3 * patch, map="last", vector="cls", features=("map",), prefix="", dtype="float32")
-    return vit.load(name, path, **options | changes)
+    return vit.load_vit(name, path, **options | changes)
 
 
 @pytest.mark.parametrize("name", TINY)

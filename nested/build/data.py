@@ -21,8 +21,9 @@ from nested.build.levels import as_shape
 from nested.build.options import choose, construct
 from nested.build.process import is_joint
 from nested.build.sources import check_options, images, shard_window
+from nested.build.text import load_text_encoder
 from nested.encoders import efficientnet, grids, vit
-from nested.encoders import text_encoder as text_encoders
+from nested.encoders.text_encoder import TextEncoder
 from nested.latents import captions as text_store
 from nested.latents import cost as encode_cost
 from nested.latents import job as encoding
@@ -32,8 +33,8 @@ from nested.runtime import partition
 from nested.runtime.files import atomic_write
 from nested.spaces import autoencoder_kl, codecs
 
-ENCODERS = {efficientnet.NAME: efficientnet.load}
-ENCODERS |= {name: functools.partial(vit.load, name) for name in vit.VARIANTS}
+ENCODERS = {efficientnet.NAME: efficientnet.load_efficientnet}
+ENCODERS |= {name: functools.partial(vit.load_vit, name) for name in vit.VARIANTS}
 
 
 def encoder(config):
@@ -70,7 +71,9 @@ def autoencoder(options: codecs.CodecConfig, decoding: bool) -> autoencoder_kl.A
     path, prefix, what = options.weights, options.prefix, "config.codec.weights"
     if decoding and options.decoder_weights:
         path, prefix, what = options.decoder_weights, "", "config.codec.decoder_weights"
-    return autoencoder_kl.load(path, prefix=prefix, patch=options.patch, channels=options.channels, what=what)
+    return autoencoder_kl.load_autoencoder(
+        path, prefix=prefix, patch=options.patch, channels=options.channels, what=what
+    )
 
 
 def decoding(config) -> tuple[autoencoder_kl.Codec | None, dict | None]:
@@ -84,7 +87,9 @@ def decoding(config) -> tuple[autoencoder_kl.Codec | None, dict | None]:
 
 def score_encoder(config):
     """The extractor of FD-EffLite0: the package's own weights, at config.evaluate.input_size."""
-    return efficientnet.load("", input_size=config.evaluate.input_size, map="head", vector="pool", features=())
+    return efficientnet.load_efficientnet(
+        "", input_size=config.evaluate.input_size, map="head", vector="pool", features=()
+    )
 
 
 def latents_dir(config, workdir: str) -> str:
@@ -126,7 +131,7 @@ class SyntheticVariables:
         raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
 
 
-def latents(config, workdir: str, text: "Text | None" = None):
+def latents(config, workdir: str, text: TextEncoder | None = None):
     """(records, Latents): encodes the data first where that has not been done. text: the run's encoder of captions,
     where the config has one."""
     codec(config)  # its options are checked also where it has nothing to do
@@ -153,7 +158,7 @@ def latents(config, workdir: str, text: "Text | None" = None):
             "takes a bad one's place would keep the bad one's caption; set it to 0 and remove the files that it names"
         )
     if config.text.encoder:  # before all images are encoded: what is missing is said now
-        text, of_images = text or load_text(config), captions.captions(images(config))
+        text, of_images = text or load_text_encoder(config), captions.captions(images(config))
     result, directory = encoded(config, workdir)
     mirrored = [name + records.MIRRORED for name in result.fields if name != "image" and config.data.flip]
     fields = ("label", *result.fields, *mirrored)
@@ -207,48 +212,10 @@ def finest_shape(config) -> tuple[int, ...]:
     return shape[-1] if is_joint(shape) else shape
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Text:
-    """The frozen text encoder of a run, its parameters on the devices."""
-
-    encoder: text_encoders.TextEncoder
-
-    def of(self, texts) -> dict[str, np.ndarray]:
-        """{'text': float32 [N, tokens, width], 'text_mask': bool [N, tokens]} of captions."""
-        ids, mask = self.encoder.tokenize(list(texts))
-        return {"text": np.asarray(self.encoder.features(ids, mask)), "text_mask": mask}
-
-    def null(self, empty: str = "") -> dict[str, np.ndarray]:
-        """The fields of the text that stands for none, without a batch axis: the empty caption, where a caption is
-        dropped; guidance may lead away from another (config.sample.negative_prompt)."""
-        return {name: value[0] for name, value in self.of([empty]).items()}
-
-    def features_of(self, raw):
-        """A batch of records with 'text' in place of 'text_ids', where it has those."""
-        if "text_ids" not in raw:
-            return raw
-        rest = {name: value for name, value in raw.items() if name != "text_ids"}
-        return {**rest, "text": self.encoder.features(raw["text_ids"], raw["text_mask"])}
-
-
-def load_text(config) -> Text | None:
-    """The run's text encoder; None where config.text.encoder is '' or the data are random."""
-    options = config.text
-    if not options.encoder or config.data.source == "synthetic":
-        return None
-    encoder = text_encoders.load(options.encoder, options.weights, options.max_tokens, options.dtype)
-    if encoder.width != options.width:
-        raise ValueError(
-            f"config.text.width is {options.width} but {options.encoder} gives features of width {encoder.width}; "
-            f"set it to {encoder.width}"
-        )
-    return Text(dataclasses.replace(encoder, params=jax.device_put(encoder.params)))
-
-
-def with_text(config, source, fields: tuple[str, ...], text: "Text | None", workdir: str):
+def with_text(config, source, fields: tuple[str, ...], text: TextEncoder | None, workdir: str):
     """Those fields of the source and its text: features made once and stored below the latents' directory, or tokens to
     encode later. text: the run's encoder, loaded here where it is None."""
-    encoder = (text or load_text(config)).encoder
+    encoder = text or load_text_encoder(config)
     # Before the first step: captions that are missing are counted and named.
     texts = captions.every_text(captions.captions(source))
     if config.text.stored:

@@ -25,8 +25,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def build_levels(config, null_text=None) -> tuple[hierarchy.Level, ...]:
     """The hierarchy, coarse to fine.
 
-    null_text: {'text': [tokens, width], 'text_mask': [tokens]} of the empty caption (build_data.Text), for levels that
-    see text; None stands for one token of zeros, where only shapes count or the data are random."""
+    null_text: {'text': [tokens, width], 'text_mask': [tokens]} of the empty caption, for levels that see text; None
+    stands for one token of zeros, where only shapes count or the data are random."""
     if not config.levels:
         raise ValueError("config.levels is empty: give at least one level (configs/common.py level())")
     names = [level.name for level in config.levels]

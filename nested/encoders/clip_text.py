@@ -14,12 +14,14 @@ OpenAI's; parameters here have transformers', without what stands before them.
 
 import functools
 import re
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nested.encoders import text_layers as layers
+from nested.encoders.text_encoder import Params, Shapes, TextNetwork
 
 EPS, HEAD_WIDTH = 1e-5, 64
 POSITIONS, START, END = 77, 49406, 49407
@@ -44,10 +46,14 @@ OPENAI_NAMES = (  # pattern of OpenAI's name -> transformers'
 
 
 @functools.partial(jax.jit, static_argnames="heads")
-def clip_text(params, ids_BL, mask_BL=None, heads=None):
-    """Token features [B, L, width]. ids: int [B, L], L at most the positions; mask is not looked at: padding is seen.
+def clip_text(
+    params: Params, ids_BL: jax.Array, mask_BL: jax.Array | None = None, heads: int | None = None
+) -> jax.Array:
+    """Encodes token ids.
 
-    Layers are counted by the parameters' names. heads: of attention; None for OpenAI's, width // 64.
+    Args: the parameters, whose names give the number of layers; ids int [B, L], L at most the number of positions; the
+    mask, which has no effect, since padding is attended to; heads of attention, None for OpenAI's width // 64.
+    Returns: token features [B, L, width].
     """
     del mask_BL
     length = ids_BL.shape[1]
@@ -65,7 +71,7 @@ def clip_text(params, ids_BL, mask_BL=None, heads=None):
     return layers.layer_norm(params, "final_layer_norm", x_BLC, EPS)
 
 
-def clip_text_embeds(params, ids_BL, heads=None):
+def clip_text_embeds(params: Params, ids_BL: jax.Array, heads: int | None = None) -> jax.Array:
     """The text vectors [B, width of images and texts] of a CLIP score, not normalised; params with PROJECTION.
 
     The end of text has the largest id; of several, which fill up a short text, the first counts."""
@@ -74,11 +80,12 @@ def clip_text_embeds(params, ids_BL, heads=None):
     return layers.matmul(features_BLC[jnp.arange(len(ids_BL)), ends_B], params[PROJECTION].T)
 
 
-def num_layers(params):
+def num_layers(params: Iterable[str]) -> int:
+    """The number of layers that the parameters' names tell."""
     return sum(name.endswith("layer_norm1.weight") for name in params)
 
 
-def renamed(tensors):
+def renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """OpenAI's names and layouts (q, k, v stacked; the projection [in, out]) as transformers'; others as they are."""
     if OPENAI_EMBEDDING not in tensors:
         return dict(tensors)
@@ -97,10 +104,10 @@ def renamed(tensors):
     return result
 
 
-def shapes(tensors):
-    """{name: shape} of the network that the embeddings, the first layer and the number of layers imply."""
+def shapes(tensors: Mapping[str, np.ndarray]) -> Shapes:
+    """The shape of every tensor that the embeddings, the first layer and the number of layers imply."""
 
-    def size(name, axis):
+    def size(name: str, axis: int) -> int:
         shape = getattr(tensors.get(name), "shape", ())
         return shape[axis] if len(shape) == 2 else 0  # then the tensor itself is named as the problem
 
@@ -115,3 +122,18 @@ def shapes(tensors):
         for norm in ("layer_norm1", "layer_norm2"):
             result |= {f"{at}.{norm}.weight": (width,), f"{at}.{norm}.bias": (width,)}
     return result | {"final_layer_norm.weight": (width,), "final_layer_norm.bias": (width,)}
+
+
+NETWORK = TextNetwork(
+    name="clip_vitl14",
+    apply=clip_text,
+    shapes=shapes,
+    embedding=EMBEDDING,
+    empty=(START, END),
+    positions=POSITIONS,
+    anchors=(EMBEDDING, OPENAI_EMBEDDING),
+    unused=UNUSED,
+    download="openai/clip-vit-large-patch14",
+    renamed=renamed,
+    filled=True,
+)

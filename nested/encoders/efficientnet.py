@@ -143,8 +143,9 @@ def prepare(images, size):
 class EfficientNetLite0:
     """Encoder: images -> the feature grids to store (see nested/latents/passes.py).
 
-    params: from load(). fingerprint: sha256 of the weight file. input_size: every image or crop is resized to it.
-    map: which feature map 'map' is ('stage4' | 'stage6' | 'head'). feature_names: the grids that features() returns.
+    params: from load_efficientnet(). fingerprint: sha256 of the weight file. input_size: every image or crop is
+    resized to it. map: which feature map 'map' is ('stage4' | 'stage6' | 'head'). feature_names: the grids that
+    features() returns.
     """
 
     params: dict
@@ -176,7 +177,7 @@ class EfficientNetLite0:
         return forward(self.params, prepare(images, self.input_size), names)
 
 
-def load(path, *, input_size, map, vector, features, prefix="", dtype="float32"):
+def load_efficientnet(path, *, input_size, map, vector, features, prefix="", dtype="float32"):
     """EfficientNetLite0 from the state dict at `path` ('' = the installed package's file).
 
     input_size: a positive multiple of 32 (pixels). vector: 'pool'. features: names of grids.py, not those

@@ -15,7 +15,7 @@ def statistics_dtype(x):
 
 
 def matmul(x, y):
-    return jnp.matmul(x, y, precision=precision.of_products(x.dtype))
+    return jnp.matmul(x, y, precision=precision.product_precision(x.dtype))
 
 
 def linear(params, name, x_BLC):
@@ -41,7 +41,7 @@ def attention(params, names, x_BLC, heads, scale, bias_BHLL):
     """names: of the q, k, v and output layers. bias: added to the logits, broadcast over its axes of size 1."""
     q, k, v, out = names
     q_BLHD, k_BLHD, v_BLHD = (linear(params, name, x_BLC).reshape(*x_BLC.shape[:2], heads, -1) for name in (q, k, v))
-    exact = precision.of_products(x_BLC.dtype)
+    exact = precision.product_precision(x_BLC.dtype)
     logits_BHLL = jnp.einsum("bqhd,bkhd->bhqk", q_BLHD, k_BLHD, precision=exact) * scale
     logits_BHLL = logits_BHLL.astype(statistics_dtype(x_BLC)) + bias_BHLL
     weights_BHLL = jax.nn.softmax(logits_BHLL, -1).astype(x_BLC.dtype)

@@ -143,7 +143,7 @@ def _positions(table_NC, vit, height, width):
 def _linear(p, x):
     """x [..., in] -> [..., out]: the product in the weights' dtype, the sum in that of x."""
     w = p["weight"]
-    y = jnp.matmul(x.astype(w.dtype), w, precision=precision.of_products(w.dtype), preferred_element_type=x.dtype)
+    y = jnp.matmul(x.astype(w.dtype), w, precision=precision.product_precision(w.dtype), preferred_element_type=x.dtype)
     return y + jnp.expand_dims(p["bias"], range(y.ndim - 1)) if "bias" in p else y
 
 
@@ -155,7 +155,7 @@ def _layer_norm(p, x_BLC, eps):
 
 def _attention(p, vit, x_BLC):
     (batch, length, width), dtype = x_BLC.shape, p["qkv"]["weight"].dtype
-    products = dict(precision=precision.of_products(dtype), preferred_element_type=x_BLC.dtype)
+    products = dict(precision=precision.product_precision(dtype), preferred_element_type=x_BLC.dtype)
     qkv_BLSHD = _linear(p["qkv"], x_BLC).reshape(batch, length, 3, vit.heads, width // vit.heads).astype(dtype)
     q_BHLD, k_BHLD, v_BHLD = qkv_BLSHD.transpose(2, 0, 3, 1, 4)
     logits_BHLM = jnp.matmul(q_BHLD, k_BHLD.swapaxes(2, 3), **products) * (width // vit.heads) ** -0.5
@@ -223,7 +223,7 @@ def prepare(images, vit, size):
 class VitEncoder:
     """Encoder: images -> the feature grids to store (see nested/latents/passes.py).
 
-    params: from load(). fingerprint: sha256 of the weight files. input_size: every image or crop is resized to it.
+    params: from load_vit(). fingerprint: sha256 of the weight files. input_size: every image or crop is resized to it.
     vector: which output the vector of an image or a crop is. feature_names: the grids that features() returns.
     """
 
@@ -251,13 +251,13 @@ class VitEncoder:
         return {part: found[names[part]] for part in parts}
 
 
-def load(name, path, *, input_size, map, vector, features, prefix, dtype):
+def load_vit(name, path, *, input_size, map, vector, features, prefix, dtype):
     """VitEncoder `name`, a key of VARIANTS, with the weights of the file or folder `path` (nested.weights).
 
     input_size: a positive multiple of the patch (pixels). map: 'last'. vector: 'cls' | 'pool' | 'projected' (CLIP,
     MoCo-v3). features: names of grids.py, not those of the codec. prefix: what stands before the network's names in the
-    file, '' finds it (vit_files.read). dtype: of the products, 'float32' | 'bfloat16'. Raises, in one line: ValueError
-    for another option or a foreign weight file, FileNotFoundError where there is none.
+    file, '' finds it (vit_files.read_vit). dtype: of the products, 'float32' | 'bfloat16'. Raises, in one line:
+    ValueError for another option or a foreign weight file, FileNotFoundError where there is none.
     """
     vit = VARIANTS[name]
     if input_size < 1 or input_size % vit.patch:
@@ -274,6 +274,6 @@ def load(name, path, *, input_size, map, vector, features, prefix, dtype):
             f"{name} comes in no package: give its weight file, such as {vit.released}, in config.encoder.weights"
         )
     files = weights.find_weight_files(path)
-    params = vit_files.read(files, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
+    params = vit_files.read_vit(files, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
     fingerprint = "-".join(weights.sha256(file) for file in files)
     return VitEncoder(name, vit, params, fingerprint, input_size, vector, tuple(features))

@@ -136,7 +136,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def read(paths, vit, name, *, prefix, projected, dtype):
+def read_vit(paths, vit, name, *, prefix, projected, dtype):
     """The parameters for vit.forward of the network `name` from a weight file or its shards: float32, those of products
     in `dtype`.
 

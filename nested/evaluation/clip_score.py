@@ -54,7 +54,7 @@ def load_clip(name, folder):
     files = weights.find_weight_files(folder)
     if len(files) > 1:
         raise ValueError(f"evaluate.clip.weights {folder}: {len(files)} weight files; give the folder of a whole CLIP")
-    images = vit.load(
+    images = vit.load_vit(
         name, files[0], input_size=INPUT_SIZE[name], map=vit.MAP, vector="projected", features=(), prefix="",
         dtype="float32",
     )  # fmt: skip

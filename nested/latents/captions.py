@@ -20,7 +20,7 @@ from nested.runtime.writers import Progress
 def store(encoder, captions, directory, batch_size):
     """Fills `directory` with the features of the distinct `captions`, and of ""; returns the content of text.json.
 
-    encoder: nested.encoders.text_encoder.TextEncoder. captions: of a source (input_pipeline.captions.captions), repeats
+    encoder: a TextEncoder. captions: of a source (input_pipeline.captions.captions), repeats
     allowed. batch_size: captions encoded at a time. One process does all the work; a finished store of the same
     encoder and captions is left as it is. Raises, each in one line: ValueError for a store of another encoder or other
     captions, for a feature that is NaN or beyond float16 (its caption is named); OSError where files cannot be written.

@@ -44,8 +44,9 @@ from nested.latents import job as encoding
 from nested.runtime import partition
 from nested.runtime.files import atomic_write, check_writable
 from nested.runtime.writers import Progress
-from nested.spaces import autoencoder_kl
-from nested.spaces import svd as compress
+from nested.spaces import autoencoder_kl, svd
+from nested.spaces.patch_pca import PatchPCA, patchify
+from nested.spaces.pixels import normalise
 
 FEATURE_CACHE_BYTES = 1 << 29  # raw features of pass 1 kept for pass 2, so that small data are encoded once
 READ_THREADS, READ_AHEAD = 8, 2  # batches are read while the ones before them are encoded
@@ -72,7 +73,7 @@ def encode(job):
         if job.process_index == 0:
             _fit_bases(job)
         encoding.wait(job, [job.bases], "the SVD bases (process 0)")
-    written, again = _project(job, encoding.load(job.bases, compress.Basis), cache)
+    written, again = _project(job, encoding.load(job.bases, svd.Basis), cache)
     _say_rate(written, seen + again if job.asked else 0, job.flip, time.monotonic() - began)
     if job.process_index == 0:
         encoding.wait(job, [job.sidecar("moments", i) for i in range(job.num_shards)], "every shard")
@@ -123,7 +124,7 @@ def _covariances(job, cache):
     done, progress = 0, Progress("images, statistics", total)
     for shard, (start, stop) in spans.items():
         fit_stop = start + job.fit_shards[shard]
-        streams = {name: compress.CovarianceStream(job.per_position(name)) for name in job.grids}
+        streams = {name: svd.CovarianceStream(job.per_position(name)) for name in job.grids}
 
         def begin(batch, fit_stop=fit_stop, streams=streams):
             first, images, labels = batch
@@ -147,13 +148,13 @@ def _fit_bases(job):
     """Process 0: merges the shards' covariances in order, and writes the bases."""
     paths = [job.sidecar("covariance", i) for i in job.fit_shards]
     encoding.wait(job, paths, "the statistics of all shards")
-    totals = encoding.merged(paths, compress.Covariance)
+    totals = encoding.merged(paths, svd.Covariance)
     bases = {}
     if "patches" in totals:
-        bases["patches"] = compress.fit_basis(totals["patches"], job.codec.channels)
+        bases["patches"] = svd.fit_basis(totals["patches"], job.codec.channels)
     for name in job.stored:
         if grids.of_codec(name) and "patches" in bases:
-            codec = compress.PatchPCA.from_basis(bases["patches"], job.codec.patch, job.codec.channels)
+            codec = PatchPCA.from_basis(bases["patches"], job.codec.patch, job.codec.channels)
             latents = codec.mean.astype(np.float64), codec.vectors.astype(np.float64) * codec.scale
             bases[name] = _fit(job, name, totals[name].through(*latents)).after(*latents)
         else:
@@ -168,8 +169,8 @@ def _fit_bases(job):
 def _fit(job, name, covariance):
     *_, components = job.stored[name]
     if job.config.svd == "none":
-        return compress.identity_basis(covariance)
-    return compress.fit_basis(covariance, components, job.config.center)
+        return svd.identity_basis(covariance)
+    return svd.fit_basis(covariance, components, job.config.center)
 
 
 # --- pass 2 ------------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def _records(job, shard, bases, kept, moments, done, progress):
             bad = ~np.isfinite(grid).all((1, 2, 3))
             _refuse(bad, first, f"NaN, infinity or a value beyond float16 in feature {field!r}")
             name = field.removesuffix(records.MIRRORED)
-            part = _latent_moments(grid) if name == "sd_vae" else compress.Moments.of(grid)
+            part = _latent_moments(grid) if name == "sd_vae" else svd.Moments.of(grid)
             moments[name] = moments[name].merge(part) if name in moments else part
         for row, label in enumerate(labels):
             record = {name: grid[row] for name, grid in grids_of.items()}
@@ -221,7 +222,7 @@ def _records(job, shard, bases, kept, moments, done, progress):
 def _encoded(job, images, bases, features):
     """{field: float16 [B, h, w, K]} of a batch of images, whose raw features may be known."""
     features = _features(job, images) if features is None else features
-    found = {name: compress.project(features[name], *basis) for name, basis in bases.items()}
+    found = {name: svd.project(features[name], *basis) for name, basis in bases.items()}
     if job.autoencoder:
         found["sd_vae"] = features["sd_vae"] if "sd_vae" in features else _latents(job, images)
     return {name: x.astype(np.float16) for name, x in found.items()}
@@ -231,15 +232,15 @@ def _latent_moments(stored):
     """Moments of all numbers of the latents drawn from stored moments, as of one position of one channel."""
     mean, logvar = np.split(stored.astype(np.float64), 2, axis=-1)
     square = np.square(mean).sum() + np.exp(logvar).sum()
-    return compress.Moments(mean.size, mean.sum().reshape(1, 1), square.reshape(1, 1, 1))
+    return svd.Moments(mean.size, mean.sum().reshape(1, 1), square.reshape(1, 1, 1))
 
 
 def _finish(job):
     """Process 0: merges the moments; writes statistics.npz, then latents.json, which says that all is there."""
-    bases = encoding.load(job.bases, compress.Basis)
+    bases = encoding.load(job.bases, svd.Basis)
     made = json.loads((job.directory / encoding.CLAIM_FILE).read_text())
     paths = [job.sidecar("moments", i) for i in range(job.num_shards)]
-    moments = encoding.merged(paths, compress.Moments)
+    moments = encoding.merged(paths, svd.Moments)
     parts = {f"basis/{name}": basis for name, basis in bases.items()}
     encoding.save(job.statistics, parts | {f"moments/{name}": part for name, part in moments.items()})
     features = {name: _feature_summary(job.grids[name], basis) for name, basis in bases.items()}
@@ -266,7 +267,7 @@ def _latent_summary(job, moments):
     """The grid of the autoencoder's latents, and the scale that brings them to variance 1 about their mean."""
     if not job.autoencoder:
         return {}
-    _, std = compress.standardisation(moments["sd_vae"], np.eye(1), 1)
+    _, std = svd.standardisation(moments["sd_vae"], np.eye(1), 1)
     *grid, numbers = job.moments_shape
     return {"sd_vae": {"grid": grid, "channels": numbers // 2, "measured_scale": float(1 / std[0])}}
 
@@ -279,7 +280,7 @@ def _feature_summary(grid, basis):
         "components": channels,
         "explained_variance": [round(float(share), 6) for share in basis.explained_variance()],
         "bits_per_image_at_sigma": {
-            str(sigma): compress.information_bits(grid[0] * grid[1] * channels, sigma) for sigma in BITS_AT
+            str(sigma): svd.information_bits(grid[0] * grid[1] * channels, sigma) for sigma in BITS_AT
         },
         "basis_sha256": basis.sha256(),
     }
@@ -323,7 +324,7 @@ def _latents(job, images):
 
 @functools.partial(jax.jit, static_argnames=("patch",))
 def _patches(images, patch):
-    return compress.patchify(compress.normalise(images), patch)
+    return patchify(normalise(images), patch)
 
 
 def batches(job, start, stop):

@@ -18,9 +18,11 @@ from absl import logging
 from input_pipeline import latent_records as records
 from nested.encoders import grids
 from nested.latents import job as encoding
-from nested.spaces import autoencoder_kl
-from nested.spaces import svd as compress
+from nested.spaces import autoencoder_kl, svd
 from nested.spaces.codecs import CODECS
+from nested.spaces.features import fit_level
+from nested.spaces.patch_pca import PatchPCA
+from nested.spaces.pixels import Pixels, Pyramid, to_images
 
 OF_IMAGES = ("pixels", "patch_pca")  # sources that need the image itself
 
@@ -29,7 +31,7 @@ OF_IMAGES = ("pixels", "patch_pca")  # sources that need the image itself
 class LevelSource:
     """Where a level's variable comes from. name: 'z3'; source: 'pixels' | 'patch_pca' | 'sd_vae' | a stored feature by
     its name in nested/encoders/grids.py; shape: (h, w, c) of the variable, for pixels also with frames before it or a
-    tuple of resolutions, made by `downsampling` (compress.Pyramid); standardize: of features (compress.fit_level)."""
+    tuple of resolutions, made by `downsampling` (Pyramid); standardize: of features (fit_level)."""
 
     name: str
     source: str
@@ -88,7 +90,7 @@ class Latents:
 
     def resolutions(self, z, params=None):
         """Every resolution of the finest level's variable as uint8 images or clips, coarse to fine; for jit too."""
-        return tuple(map(compress.to_images, z)) if isinstance(z, tuple) else (self.decode(z, params),)
+        return tuple(map(to_images, z)) if isinstance(z, tuple) else (self.decode(z, params),)
 
     def report(self, sigmas):
         """One dict per level, coarse to fine: name, source, shape, explained_variance, and for sigmas[name] (a level
@@ -102,7 +104,7 @@ class Latents:
                 row["sigma"] = sigmas[level.name]
                 size = sum(map(math.prod, level.shape)) if _joint(level.shape) else math.prod(level.shape)
                 if level.standardize != "none":
-                    row["bits_per_image"] = compress.information_bits(size, sigmas[level.name])
+                    row["bits_per_image"] = svd.information_bits(size, sigmas[level.name])
             rows.append(row)
         return rows
 
@@ -152,8 +154,8 @@ def read(directory, levels, codec=None, params=None):
         raise FileNotFoundError(f"{path}: not found; delete {directory} and run --mode=encode")
     if hashlib.sha256(path.read_bytes()).hexdigest() != index["statistics_sha256"]:
         raise ValueError(f"{path}: damaged, or of another encoding; delete {directory} and run --mode=encode")
-    bases = encoding.load(path, compress.Basis, "basis/")
-    moments = encoding.load(path, compress.Moments, "moments/")
+    bases = encoding.load(path, svd.Basis, "basis/")
+    moments = encoding.load(path, svd.Moments, "moments/")
     if codec and not codec.scale:
         codec = dataclasses.replace(codec, scale=index["sd_vae"]["measured_scale"])
         logging.info("codec.scale 0: the measured one, %.5f", codec.scale)
@@ -194,7 +196,7 @@ def _transform(level, index, bases, moments, codec):
     if level.source == "patch_pca":
         _must_be_standard(level)
         _must_equal(level, [*stored["grid"], min(channels, stored["components"])], "the patches")
-        return compress.PatchPCA.from_basis(basis, index["made_from"]["codec.patch"], channels), _share(basis, channels)
+        return PatchPCA.from_basis(basis, index["made_from"]["codec.patch"], channels), _share(basis, channels)
     limit = (*stored["grid"], stored["components"])
     if any(not 1 <= size <= most for size, most in zip(level.shape, limit, strict=True)):
         raise ValueError(
@@ -203,7 +205,7 @@ def _transform(level, index, bases, moments, codec):
         )
     _must_keep(level, limit, index["made_from"]["encoder.svd"])
     try:
-        transform = compress.fit_level(moments[feature], stored["grid"], level.shape, level.standardize)
+        transform = fit_level(moments[feature], stored["grid"], level.shape, level.standardize)
         if codec and grids.of_codec(feature) and level.standardize == "none":  # stored of means that are not scaled
             transform = dataclasses.replace(transform, std=transform.std / codec.scale)
         return transform, _share(basis, channels)
@@ -227,8 +229,8 @@ def _pixels(level, image_shape):
             )
     finest = level.shape[-1] if _joint(level.shape) else level.shape
     if _joint(level.shape) or tuple(finest) != tuple(image_shape):
-        return compress.Pyramid(tuple(level.shape), level.downsampling)
-    return compress.Pixels()
+        return Pyramid(tuple(level.shape), level.downsampling)
+    return Pixels()
 
 
 def _joint(shape):

@@ -77,7 +77,7 @@ def combinations(gen: sample.Generator) -> list[Combination]:
     options = [option for option, _ in pairs]
     check_places(gen.config, options)
     check_effects(gen.levels, options)
-    null_text, result = gen.text and gen.text.null(), []
+    null_text, result = gen.text and gen.text.encode_one(), []
     for values in itertools.product(*(values for _, values in pairs)):
         config = copy.deepcopy(gen.config)
         for option, value in zip(options, values, strict=True):

@@ -19,6 +19,7 @@ from absl import logging
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels, trained_level_names
+from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy
 from nested.figures import grids as pictures
 from nested.runtime import partition
@@ -91,7 +92,7 @@ class Generator:
         labels = {"label": sample_labels(self.config.data.num_classes, indices)}
         if self.text is None:
             return labels
-        return labels | self.text.of([self.prompts[int(i) % len(self.prompts)] for i in indices])
+        return labels | self.text.encode([self.prompts[int(i) % len(self.prompts)] for i in indices])
 
     def batches(self, params: Tree, number: int, what: str) -> Iterator[np.ndarray]:
         """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time, with a progress
@@ -165,7 +166,7 @@ class Generator:
 def generator(
     config, levels: Sequence[hierarchy.Level], latents, mesh, text=None, prompts=(), programs: Programs | None = None
 ) -> Generator:
-    """A Generator for these levels; `latents` decodes the finest level's variable, `text` (build_data.Text) encodes
+    """A Generator for these levels; `latents` decodes the finest level's variable, `text` (a TextEncoder) encodes
     prompts: those given, or config.sample.prompts, or the data's captions. programs: where compiled ones may be found.
 
     Raises ValueError where config.sample.batch_size does not divide by the devices of the mesh."""
@@ -176,7 +177,7 @@ def generator(
         )
 
     if text is not None:
-        null = text.null(config.sample.negative_prompt)
+        null = text.encode_one(config.sample.negative_prompt)
         levels = [level if level.null_text is None else dataclasses.replace(level, null_text=null) for level in levels]
 
     if text is not None and not prompts:
@@ -254,8 +255,8 @@ def opened(config, workdir: str, weights: str) -> tuple[Generator, Tree, int]:
 def prepared(config, workdir: str) -> tuple[Generator, Tree]:
     """The config's generator, and the parameters that it takes as shapes and shardings."""
     latents = build_data.decoder(config, workdir)
-    text = build_data.load_text(config)
-    levels = build_levels(config, text and text.null())
+    text = load_text_encoder(config)
+    levels = build_levels(config, text and text.encode_one())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
     abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))

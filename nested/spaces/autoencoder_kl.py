@@ -14,9 +14,9 @@ a doubling of every pixel and a 3x3 convolution. The decoder has one residual bl
 The scale brings the latents to unit variance: .18215 (SD), .23010 on COCO (U-ViT), or 1 / std of the data's latents.
 U-ViT's release encodes with one set of weights and decodes with the average of it: any two files can be used.
 
-Parameters have the names of diffusers' files and torch's layouts. load() also reads diffusers' older names and
-CompVis', whose up blocks are counted from the finest and whose attention is of 1x1 convolutions. Widths, blocks and
-channels are read off the tensors; the 32 groups are not in them.
+Parameters have the names of diffusers' files and torch's layouts. load_autoencoder() also reads diffusers' older
+names and CompVis', whose up blocks are counted from the finest and whose attention is of 1x1 convolutions. Widths,
+blocks and channels are read off the tensors; the 32 groups are not in them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested.spaces.svd import normalise, to_images
+from nested.spaces.pixels import normalise, to_images
 from nested.weights import files as weights
 
 GROUPS, EPS = 32, 1e-6
@@ -285,7 +285,7 @@ class AutoencoderKL:
         return height // patch, width // patch, self.layout.channels
 
 
-def load(path: str, *, prefix: str, patch: int, channels: int, what: str) -> AutoencoderKL:
+def load_autoencoder(path: str, *, prefix: str, patch: int, channels: int, what: str) -> AutoencoderKL:
     """The autoencoder in a weight file, or in a folder that diffusers saved it to.
 
     prefix: what stands before the names, such as 'first_stage_model.' in a file of all of Stable Diffusion; '' finds

@@ -35,7 +35,9 @@ from nested.build.training import (
     check_init_from,
     split_phases,
 )
+from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy
+from nested.encoders.text_encoder import TextEncoder
 from nested.evaluation import report as evaluate
 from nested.modes import summary
 from nested.runtime import partition
@@ -160,7 +162,7 @@ def validation_losses(step: Step, ema, raw: Mapping[str, jax.Array], times: Sequ
 class Run:
     """What every mode builds from a config before it works: objects, shardings, and compiled functions' inputs.
 
-    text: build_data.Text, whose encoder sees the captions of a batch before the step, or None."""
+    text: the encoder of the captions of a batch, which runs before the step, or None."""
 
     config: Any
     step: Step
@@ -168,7 +170,7 @@ class Run:
     abstract: TrainState
     shardings: TrainState
     key: jax.Array
-    text: build_data.Text | None = None
+    text: TextEncoder | None = None
     began: float = dataclasses.field(default_factory=time.perf_counter)
 
 
@@ -180,7 +182,7 @@ def abstract_state(config) -> TrainState:
 
 def make_run(config, latents, text=None) -> Run:
     """Builds levels, mesh and shardings; allocates nothing."""
-    levels = build_levels(config, text and text.null())
+    levels = build_levels(config, text and text.encode_one())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     step = Step(
         levels=levels,
@@ -262,7 +264,7 @@ def train_phase(config, workdir: str, root: str) -> bool:
     False where a signal stopped it."""
     check_images_exist(config)
     evaluate.check_evaluation(config)
-    text = build_data.load_text(config)
+    text = load_text_encoder(config)
     source, latents = build_data.latents(config, workdir, text)
     run = make_run(config, latents, text)
     training, held_out = build_data.split(config, source)
@@ -312,7 +314,7 @@ def finish(run: Run, state: TrainState, source, workdir: str) -> None:
 def to_device(run: Run, rows: Mapping[str, Any]) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, with the features of their texts."""
     raw = partition.to_global(rows, run.mesh)
-    return raw if run.text is None else run.text.features_of(raw)
+    return raw if run.text is None else run.text.with_features(raw)
 
 
 def feed(config, training, first: int) -> Iterator[dict]:

@@ -11,7 +11,7 @@ from nested.latents import job as encoding
 from nested.latents import passes as encode
 from nested.latents import store as latents
 from nested.spaces import codecs
-from nested.spaces import svd as compress
+from nested.spaces.patch_pca import patchify
 
 IMAGES = 44  # 3 shards of 16, 16, 12; batches of 6: every shard ends in a padded batch
 CONFIG = encoding.EncoderConfig(
@@ -83,7 +83,7 @@ class Toy:
         bad = jnp.where(first == self.nan_at, jnp.nan, 1.0)
         bad = jnp.where(first == self.huge_at, 3e4, bad)[:, None, None, None]
         weights = np.random.default_rng(1).normal(size=(12, 9)).astype(np.float32)
-        maps = compress.patchify(x, 2) @ weights * bad
+        maps = patchify(x, 2) @ weights * bad
         outputs = {"map": maps, "vector": (jnp.tanh(maps).mean((1, 2), keepdims=True) * bad)[:, 0, 0]}
         return {part: outputs[part] for part in parts}
 
