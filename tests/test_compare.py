@@ -9,9 +9,9 @@ from helpers.small_runs import config_of
 from PIL import Image
 from test_build import refused
 
+from nested import figures as pictures
 from nested.build.levels import build_levels
 from nested.build.options import to_plain
-from nested.figures import grids as pictures
 from nested.modes import compare
 from nested.runtime import checkpoint
 from nested.sampling import generator as sample

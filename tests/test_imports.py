@@ -77,7 +77,7 @@ def test_the_data_pipeline_needs_neither_jax_nor_the_models():
         ("flax.linen", ("nested.models", "nested.encoders", "nested.diffusion.hierarchy", "nested.modes.summary")),
         ("optax", ("nested.training.optimizer",)),
         ("tensorboardX", ("nested.runtime.writers",)),
-        ("matplotlib", ("nested.figures", "nested.evaluation.memorization")),
+        ("matplotlib", ("nested.figures",)),
         ("grain", ("input_pipeline",)),
         ("ml_collections", ("configs", "nested.build", "nested.modes.compare", "main")),
         ("tensorflow", ()),

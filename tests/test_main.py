@@ -12,7 +12,7 @@ from helpers.processes import finish, wait_for
 from helpers.tiny import run_main, start_main
 from PIL import Image
 
-from nested.figures import grids as pictures
+from nested import figures as pictures
 from nested.runtime import checkpoint
 from nested.runtime.writers import read_metrics
 

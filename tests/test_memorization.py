@@ -131,7 +131,7 @@ def test_the_most_suspicious_are_drawn_beside_their_originals(images, monkeypatc
     samples = np.random.default_rng(3).integers(0, 256, (SAMPLES, 4, 4, 1), dtype=np.uint8)
     samples[8], samples[5] = images[40], images[41] ^ 1
     drawn = []
-    monkeypatch.setattr(memorization, "draw_memorization", lambda *arguments: drawn.extend(arguments))
+    monkeypatch.setattr(memorization, "draw_nearest_pairs", lambda *arguments: drawn.extend(arguments))
     made = latents.of_images((latents.LevelSource("x", "pixels", (4, 4, 1)),), (4, 4, 1))
     report(images, samples, make_config(), made, tmp_path)
     shown, partners, apart, _, path = drawn

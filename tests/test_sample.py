@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import common
+from nested import figures as pictures
 from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.diffusion import hierarchy
 from nested.evaluation import report as evaluate
-from nested.figures import grids as pictures
 from nested.runtime import partition
 from nested.sampling import generator as sample
 from nested.spaces import autoencoder_kl

@@ -14,7 +14,6 @@ training mirrors them (config.data.flip).
 
 import dataclasses
 import functools
-import io
 import json
 import os
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import numpy as np
 from input_pipeline import loader, sources
 from nested.build import data as build_data
 from nested.evaluation import nearest
+from nested.figures.curves import memorization_picture
 from nested.runtime import partition
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
@@ -36,7 +36,6 @@ SHARES = (0.01, 0.05)  # of the other images, that lie below the distances which
 MEMORIZED = 1 / 3  # the largest d_1 / d_2 of a memorised sample, after Yoon et al.
 SUSPICIOUS = 20  # pairs shown
 SAMPLES, HELD_OUT, TRAINING = GROUPS = ("samples", "held_out", "training")
-COLOURS = {SAMPLES: "C3", HELD_OUT: "C0", TRAINING: "0.6"}
 UNITS = {"pixels": "root mean square of pixel differences, grey levels", "features": "Euclidean distance of features"}
 
 
@@ -191,38 +190,24 @@ def report_memorization(gen, ema, source, features: Callable, step: int, workdir
     partners = seen(stack_records(training, drawn.nearest[worst], field))  # on all hosts: the devices of all work at it
     if jax.process_index() == 0:
         atomic_write(paths[0], json.dumps(content, indent=1) + "\n")
-        draw_memorization(groups[SAMPLES][worst], partners, drawn.two[worst, 0], found, paths[1])
+        draw_nearest_pairs(groups[SAMPLES][worst], partners, drawn.two[worst, 0], found, paths[1])
     return [*(summary_line(kind, of) for kind, of in said.items()), *(f"memorization: {path}" for path in paths)]
 
 
-def draw_memorization(samples, partners, apart, found: dict[str, dict[str, Distances]], path: str) -> None:
-    """Writes the PNG: samples uint8 [n, H, W, C], each beside its partner, the training image nearest by features at
-    distance `apart` [n]; and the distributions of d_1 by every kind of distance."""
-    from matplotlib.figure import Figure
+def draw_nearest_pairs(
+    samples: np.ndarray, partners: np.ndarray, apart: np.ndarray, found: dict[str, dict[str, Distances]], path: str
+) -> None:
+    """Writes the PNG of samples beside their nearest training images, with the distributions of d_1.
 
-    columns = 4
-    down = -(-len(samples) // columns)
-    figure = Figure(figsize=(15, max(5.0, 1.35 * down)), dpi=100, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
-    left.suptitle("Samples (left) nearest by features to a training image (right); pixel and feature distance")
-    axes = left.subplots(down, columns, squeeze=False).ravel()
+    samples, partners: uint8 [n, H, W, C]; a partner is the training image nearest by features, at distance `apart` [n].
+    found: {kind: {group: Distances}}, a panel of histograms for each kind of distance.
+    """
     pixels = np.sqrt(np.square(samples.astype(np.float64) - partners).mean((1, 2, 3)))
-    for axis, sample, partner, pixel, feature in zip(axes, samples, partners, pixels, apart, strict=False):
-        between = np.full((sample.shape[0], max(1, sample.shape[1] // 16), sample.shape[2]), 255, np.uint8)
-        pair = np.concatenate([sample, between, partner], axis=1)
-        axis.imshow(pair.repeat(3 // pair.shape[2], axis=2), interpolation="nearest")
-        axis.set_title(f"{pixel:.0f}, {feature:.1f}", fontsize=8)
-    for axis in axes:
-        axis.axis("off")
-    for axis, (kind, of_groups) in zip(right.subplots(len(found), 1), found.items(), strict=True):
-        every = np.concatenate([group.two[:, 0] for group in of_groups.values()])
-        bins = np.linspace(0, np.quantile(every, 0.995) or 1.0, 50)
-        for name, group in of_groups.items():
-            label = f"{name.replace('_', '-')}: {len(group.two):,}"
-            axis.hist(group.two[:, 0], bins, density=True, histtype="step", color=COLOURS[name], label=label)
-        axis.set_xlabel(f"nearest training image, {UNITS[kind]}")
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic_write(path, buffer.getvalue())
+    titles = [f"{pixel:.0f}, {feature:.1f}" for pixel, feature in zip(pixels, apart, strict=True)]
+    first = {
+        f"nearest training image, {UNITS[kind]}": {
+            group.replace("_", "-"): distances.two[:, 0] for group, distances in of_groups.items()
+        }
+        for kind, of_groups in found.items()
+    }
+    memorization_picture(zip(samples, partners, titles, strict=True), first, path)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nested.figures import grids as pictures
+from nested import figures as pictures
 from nested.runtime.checkpoint import read_config
 from nested.runtime.files import atomic_write
 from nested.sampling import generator as sample

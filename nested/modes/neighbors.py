@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from input_pipeline import loader
+from nested import figures as pictures
 from nested.build import data as build_data
 from nested.build.sources import CLIPS
 from nested.evaluation import nearest
-from nested.figures import grids as pictures
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
 

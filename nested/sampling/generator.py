@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from nested import figures as pictures
 from nested.build import data as build_data
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy
-from nested.figures import grids as pictures
 from nested.runtime import partition
 from nested.runtime.checkpoint import latest_step, restore_part
 from nested.runtime.files import atomic_write

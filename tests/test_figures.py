@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from configs import common
-from nested.figures import grids as pictures
+from nested import figures as pictures
 from nested.sampling import generator as sample
 
 
