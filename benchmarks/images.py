@@ -132,7 +132,7 @@ def main(argv):
         folder = pathlib.Path(folder)
         figures["bytes_per_image"] = round(write_jpegs(folder, FLAGS.images))
         figures["alone"] = alone(folder)
-        source = transforms.Transformed(image_files.ImageFolder(folder), SIZE, "center", 3)
+        source = transforms.resized(image_files.ImageFolder(folder), SIZE, "center", 3)
         figures["loader_by_workers"] = {str(count): through_loader(source, count, FLAGS.batches) for count in workers}
     figures["cpu_cores"] = os.cpu_count()
     report(figures, FLAGS.out)

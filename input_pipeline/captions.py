@@ -1,21 +1,21 @@
 """Captions as numbers: token ids made while the records are read, or the stored features of a frozen text encoder.
 
-    Tokenized   record["caption"] -> "text_ids" int32 [L], "text_mask" bool [L]; the encoder runs on the device
-    StoredText  record["caption"] -> "text" float16 [L, width], "text_mask" bool [L]; it ran once
-    (nested/latents/captions.py)
+    tokenized          record["caption"] -> "text_ids" int32 [L], "text_mask" bool [L]; the encoder runs on the device
+    with_stored_text   record["caption"] -> "text" float16 [L, width], "text_mask" bool [L]; the encoder ran once
+                       (nested/latents/captions.py)
 
-A caption may be several texts of one image: records then have the first one's fields, and training (sources.draw, in
-loader.batches) those of one drawn at equal odds, U-ViT's recipe for COCO.
+A caption may be several texts of one image. Records then have the fields of the first text, and in training
+(sources.draw, in loader.batches) those of one text drawn at equal odds, U-ViT's recipe for COCO.
 
-L is max_tokens; the mask is True on a text's tokens, which come first (input_pipeline/tokens.py). The null text of
-classifier-free guidance is the empty caption "". A record without a caption, or with one of white space alone, is
+L is max_tokens. The mask is True on a text's tokens, which come first (input_pipeline/tokens.py). The null text of
+classifier-free guidance is the empty caption "". A record without a caption, or with one of white space only, is
 refused.
 
-A store is a folder of
+A text store is a folder of
     keys.npy      S32 [N]           hex digits of the SHA-256 of each distinct caption, sorted: a caption's row
     starts.npy    int64 [N + 1]     row i's tokens are starts[i] to starts[i + 1]
     features.npy  float16 [T, width]  the tokens of all captions, without padding
-    text.json     written last, so a folder without it is not a store: the encoder and the sizes of the files
+    text.json     the encoder and the sizes of the files; it is written last, so that a folder without it is not a store
 """
 
 import hashlib
@@ -27,7 +27,8 @@ from functools import cached_property
 
 import numpy as np
 
-from input_pipeline.sources import Source, fingerprint_of
+from input_pipeline.composition import Mapped, RecordMap
+from input_pipeline.sources import Caption, Record, Source
 from input_pipeline.tokens import Tokenizer
 
 INDEX_FILE = "text.json"
@@ -35,31 +36,25 @@ ARRAYS = ("keys", "starts", "features")
 NAMES_PER_MESSAGE = 5
 
 
-# --- captions ----------------------------------------------------------------------------------------------------
-
-
-Caption = str | tuple[str, ...]  # of a record: one text, or several of the same image
-
-
 def texts_of(caption: Caption) -> tuple[str, ...]:
-    """The texts of a caption; the first one is the caption wherever none is drawn."""
+    """The texts of a caption. The first one is used wherever none is drawn."""
     return (caption,) if isinstance(caption, str) else tuple(caption)
 
 
-def every_text(found: Iterable[Caption]) -> list[str]:
-    """All texts of captions, in order."""
-    return [text for caption in found for text in texts_of(caption)]
+def every_text(captions: Iterable[Caption]) -> list[str]:
+    """All texts of the captions, in order."""
+    return [text for caption in captions for text in texts_of(caption)]
 
 
 def captions(source: Source) -> list[Caption]:
-    """The caption of every record, in order; images are decoded only where the source has no `captions` of its own.
+    """The caption of every record, in order. Images are decoded only if the source has no `captions` of its own.
 
-    Raises ValueError, one line that counts and names them, where records have none or an empty one.
+    Raises: ValueError, one line that counts and names the records without a caption, or with an empty one.
     """
     found = getattr(source, "captions", None)
     if found is None:
         found = [source[i].get("caption") for i in range(len(source))]
-    absent = [i for i, caption in enumerate(found) if not _given(caption)]
+    absent = [i for i, caption in enumerate(found) if not _has_text(caption)]
     if absent:
         raise ValueError(
             f"{len(absent)} of {len(found)} examples have no caption or an empty one, such as {_some(absent)}: "
@@ -68,7 +63,7 @@ def captions(source: Source) -> list[Caption]:
     return list(found)
 
 
-def _given(caption: Caption | None) -> bool:
+def _has_text(caption: Caption | None) -> bool:
     return bool(caption) and all(text and not text.isspace() for text in texts_of(caption))
 
 
@@ -78,90 +73,86 @@ def _some(names: Sequence) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _WithText:
-    """A source whose records have the fields of _text(caption) in place of the caption."""
+class AddCaptions(RecordMap):
+    """Adds "caption" to records without one, such as encoded latents: that of the image with the same number.
 
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict:
-        record, texts = self._read(index)
-        return {**record, **self._text(texts[0])}
-
-    def draw(self, index: int, generator: np.random.Generator) -> dict:
-        """The record with one of its texts; the generator is left alone where there is only one."""
-        record, texts = self._read(index)
-        return {**record, **self._text(texts[generator.integers(len(texts))] if len(texts) > 1 else texts[0])}
-
-    def _read(self, index: int) -> tuple[dict, tuple[str, ...]]:
-        record = dict(self.source[index])
-        caption = record.pop("caption", None)
-        if not _given(caption):
-            raise ValueError(f"example {index} has no caption, or an empty one: give it one ({self.source.describe()})")
-        return record, texts_of(caption)
-
-    @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
-
-
-@dataclass(frozen=True, eq=False)
-class Tokenized(_WithText):
-    """A source with "text_ids" int32 [max_tokens] and "text_mask" bool [max_tokens] in place of "caption"."""
-
-    tokenize: Tokenizer
-
-    def _text(self, caption: str) -> dict:
-        ids_NL, mask_NL = self.tokenize([caption])
-        return {"text_ids": ids_NL[0], "text_mask": mask_NL[0]}
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint_of((self.source.fingerprint, self.tokenize.fingerprint))
-
-    def describe(self) -> str:
-        return f"{self.source.describe()}, captions of at most {self.tokenize.max_tokens} tokens"
-
-
-@dataclass(frozen=True, eq=False)
-class Captioned:
-    """Records without captions, such as encoded latents, with "caption" of the images that they were made from.
-
-    captions: one per record, in order. ValueError where there are more or fewer.
+    captions: one per record of the source, in order.
     """
 
-    source: Source
     captions: Sequence[Caption]
 
-    def __post_init__(self):
-        if len(self.captions) != len(self.source):
-            raise ValueError(
-                f"{len(self.captions)} captions for {len(self.source)} records ({self.source.describe()}): they must "
-                "be of the same images; encode them again"
-            )
+    def __call__(self, record: Record, index: int, generator: np.random.Generator | None) -> Record:
+        return {**record, "caption": self.captions[index]}
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def captions_after(self, captions: tuple[Caption, ...] | None) -> tuple[Caption, ...]:
+        return tuple(self.captions)
 
-    def __getitem__(self, index: int) -> dict:
-        return {**self.source[index], "caption": self.captions[index]}
-
-    @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
-
-    @property
-    def fingerprint(self) -> str:
-        said = (caption if isinstance(caption, str) else repr(caption) for caption in self.captions)
-        return fingerprint_of((self.source.fingerprint, *said))
+    def fingerprint_parts(self) -> Iterable[str]:
+        return (caption if isinstance(caption, str) else repr(caption) for caption in self.captions)
 
     def describe(self) -> str:
-        return f"{self.source.describe()}, with captions"
+        return "with captions"
 
 
-# --- stored features ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DrawCaption(RecordMap):
+    """Replaces several texts of one image by one of them, drawn at equal odds, or by the first where none is drawn.
+
+    The generator is left alone for a caption of one text. Raises: ValueError for a record without a caption.
+    """
+
+    def __call__(self, record: Record, index: int, generator: np.random.Generator | None) -> Record:
+        caption = record.get("caption")
+        if not _has_text(caption):
+            raise ValueError(f"example {index} has no caption, or an empty one: give it one")
+        texts = texts_of(caption)
+        drawn = 0 if generator is None or len(texts) == 1 else int(generator.integers(len(texts)))
+        return {**record, "caption": texts[drawn]}
+
+    def captions_after(self, captions: tuple[Caption, ...] | None) -> None:
+        """None: which of the texts a record has is drawn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenize(RecordMap):
+    """Replaces "caption", a text, by "text_ids" int32 [max_tokens] and "text_mask" bool [max_tokens]."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, record: Record, index: int, generator: np.random.Generator | None) -> Record:
+        ids_NL, mask_NL = self.tokenizer([record["caption"]])
+        return {**_without_caption(record), "text_ids": ids_NL[0], "text_mask": mask_NL[0]}
+
+    def captions_after(self, captions: tuple[Caption, ...] | None) -> None:
+        """None: its records have no caption."""
+
+    def fingerprint_parts(self) -> Iterable[str]:
+        return (self.tokenizer.fingerprint,)
+
+    def describe(self) -> str:
+        return f"captions of at most {self.tokenizer.max_tokens} tokens"
+
+
+def _without_caption(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name != "caption"}
+
+
+def tokenized(source: Source, tokenizer: Tokenizer) -> Mapped:
+    """The source with token ids of one text of each caption in place of "caption": see DrawCaption and Tokenize."""
+    return Mapped(source, (DrawCaption(), Tokenize(tokenizer)))
+
+
+def with_captions(source: Source, captions: Sequence[Caption]) -> Mapped:
+    """The source with "caption" of the images that its records were made from.
+
+    captions: one per record, in order. Raises: ValueError where there are more or fewer.
+    """
+    if len(captions) != len(source):
+        raise ValueError(
+            f"{len(captions)} captions for {len(source)} records ({source.describe()}): they must be of the same "
+            "images; encode them again"
+        )
+    return Mapped(source, (AddCaptions(captions),))
 
 
 def keys_of(texts: Iterable[str]) -> np.ndarray:
@@ -170,21 +161,23 @@ def keys_of(texts: Iterable[str]) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredText(_WithText):
-    """A source with "text" float16 [max_tokens, width], zero where masked, and "text_mask" in place of "caption".
+class LookUpText(RecordMap):
+    """Replaces "caption", a text, by its stored features: "text" float16 [max_tokens, width], zero where masked, and
+    "text_mask" bool [max_tokens].
 
-    directory: a store (nested/latents/captions.py writes it). encoder: the fingerprint that its encoder must have;
-    None: any. index: what text.json holds, with "name", "encoder" (fingerprint), "max_tokens" and "width". Picklable.
+    directory: a text store (nested/latents/captions.py writes it).
+    encoder: the fingerprint that the store's encoder must have; None accepts any.
+    index: the content of text.json, with "name", "encoder" (fingerprint), "max_tokens" and "width".
 
-    Raises, in one line: FileNotFoundError where there is no finished store; ValueError for another encoder's, a damaged
-    one, and one that lacks captions of the source (counted and named).
+    Raises, in one line: FileNotFoundError where there is no finished store; ValueError for one that another encoder
+    made, and for a damaged one.
     """
 
     directory: str | pathlib.Path
     encoder: str | None = None
 
-    def __post_init__(self):
-        if self.encoder not in (None, self.index["encoder"]):
+    def __post_init__(self) -> None:
+        if self.encoder is not None and self.encoder != self.index["encoder"]:
             raise ValueError(
                 f"{self._path}: the features were made by {self.index['name']} with {self.index['max_tokens']} tokens, "
                 f"fingerprint {self.index['encoder'][:16]}, this run's encoder is {self.encoder[:16]}: remove the "
@@ -196,13 +189,37 @@ class StoredText(_WithText):
             if found != expected:
                 state = "is missing" if found is None else f"has {found} bytes, {expected} were written"
                 raise ValueError(f"{file}: {state}; remove the folder {self._path} and make the features anew")
-        wanted = sorted(set(every_text(captions(self.source))))
-        missing = np.flatnonzero(~np.isin(keys_of(wanted), self._arrays["keys"]))
+
+    def require_texts(self, texts: Iterable[str]) -> None:
+        """Raises ValueError, one line that counts and names them, for texts that the store has no features of."""
+        distinct = sorted(set(texts))
+        missing = np.flatnonzero(~np.isin(keys_of(distinct), self._arrays["keys"]))
         if len(missing):
             raise ValueError(
-                f"{self._path}: no features for {len(missing)} of {len(wanted)} captions, such as "
-                f"{_some([wanted[i] for i in missing])}: remove the folder to make them anew, or give the source's own"
+                f"{self._path}: no features for {len(missing)} of {len(distinct)} captions, such as "
+                f"{_some([distinct[i] for i in missing])}: remove the folder to make them anew"
             )
+
+    def __call__(self, record: Record, index: int, generator: np.random.Generator | None) -> Record:
+        return {**_without_caption(record), **self.look_up(record["caption"])}
+
+    def look_up(self, text: str) -> Record:
+        """The stored fields of a text; those of the null text, the empty caption, are look_up("")."""
+        row = int(np.searchsorted(self._arrays["keys"], keys_of([text]))[0])
+        start, stop = self._arrays["starts"][row : row + 2]
+        text_LC = np.zeros((self.index["max_tokens"], self.index["width"]), np.float16)
+        text_LC[: stop - start] = self._arrays["features"][start:stop]
+        return {"text": text_LC, "text_mask": np.arange(len(text_LC)) < stop - start}
+
+    def captions_after(self, captions: tuple[Caption, ...] | None) -> None:
+        """None: its records have no caption."""
+
+    def fingerprint_parts(self) -> Iterable[str]:
+        return (self.index["encoder"],)
+
+    def describe(self) -> str:
+        shape = f"{self.index['max_tokens']}x{self.index['width']}"
+        return f"features of {self.index['name']} {shape} from {self._path}"
 
     @cached_property
     def index(self) -> dict:
@@ -219,25 +236,19 @@ class StoredText(_WithText):
     def __getstate__(self) -> dict:  # a pickled memory map is a copy of its file
         return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
 
-    def null(self) -> dict:
-        """The fields of the null text, the empty caption."""
-        return self._text("")
 
-    def _text(self, caption: str) -> dict:
-        key = keys_of([caption])
-        row = int(np.searchsorted(self._arrays["keys"], key)[0])
-        start, stop = self._arrays["starts"][row : row + 2]
-        text_LC = np.zeros((self.index["max_tokens"], self.index["width"]), np.float16)
-        text_LC[: stop - start] = self._arrays["features"][start:stop]
-        return {"text": text_LC, "text_mask": np.arange(len(text_LC)) < stop - start}
+def with_stored_text(source: Source, directory: str | pathlib.Path, encoder: str | None = None) -> Mapped:
+    """The source with stored features of one text of each caption in place of "caption".
 
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint_of((self.source.fingerprint, self.index["encoder"]))
+    Args:
+      source: with captions, all of which must be in the store.
+      directory, encoder: of the store, see LookUpText.
 
-    def describe(self) -> str:
-        shape = f"{self.index['max_tokens']}x{self.index['width']}"
-        return f"{self.source.describe()}, features of {self.index['name']} {shape} from {self._path}"
+    Raises: as LookUpText; ValueError for texts that the store lacks, and for records without a caption.
+    """
+    store = LookUpText(directory, encoder)
+    store.require_texts(every_text(captions(source)))
+    return Mapped(source, (DrawCaption(), store))
 
 
 def read_index(directory: pathlib.Path) -> dict:

@@ -1,7 +1,7 @@
 """Sources whose images are decoded when read: a folder of image files, and a directory prepared by TFDS.
 
-Their images may differ in size: wrap them in input_pipeline.transforms.Transformed before batching. Folder is what
-folders of images have in common with folders of clips (clips.py).
+Their images may differ in size, and are brought to one size (transforms.resized) before they are batched. Folder holds
+what folders of images have in common with folders of clips (clips.py).
 """
 
 import json

@@ -55,7 +55,7 @@ def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
         if len(shapes) > 1:
             raise ValueError(
                 f"records of one batch have {key!r} of different shapes, such as {shapes[0]} and {shapes[1]}: "
-                "wrap the source in input_pipeline.transforms.Transformed to give all images one size"
+                "give all images one size with input_pipeline.transforms.resized"
             )
         batch[key] = np.stack(values)
     return batch

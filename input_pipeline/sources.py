@@ -5,11 +5,12 @@ process. A label is in 0..num_classes - 1. A source without labels has num_class
 class (num_classes) of a model, so unconditional training needs no special case.
 
 A caption is a text, or a tuple of texts of one image. draw(source, i, generator) is record i as training sees it, with
-one of its texts drawn by the generator; source[i] has the first one (text.py). A source whose records lie in files of
-many has `shard_ends`, for an order that reads one file after the other (loader.py).
+one of its texts drawn by the generator; source[i] has the first one (captions.py). A source whose records lie in
+several files has `shard_ends`, for an order that reads one file after the other (loader.py). composition.py makes
+sources of other sources.
 
-Here are the sources that memory holds; image_files.py (folders, TFDS), imagenet.py, coco.py, webdataset.py, parquet.py
-and clips.py read files.
+Here are the sources that are held in memory. image_files.py (folders, TFDS), imagenet.py, coco.py, webdataset.py,
+parquet.py and clips.py read files.
 
 `fingerprint` identifies the content, 16 hex digits of a SHA-256: of the bytes where the source holds them all, of file
 names and sizes where reading everything would cost hours. Latents keep it, to refuse another data set.
@@ -23,7 +24,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,52 +33,65 @@ FASHION_MNIST_CLASSES = (
 )  # fmt: skip
 
 
-class Source(Protocol):
-    """What the loader asks of a data set; LatentRecords (latents.py) and SyntheticLatents are no more than this.
+Record = dict[str, Any]  # of arrays, and a caption
+Caption = str | tuple[str, ...]  # of a record: one text, or several of the same image
 
-    num_classes: number of labels, 0 for none. fingerprint: of the content, in hex.
+
+class Source(Protocol):
+    """What the loader needs of a data set.
+
+    A source may also have draw(index, generator), shard_ends and captions, which are the functions draw and shard_ends
+    below and captions.captions where it does not.
     """
 
-    num_classes: int
-    fingerprint: str
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, 0 for none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content, in hex."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict: ...
+    def __getitem__(self, index: int) -> Record: ...
 
     def describe(self) -> str:
         """One line for logs and errors."""
+        ...
 
 
 class ImageSource(Source, Protocol):
-    """What the encoder asks of a data set of images.
+    """What the encoder needs of a data set of images."""
 
-    class_names: one per label, or (). image_shape: (H, W, C), of clips (T, H, W, C), with None for H and W where images
-    differ in size.
-    """
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One per label, or ()."""
+        ...
 
-    class_names: tuple[str, ...]
-    image_shape: tuple[int | None, ...]
+    @property
+    def image_shape(self) -> tuple[int | None, ...]:
+        """(H, W, C), of clips (T, H, W, C), with None for H and W where images differ in size."""
+        ...
 
     def check(self) -> None:
-        """Finds damaged records before a long job starts: ValueError names them. At once where all is in memory."""
+        """Reads every record before a long job starts. Raises: ValueError, which names the damaged ones."""
 
 
-def draw(source: Source, index: int, generator: np.random.Generator) -> dict:
-    """Record `index` with what is random in it drawn by the generator; source[index] where nothing is."""
-    if hasattr(source, "draw"):
-        return source.draw(index, generator)
-    return source[index]
+def draw(source: Source, index: int, generator: np.random.Generator) -> Record:
+    """Record `index` as training sees it, with whatever is random in it drawn by the generator.
+
+    It is source[index] for a source that has no draw(index, generator), as nothing in its records is random.
+    """
+    drawn = getattr(source, "draw", None)
+    return source[index] if drawn is None else drawn(index, generator)
 
 
 def shard_ends(source: Source) -> np.ndarray | None:
-    """Where the records of each shard end, [shards], or None where the source has no shards. What wraps a source
-    (`source`) and keeps its order has its shards."""
-    while not hasattr(source, "shard_ends"):
-        if not hasattr(source, "source"):
-            return None
-        source = source.source
-    return source.shard_ends
+    """Where the records of each shard end, int [shards]; None for a source without shards."""
+    return getattr(source, "shard_ends", None)
 
 
 def fingerprint_of(parts: Iterable[bytes | str]) -> str:
@@ -124,7 +138,7 @@ class ImagesInMemory:
     def __len__(self) -> int:
         return len(self.images_NHWC)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         return {"image": self.images_NHWC[index], "label": np.int32(self.labels_N[index])}
 
     @property
@@ -241,7 +255,7 @@ class SyntheticLatents:
     def __len__(self) -> int:
         return self.num_examples
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         if not 0 <= index < self.num_examples:
             raise IndexError(f"example {index} of {self.num_examples}")
         generator = np.random.default_rng((self.seed, index))
@@ -260,104 +274,3 @@ class SyntheticLatents:
     def describe(self) -> str:
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.levels)
         return f"synthetic latents: {len(self)} examples of {shapes}, {self.num_classes} classes"
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The named fields of a source's records, as a source: what goes to the device, without captions."""
-
-    source: Source
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict:
-        return self._named(self.source[index])
-
-    def draw(self, index: int, generator: np.random.Generator) -> dict:
-        return self._named(draw(self.source, index, generator))
-
-    def _named(self, record: dict) -> dict:
-        return {name: record[name] for name in self.names}
-
-    @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    def describe(self) -> str:
-        return self.source.describe()
-
-
-class Cached:
-    """A source of images that keeps every record in memory once it was read: for folders whose files take longer to
-    decode than to train on. What else it has (class_names, captions, ...) is the source's."""
-
-    def __init__(self, source: ImageSource):
-        self.source = source
-        self._records: dict[int, dict] = {}
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict:
-        if index not in self._records:
-            self._records[index] = self.source[index]
-        return dict(self._records[index])
-
-    def __getattr__(self, name: str):
-        if name.startswith("_") or name == "source":  # asked for while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.source, name)
-
-    def __getstate__(self) -> dict:  # a worker starts with an empty memory of its own
-        return {"source": self.source, "_records": {}}
-
-
-@dataclass(frozen=True)
-class Part:
-    """The examples of a source with these numbers [n], as a source: training without the held-out records.
-
-    Raises: ValueError (one line) where there are none, or a number is not one of the source's.
-    """
-
-    source: Source
-    numbers: np.ndarray
-
-    def __post_init__(self):
-        if not len(self.numbers) or min(self.numbers) < 0 or max(self.numbers) >= len(self.source):
-            raise ValueError(f"{len(self.numbers)} examples asked for, not all of them in 0 to {len(self.source) - 1}")
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[self._number(index)]
-
-    def draw(self, index: int, generator: np.random.Generator) -> dict:
-        return draw(self.source, self._number(index), generator)
-
-    def _number(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        return int(self.numbers[index])
-
-    @property
-    def shard_ends(self) -> np.ndarray | None:
-        """Of the source's shards, what is left of them; None where the order is another."""
-        ends = shard_ends(self.source)
-        in_order = bool((np.diff(self.numbers) > 0).all())
-        return np.searchsorted(self.numbers, ends) if ends is not None and in_order else None
-
-    @property
-    def captions(self) -> tuple[str, ...] | None:
-        """The source's, without decoding, where it has them at hand."""
-        found = getattr(self.source, "captions", None)
-        return None if found is None else tuple(found[int(i)] for i in self.numbers)
-
-    def describe(self) -> str:
-        return f"{len(self):,} examples of {self.source.describe()}"

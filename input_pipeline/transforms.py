@@ -7,14 +7,15 @@ references were computed from.
 
 import io
 import pathlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from absl import logging
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from input_pipeline.sources import ImageSource, fingerprint_of
+from input_pipeline.composition import Mapped, RecordMap
+from input_pipeline.sources import ImageSource, Record, Source
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 # Formats people keep pictures in. Pillow knows more, and runs Ghostscript for one of them (EPS).
@@ -144,80 +145,81 @@ CROPS = {"center": center_crop, "center_lanczos": center_lanczos, "stretch": res
 SMALL = ("resize", "refuse")
 
 
-@dataclass(frozen=True, eq=False)
-class Transformed:
-    """A source whose images are brought to [image_size, image_size, channels]; labels and captions pass through.
+@dataclass(frozen=True)
+class Resize(RecordMap):
+    """Brings "image" to image_shape[-3:], (size, size, channels), and every frame of a clip [T, H, W, C] too.
 
-    Of a source of clips [T, H, W, C] every frame is, so that they become [T, image_size, image_size, channels].
-
+    image_shape: of the images that it returns; resized() finds it.
     crop: "center" keeps the aspect ratio and loses the margins (ADM), "center_lanczos" too (U-ViT on COCO), "stretch"
     keeps the whole image.
-    small: what becomes of an image with a side below image_size: "resize" enlarges it, and the first one of a process
-    is logged; "refuse" is an error that names it.
-    The fingerprint covers the transformation, as latents of other crops are other latents.
+    small: what becomes of an image with a side below the size: "resize" enlarges it, and the first one of a process is
+    logged; "refuse" is an error that names it.
+    The fingerprint covers the crop and the shape, as latents of other crops are other latents.
     """
 
-    source: ImageSource
-    image_size: int
+    image_shape: tuple[int | None, ...]
     crop: str
-    channels: int
     small: str = "resize"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_channels(self.channels)
         for name, value, allowed in (("crop", self.crop, CROPS), ("small", self.small, SMALL)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {sorted(allowed)}, found {value!r}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, found {self.image_size}")
+        if self.size < 1:
+            raise ValueError(f"image_size must be at least 1, found {self.size}")
 
-    def __len__(self) -> int:
-        return len(self.source)
+    @property
+    def size(self) -> int:
+        return self.image_shape[-2] or 0
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.source[index]
+    @property
+    def channels(self) -> int:
+        return self.image_shape[-1] or 0
+
+    def __call__(self, record: Record, index: int, generator: np.random.Generator | None) -> Record:
         image = record["image"]
         self._check_size(index, image)
         changed = np.stack([self._frame(frame) for frame in image]) if image.ndim == 4 else self._frame(image)
         return {**record, "image": changed}
 
     def _check_size(self, index: int, image: np.ndarray) -> None:
-        if min(image.shape[-3:-1]) >= self.image_size:
+        if min(image.shape[-3:-1]) >= self.size:
             return
-        found = f"image {index} is {'x'.join(map(str, image.shape))}, smaller than {self.image_size}"
+        found = f"image {index} is {'x'.join(map(str, image.shape))}, smaller than {self.size}"
         if self.small == "refuse":
-            raise ValueError(f"{found} ({self.source.describe()}): remove it, or set data.small_images to 'resize'")
-        logging.log_first_n(logging.WARNING, "%s: it is enlarged, others are too (said once)", 1, found)
+            raise ValueError(f"{found}: remove it, or set data.small_images to 'resize'")
+        logging.log_first_n(logging.WARNING, "%s: it is enlarged (others may be too; only one is logged)", 1, found)
 
     def _frame(self, image_HWC: np.ndarray) -> np.ndarray:
-        return to_channels(CROPS[self.crop](image_HWC, self.image_size), self.channels)
+        return to_channels(CROPS[self.crop](image_HWC, self.size), self.channels)
 
-    @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
+    def image_shape_after(self, image_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return self.image_shape
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.source.class_names
-
-    @property
-    def captions(self) -> tuple[str, ...] | None:
-        """The source's, without decoding, where it has them at hand."""
-        return getattr(self.source, "captions", None)
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        return (*self.source.image_shape[:-3], self.image_size, self.image_size, self.channels)
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint_of((self.source.fingerprint, f"{self.crop} {self.image_shape}"))
+    def fingerprint_parts(self) -> Iterable[str]:
+        return (f"{self.crop} {self.image_shape}",)
 
     def describe(self) -> str:
-        return f"{self.source.describe()}, {self.crop} to {'x'.join(map(str, self.image_shape))}"
+        return f"{self.crop} to {'x'.join(map(str, self.image_shape))}"
 
-    def check(self) -> None:
-        self.source.check()
+    def check(self, source: Source) -> None:
         if self.small == "refuse":
-            for index in range(len(self)):
-                self._check_size(index, self.source[index]["image"])
+            for index in range(len(source)):
+                self._check_size(index, source[index]["image"])
+
+
+def resized(source: ImageSource, image_size: int, crop: str, channels: int, *, small: str = "resize") -> Mapped:
+    """The source with all images brought to one size (see Resize); labels and captions pass through.
+
+    Args:
+      source: of images, or of clips.
+      image_size: height and width in pixels.
+      crop: a name in CROPS.
+      channels: 1 (grey) or 3 (RGB).
+      small: "resize" or "refuse", for images with a side below image_size.
+
+    Raises: ValueError (one line) for values that are not allowed.
+    """
+    image_shape = (*source.image_shape[:-3], image_size, image_size, channels)
+    return Mapped(source, (Resize(image_shape, crop, small),))

@@ -146,7 +146,8 @@ def test_crops():
     small = changed(("data.small_images", "refuse"))
     refused(build_data.images, small, match="config.data.small_images is 'refuse' but data.image_size is 0, so that")
     config.data.image_size = small.data.image_size = 4
-    assert build_data.images(config).crop == "stretch" and build_data.images(small).small == "refuse"
+    (stretch,), (refuse,) = build_data.images(config).maps, build_data.images(small).maps
+    assert stretch.crop == "stretch" and refuse.small == "refuse"
     config.data.crop = "middle"
     refused(build_data.images, config, match="config.data.crop: 'middle' given; choose from 'center', 'center_lanczos'")
 
@@ -166,7 +167,7 @@ def test_every_caption_of_coco_is_stored(tmp_path, monkeypatch):
     config = with_source("coco", tmp_path, split="train2014", image_size=4)
     stored = []
     monkeypatch.setattr(build_data.text_store, "store", lambda encoder, texts, *how: stored.extend(texts))
-    monkeypatch.setattr(text, "StoredText", lambda source, *how: source)
+    monkeypatch.setattr(text, "with_stored_text", lambda source, *how: source)
     config.text.update(encoder="minilm", stored=True)
     loaded = types.SimpleNamespace(fingerprint="f")
     build_data.with_text(config, build_data.images(config), ("image",), loaded, str(tmp_path))

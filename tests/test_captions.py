@@ -12,9 +12,10 @@ from test_text import CAPTIONS, MAX_TOKENS, WORDS, encoder, folder, write_tokeni
 
 from input_pipeline import captions as text
 from input_pipeline import loader, tokens
+from input_pipeline.composition import Subset, select_fields
 from input_pipeline.image_files import ImageFolder
-from input_pipeline.sources import Fields, Part, draw
-from input_pipeline.transforms import Transformed
+from input_pipeline.sources import draw
+from input_pipeline.transforms import resized
 from nested.latents import captions as text_store
 
 
@@ -48,13 +49,13 @@ class Records:
 def test_captions_come_without_decoding(tmp_path):
     source = image_folder(tmp_path / "images", CAPTIONS)
     (tmp_path / "images" / "a.png").write_bytes(b"not an image")
-    transformed = Transformed(source, 2, crop="center", channels=3)
+    transformed = resized(source, 2, crop="center", channels=3)
     assert text.captions(source) == text.captions(transformed) == list(CAPTIONS)
-    assert text.captions(Part(transformed, (1, 2))) == list(CAPTIONS[1:3])
+    assert text.captions(Subset(transformed, (1, 2))) == list(CAPTIONS[1:3])
     (tmp_path / "images" / "captions.jsonl").unlink()
     assert ImageFolder(tmp_path / "images").captions is None
-    assert Part(Records(CAPTIONS), (0, 1)).captions is None
-    assert text.captions(Part(Records(CAPTIONS), (1, 2))) == list(CAPTIONS[1:3])
+    assert Subset(Records(CAPTIONS), (0, 1)).captions is None
+    assert text.captions(Subset(Records(CAPTIONS), (1, 2))) == list(CAPTIONS[1:3])
 
 
 def test_absent_captions_are_named(encoder, tmp_path):
@@ -62,7 +63,7 @@ def test_absent_captions_are_named(encoder, tmp_path):
     message = "6 of 8 examples have no caption or an empty one, such as 1, 2, 3, 5, 6, ...: .*records of a test"
     with pytest.raises(ValueError, match=message):
         text.captions(source)
-    tokenized = text.Tokenized(source, encoder.tokenize)
+    tokenized = text.tokenized(source, encoder.tokenize)
     assert tokenized[4]["text_ids"].tolist() == [3, 1, 0, 0, 0]
     for index in (1, 2, 3):
         with pytest.raises(ValueError, match=f"example {index} has no caption, or an empty one.*records of a test"):
@@ -77,13 +78,14 @@ def test_several_captions_of_an_image(encoder, tmp_path):
     source = Records(several)
     assert text.captions(source) == list(several) and text.every_text(several)[2:4] == ["apple", "green circle"]
     text_store.store(encoder, text.every_text(several), tmp_path / "store", batch_size=4)
-    for converted in (text.Tokenized(source, encoder.tokenize), text.StoredText(source, tmp_path / "store")):
-        name = "text_ids" if isinstance(converted, text.Tokenized) else "text"
-        fields = {said: converted._text(said)[name] for said in text.every_text(several)}
+    for converted in (text.tokenized(source, encoder.tokenize), text.with_stored_text(source, tmp_path / "store")):
+        name = "text_ids" if "text_ids" in converted[0] else "text"
+        _, convert = converted.maps
+        fields = {said: convert({"caption": said}, 0, None)[name] for said in text.every_text(several)}
         for index, first in enumerate(("a red apple", "green circle", "red")):
             np.testing.assert_array_equal(converted[index][name], fields[first])
         generator = np.random.default_rng(0)
-        rows = [draw(Fields(converted, (name,)), 0, generator)[name] for _ in range(60)]
+        rows = [draw(select_fields(converted, (name,)), 0, generator)[name] for _ in range(60)]
         counts = [sum(np.array_equal(row, fields[said]) for row in rows) for said in several[0]]
         assert sum(counts) == 60 and min(counts) > 8
         state = generator.bit_generator.state
@@ -91,19 +93,19 @@ def test_several_captions_of_an_image(encoder, tmp_path):
         np.testing.assert_array_equal(draw(converted, 2, generator)[name], fields["red"])
         assert generator.bit_generator.state == state
     with pytest.raises(ValueError, match="no features for 1 of 5 captions, such as 'b'"):
-        text.StoredText(Records((*several[:1], ("red", "b"))), tmp_path / "store")
+        text.with_stored_text(Records((*several[:1], ("red", "b"))), tmp_path / "store")
     for empty in ((), ("a", " "), ("", "a")):
         with pytest.raises(ValueError, match="1 of 2 examples have no caption or an empty one, such as 1"):
             text.captions(Records(("a", empty)))
-    captioned = text.Captioned(Records("abc"), several)
+    captioned = text.with_captions(Records("abc"), several)
     assert captioned[0]["caption"] == several[0] and text.captions(captioned) == list(several)
-    fingerprints = {text.Captioned(Records("abc"), captions).fingerprint for captions in (several, ("a", "b", "c"))}
+    fingerprints = {text.with_captions(Records("abc"), captions).fingerprint for captions in (several, ("a", "b", "c"))}
     assert len(fingerprints) == 2
 
 
 def test_tokenized_records(encoder, tmp_path):
     source = image_folder(tmp_path / "images", CAPTIONS)
-    tokenized = pickle.loads(pickle.dumps(text.Tokenized(source, encoder.tokenize)))
+    tokenized = pickle.loads(pickle.dumps(text.tokenized(source, encoder.tokenize)))
     batch = next(loader.in_order(tokenized, 4))
     ids, mask = encoder.tokenize(list(CAPTIONS))
     assert batch.keys() == {"image", "label", "text_ids", "text_mask"}
@@ -112,7 +114,7 @@ def test_tokenized_records(encoder, tmp_path):
     assert len(tokenized) == 4 and tokenized.num_classes == 0
     assert tokenized.describe() == f"{source.describe()}, captions of at most 5 tokens"
     longer = dataclasses.replace(encoder.tokenize, fingerprint="of another")
-    assert len({tokenized.fingerprint, source.fingerprint, text.Tokenized(source, longer).fingerprint}) == 3
+    assert len({tokenized.fingerprint, source.fingerprint, text.tokenized(source, longer).fingerprint}) == 3
 
 
 def test_store_round_trip(encoder, tmp_path, capsys, monkeypatch):
@@ -126,7 +128,7 @@ def test_store_round_trip(encoder, tmp_path, capsys, monkeypatch):
     stored_tokens = 4 + 3 + 5 + 1
     assert index["bytes"] == {"keys": 128 + 4 * 32, "starts": 128 + 5 * 8, "features": 128 + stored_tokens * 48 * 2}
     assert "captions, encoding 4/4" in capsys.readouterr().err
-    stored = text.StoredText(source, tmp_path / "store", encoder.fingerprint)
+    stored = text.with_stored_text(source, tmp_path / "store", encoder.fingerprint)
     assert pickle.dumps(stored) and len(pickle.dumps(stored)) < len(pickle.dumps(source)) + 2000
     stored = pickle.loads(pickle.dumps(stored))
     batch = next(loader.in_order(stored, 4))
@@ -136,10 +138,12 @@ def test_store_round_trip(encoder, tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose(batch["text"], encoder.features(ids, mask), rtol=1e-3, atol=1e-5)
     assert (batch["text"][~mask] == 0).all()
     ids, mask = encoder.tokenize([""])
-    np.testing.assert_array_equal(stored.null()["text_mask"], mask[0])
-    np.testing.assert_allclose(stored.null()["text"], encoder.features(ids, mask)[0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(stored.maps[-1].look_up("")["text_mask"], mask[0])
+    np.testing.assert_allclose(
+        stored.maps[-1].look_up("")["text"], encoder.features(ids, mask)[0], rtol=1e-3, atol=1e-5
+    )
     assert stored.describe() == f"{source.describe()}, features of t5 5x48 from {tmp_path / 'store'}"
-    assert stored.fingerprint != source.fingerprint and text.StoredText(source, tmp_path / "store").index == index
+    assert stored.fingerprint != source.fingerprint and text.LookUpText(tmp_path / "store").index == index
     unused = dataclasses.replace(encoder, network=None)  # a finished store is not made again
     assert text_store.store(unused, text.captions(source), tmp_path / "store", batch_size=3) == index
 
@@ -157,9 +161,9 @@ def test_a_killed_run_leaves_no_store(encoder, tmp_path):
         text_store.store(dataclasses.replace(encoder, network=killed), CAPTIONS, directory, batch_size=2)
     assert (directory / "features.npy").exists()
     with pytest.raises(FileNotFoundError, match="text.json: not found: the text features were not .completely. made"):
-        text.StoredText(source, directory)
+        text.with_stored_text(source, directory)
     text_store.store(encoder, CAPTIONS, directory, batch_size=2)
-    assert text.StoredText(source, directory)[1]["text_mask"].sum() == 3
+    assert text.with_stored_text(source, directory)[1]["text_mask"].sum() == 3
 
 
 def test_other_encoders_and_captions_are_refused(encoder, tmp_path):
@@ -171,9 +175,9 @@ def test_other_encoders_and_captions_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match="other origin: 'captions' is "):
         text_store.store(encoder, CAPTIONS[:2], directory, batch_size=4)
     with pytest.raises(ValueError, match="made by t5 with 5 tokens, fingerprint .*, this run's encoder is f{16}:"):
-        text.StoredText(Records(CAPTIONS), directory, other.fingerprint)
+        text.with_stored_text(Records(CAPTIONS), directory, other.fingerprint)
     with pytest.raises(ValueError, match="no features for 2 of 3 captions, such as 'a', 'apple': remove"):
-        text.StoredText(Records(("apple", "a", "green circle")), directory)
+        text.with_stored_text(Records(("apple", "a", "green circle")), directory)
 
 
 def test_damaged_stores_are_refused(encoder, tmp_path):
@@ -183,13 +187,13 @@ def test_damaged_stores_are_refused(encoder, tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[:-2])
     with pytest.raises(ValueError, match=f"features.npy: has {len(whole) - 2} bytes, {len(whole)} were written"):
-        text.StoredText(source, directory)
+        text.with_stored_text(source, directory)
     file.unlink()
     with pytest.raises(ValueError, match="features.npy: is missing; remove the folder"):
-        text.StoredText(source, directory)
+        text.with_stored_text(source, directory)
     (directory / "text.json").write_text("{")
     with pytest.raises(ValueError, match="text.json: not valid JSON"):
-        text.StoredText(source, directory)
+        text.with_stored_text(source, directory)
 
 
 def test_store_refuses_what_float16_cannot_hold(encoder, tmp_path):

@@ -193,10 +193,10 @@ def test_short_texts_are_filled_with_the_end_of_text_and_stored_whole(encoder, n
 
     index = text_store.store(encoder, ["a red apple"], tmp_path / "store", 2)
     assert index["bytes"]["features"] == 128 + 2 * 77 * 64 * 2
-    stored = text.StoredText(Records(), tmp_path / "store", encoder.fingerprint)
+    stored = text.with_stored_text(Records(), tmp_path / "store", encoder.fingerprint)
     assert stored[0]["text_mask"].all()
     np.testing.assert_allclose(stored[0]["text"], features[0], rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(stored.null()["text"], features[1], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(stored.maps[-1].look_up("")["text"], features[1], rtol=1e-3, atol=1e-3)
 
 
 class Records:

@@ -13,7 +13,7 @@ from PIL import Image
 from input_pipeline import loader
 from input_pipeline.augment import Augmentation
 from input_pipeline.clips import ClipFolder
-from input_pipeline.transforms import Transformed
+from input_pipeline.transforms import resized
 
 KINDS = ("WEBP", "GIF", "PNG")
 
@@ -92,7 +92,7 @@ def test_the_layouts_and_records_of_a_folder(tmp_path):
 
 def test_a_training_batch_of_clips(tmp_path):
     files = {f"{i}.webp": encoded(noise(9)[..., ::-1] + np.uint8(i)) for i in range(6)}
-    source = Transformed(ClipFolder(write(tmp_path, files), frames=3), 4, "center", 3)
+    source = resized(ClipFolder(write(tmp_path, files), frames=3), 4, "center", 3)
     batch = next(loader.batches(source, seed=3, batch_size=6, transform=Augmentation(flip=True)))
     assert batch["image"].shape == (6, 3, 4, 4, 3) and batch["image"].dtype == np.uint8
     flips = []

@@ -10,8 +10,8 @@ from helpers.tar_files import jpeg, levels
 from input_pipeline import captions as text
 from input_pipeline import loader
 from input_pipeline.coco import Coco
-from input_pipeline.sources import Fields, Part
-from input_pipeline.transforms import Transformed
+from input_pipeline.composition import Subset, select_fields
+from input_pipeline.transforms import resized
 
 IMAGES = [{"id": 30, "file_name": "c.jpg"}, {"id": 10, "file_name": "a.jpg"}, {"id": 20, "file_name": "b.jpg"}]
 SAID = {10: ("a dog", "ein Hund", "some dog"), 20: ("a cat",), 30: ("a cow", "eine Kuh")}
@@ -65,8 +65,8 @@ ENDS = {said[-2:]: image for image, texts in SAID.items() for said in texts}
 
 
 def test_training_draws_one_caption_and_everything_else_takes_the_first(tmp_path):
-    source = Transformed(Coco(write(tmp_path), "train2014"), 4, "center_lanczos", 3)
-    tokenized = Fields(text.Tokenized(source, Letters()), ("image", "text_ids"))
+    source = resized(Coco(write(tmp_path), "train2014"), 4, "center_lanczos", 3)
+    tokenized = select_fields(text.tokenized(source, Letters()), ("image", "text_ids"))
     first = ["".join(map(chr, tokenized[i]["text_ids"])) for i in range(3)]
     assert first == ["og", "at", "ow"]
     in_order = next(loader.in_order(tokenized, 3))
@@ -76,11 +76,11 @@ def test_training_draws_one_caption_and_everything_else_takes_the_first(tmp_path
     assert sum(counts.values()) == 240 and sum(counts[end] for end in ENDS if ENDS[end] == 10) == 80
     # "a dog" and "some dog" end alike: 2 of 3 draws of 80; 80 of 80; 1 of 2 draws of 80
     assert 40 <= counts["og"] <= 66 and counts["at"] == 80 and 26 <= counts["ow"] <= 54
-    assert drawn(Part(tokenized, np.arange(3)), 40) == rows[:40]
+    assert drawn(Subset(tokenized, np.arange(3)), 40) == rows[:40]
 
 
 def test_the_draw_is_a_function_of_seed_and_position(tmp_path):
-    tokenized = text.Tokenized(Transformed(Coco(write(tmp_path), "train2014"), 4, "center", 3), Letters())
+    tokenized = text.tokenized(resized(Coco(write(tmp_path), "train2014"), 4, "center", 3), Letters())
     rows = drawn(tokenized, 40)
     assert drawn(tokenized, 24, start_step=2) == rows[16:]
     hosts = [drawn(tokenized, 40, process_index=index, process_count=2) for index in range(2)]

@@ -13,6 +13,7 @@ from test_train import assert_equal, batch_of, copied, make
 
 from configs import common
 from input_pipeline import sources
+from input_pipeline.composition import Mapped, select_fields
 from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.build.training import batch_spans, build_optimizer, check_batch_size
@@ -24,7 +25,7 @@ from nested.spaces.pixels import normalise
 from nested.training import loop as train
 
 GROUPS = common.hdit_groups()
-DIGITS = sources.Fields(sources.Digits(), ("label", "image"))
+DIGITS = select_fields(sources.Digits(), ("label", "image"))
 
 
 def config_of(*changes, arg="L1,hdit"):
@@ -38,7 +39,7 @@ def config_of(*changes, arg="L1,hdit"):
 
 def test_images_that_no_encoder_needs_are_read_as_they_are(tmp_path):
     source, latents = build_data.latents(config_of(), str(tmp_path))
-    assert isinstance(source, sources.Fields) and set(source[3]) == {"label", "image"}
+    assert isinstance(source, Mapped) and set(source[3]) == {"label", "image"}
     assert [path.name for path in tmp_path.iterdir()] == [f"checked-{source.fingerprint}.txt"]  # and nothing encoded
     batch = batch_of(source)
     x = latents.variables(batch, None)["x"]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from input_pipeline import decoded, loader
 from input_pipeline.image_files import ImageFolder, Tfds
-from input_pipeline.transforms import Transformed
+from input_pipeline.transforms import resized
 
 
 def png(level, height=4, width=3):
@@ -271,7 +271,7 @@ def test_tfds(prepared):
     first = Tfds(prepared, "train[:3]", channels=1)
     assert len(first) == 3 and first[0]["image"].shape[-1] == 1 and first.fingerprint != source.fingerprint
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[2]["image"], records[2]["image"])
-    batch = next(loader.in_order(Transformed(source, 4, "center", 1), 7))
+    batch = next(loader.in_order(resized(source, 4, "center", 1), 7))
     assert batch["image"].shape == (7, 4, 4, 1) and "tensorflow" not in sys.modules
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from input_pipeline import loader
 from input_pipeline.augment import Augmentation
-from input_pipeline.sources import Fields, ImagesInMemory, Part, SyntheticLatents, shard_ends
+from input_pipeline.composition import Subset, select_fields
+from input_pipeline.sources import ImagesInMemory, SyntheticLatents, shard_ends
 
 
 class Numbers:
@@ -260,11 +261,13 @@ def test_the_order_of_shards_is_a_function_of_seed_and_position():
 
 
 def test_a_part_has_what_is_left_of_the_shards():
-    part = Part(Fields(Shards(), ("number",)), np.array([0, 2, 3, 5, 8]))
+    part = Subset(select_fields(Shards(), ("number",)), np.array([0, 2, 3, 5, 8]))
     assert shard_ends(part).tolist() == [2, 3, 4, 5]
     batch = next(loader.batches(part, seed=0, batch_size=5, shard_window=2))
     assert sorted(batch["number"]) == [0, 2, 3, 5, 8]
-    assert shard_ends(Part(Shards(), np.array([2, 0]))) is None and shard_ends(Part(Numbers(3), np.arange(2))) is None
+    assert (
+        shard_ends(Subset(Shards(), np.array([2, 0]))) is None and shard_ends(Subset(Numbers(3), np.arange(2))) is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ class Drawn(Numbers):
 
 
 def test_what_a_source_draws_comes_before_the_transform():
-    batches = loader.batches(Fields(Drawn(10), ("first",)), seed=0, batch_size=4, threads=0, transform=add_draw)
+    batches = loader.batches(select_fields(Drawn(10), ("first",)), seed=0, batch_size=4, threads=0, transform=add_draw)
     found = [next(batches) for _ in range(2)]
     generators = [np.random.default_rng((0, position)) for position in range(8)]
     expected = [(generator.random(), generator.random()) for generator in generators]

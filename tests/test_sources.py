@@ -6,13 +6,12 @@ import pickle
 import numpy as np
 import pytest
 
+from input_pipeline.composition import Cached, Subset
 from input_pipeline.sources import (
     FASHION_MNIST_CLASSES,
-    Cached,
     Digits,
     Idx,
     ImagesInMemory,
-    Part,
     SyntheticLatents,
     fingerprint_of,
 )
@@ -161,15 +160,15 @@ def test_synthetic_latents():
         synthetic(num_examples=0)
 
 
-def test_part():
-    part = Part(in_memory(), np.array([2, 1]))
+def test_subset():
+    part = Subset(in_memory(), np.array([2, 1]))
     assert len(part) == 2 and part.describe() == "2 examples of three: 3 images 2x2x1, 2 classes"
     assert [int(part[i]["image"][0, 0, 0]) for i in range(2)] == [8, 4]
     with pytest.raises(IndexError):
         part[2]
     for numbers in ([], [0, 3], [-1, 2]):
-        with pytest.raises(ValueError, match=f"{len(numbers)} examples asked for, not all of them in 0 to 2"):
-            Part(in_memory(), numbers)
+        with pytest.raises(ValueError, match=f"a subset of {len(numbers)} examples: give .* numbers from 0 to 2"):
+            Subset(in_memory(), numbers)
 
 
 class Slow:
@@ -195,7 +194,7 @@ def test_a_cached_source_reads_each_record_once():
         record["image"] = None  # the caller's own dict
     assert slow.reads == [1, 0] and len(cached) == 2
     assert (cached.captions, cached.fingerprint) == (("a", "b"), "f")
-    with pytest.raises(AttributeError, match="'Slow' object has no attribute 'depth'"):
+    with pytest.raises(AttributeError, match="'Cached' object has no attribute 'depth'"):
         cached.depth  # noqa: B018
     again = pickle.loads(pickle.dumps(cached))
     assert again.fingerprint == "f" and len(pickle.dumps(cached)) == len(pickle.dumps(Cached(slow)))

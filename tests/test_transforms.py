@@ -244,7 +244,7 @@ def test_damaged_files_raise_the_errors_that_are_expected():
 
 def source(**options):
     images = ImagesInMemory(noise(6, 8)[None].repeat(2, 0), np.array([0, 1]), 2, ("a", "b"), "two")
-    return transforms.Transformed(images, **{"image_size": 4, "crop": "center", "channels": 1, **options})
+    return transforms.resized(images, **{"image_size": 4, "crop": "center", "channels": 1, **options})
 
 
 def test_transformed():
@@ -271,7 +271,7 @@ class Clips:
 
 @pytest.mark.parametrize("crop", ["center", "stretch"])
 def test_every_frame_of_a_clip_is_transformed_as_an_image(crop):
-    transformed = transforms.Transformed(Clips(), 4, crop, 1)
+    transformed = transforms.resized(Clips(), 4, crop, 1)
     record = transformed[0]
     assert record["caption"] == "x" and record["image"].shape == transformed.image_shape == (3, 4, 4, 1)
     for found, frame in zip(record["image"], Clips()[0]["image"], strict=True):
@@ -291,22 +291,22 @@ def test_bad_transformations(options, message):
         source(**options)
 
 
-def test_small_images_are_refused_or_enlarged_and_said_once(monkeypatch):
+def test_small_images_are_refused_or_enlarged(monkeypatch):
     said = []
     monkeypatch.setattr(transforms.logging, "log_first_n", lambda level, text, n, *args: said.append((text % args, n)))
     enlarged = source(image_size=7)  # of 6 x 8
     assert enlarged[0]["image"].shape == (7, 7, 1)
-    assert said == [("image 0 is 6x8x3, smaller than 7: it is enlarged, others are too (said once)", 1)]
+    assert said == [("image 0 is 6x8x3, smaller than 7: it is enlarged (others may be too; only one is logged)", 1)]
     with pytest.raises(ValueError) as error:
         source(image_size=7, small="refuse")[1]
-    message = "image 1 is 6x8x3, smaller than 7 (two: 2 images 6x8x3, 2 classes): remove it, or set data.small_images"
+    message = "image 1 is 6x8x3, smaller than 7: remove it, or set data.small_images to 'resize' (two: 2 images 6x8x3"
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     assert source(image_size=6, small="refuse")[0]["image"].shape == (6, 6, 1) and len(said) == 1
     with pytest.raises(ValueError, match=r"small must be one of \['refuse', 'resize'\], found 'skip'"):
         source(small="skip")
 
 
-def test_check_asks_the_source(monkeypatch):
+def test_a_check_reaches_the_source(monkeypatch):
     asked = []
     monkeypatch.setattr(ImagesInMemory, "check", lambda images: asked.append(images))
     transformed = source()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from input_pipeline import captions as text
 from input_pipeline import clips, loader, tars, webdataset
-from input_pipeline.transforms import Transformed
+from input_pipeline.transforms import resized
 from input_pipeline.webdataset import WebDataset, WebDatasetClips
 
 
@@ -59,7 +59,7 @@ def test_images_with_captions(tmp_path, monkeypatch):
     again = pickle.loads(pickle.dumps(opened(tmp_path, channels=1)))
     with monkeypatch.context() as patch:
         patch.setattr(webdataset.Decoded, "__getitem__", lambda *args: pytest.fail("no image is read for captions"))
-        assert text.captions(Transformed(again, 2, "center", 1)) == list(source.captions)
+        assert text.captions(resized(again, 2, "center", 1)) == list(source.captions)
     assert again[2]["image"].shape == (4, 5, 1)
     assert again.fingerprint != source.fingerprint == opened(tmp_path).fingerprint
 

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from input_pipeline import augment, captions, loader, sources
 from input_pipeline import latent_records as records
+from input_pipeline.composition import Subset, select_fields
 from nested.build.levels import as_shape
 from nested.build.options import choose, construct
 from nested.build.process import is_joint
@@ -150,7 +151,7 @@ def latents(config, workdir: str, text: TextEncoder | None = None):
         made = latents_.of_images(wanted(config), source.image_shape)
         check_once(config, source, workdir)
         if not config.text.encoder:
-            return sources.Fields(source, ("label", "image")), made
+            return select_fields(source, ("label", "image")), made
         return with_text(config, source, ("label", "image"), text, workdir), made
     if config.text.encoder and config.data.max_bad_images:
         raise ValueError(
@@ -165,7 +166,7 @@ def latents(config, workdir: str, text: TextEncoder | None = None):
     source = records.LatentRecords(directory, fields)
     if not config.text.encoder:
         return source, result
-    captioned = captions.Captioned(source, of_images)
+    captioned = captions.with_captions(source, of_images)
     return with_text(config, captioned, fields, text, workdir), result
 
 
@@ -224,9 +225,10 @@ def with_text(config, source, fields: tuple[str, ...], text: TextEncoder | None,
             text_store.store(encoder, texts, directory, config.text.batch_size)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("text features stored")
-        stored = captions.StoredText(source, directory, encoder.fingerprint)
-        return sources.Fields(stored, (*fields, "text", "text_mask"))
-    return sources.Fields(captions.Tokenized(source, encoder.tokenize), (*fields, "text_ids", "text_mask"))
+        stored = captions.with_stored_text(source, directory, encoder.fingerprint)
+        return select_fields(stored, (*fields, "text", "text_mask"))
+    tokens = captions.tokenized(source, encoder.tokenize)
+    return select_fields(tokens, (*fields, "text_ids", "text_mask"))
 
 
 def some_captions(config, number: int) -> tuple[str, ...]:
@@ -349,6 +351,6 @@ def split(config, source):
     chosen = held_out(config, len(source))
     if not len(chosen):
         return source, None
-    training = sources.Part(source, np.setdiff1d(np.arange(len(source)), chosen))
+    training = Subset(source, np.setdiff1d(np.arange(len(source)), chosen))
     rows = np.split(chosen, jax.process_count())[jax.process_index()]
     return training, loader.collate([records.unflipped(source[int(i)]) for i in rows])

@@ -1,6 +1,7 @@
 """Config -> the source of images: the only reader of the options of config.data that say where images come from."""
 
 from input_pipeline import clips, coco, decoded, image_files, imagenet, parquet, sources, transforms, webdataset
+from input_pipeline.composition import Cached
 from nested.build.options import choose
 
 
@@ -128,13 +129,13 @@ def images(config):
     if data.image_size:
         channels = data.channels or source.image_shape[-1]
         choose("data.crop", data.crop, transforms.CROPS)
-        source = transforms.Transformed(source, data.image_size, data.crop, channels, small=data.small_images)
+        source = transforms.resized(source, data.image_size, data.crop, channels, small=data.small_images)
     elif data.channels not in (0, source.image_shape[-1]):
         raise ValueError(
             f"config.data.channels is {data.channels} but {source.describe()}; set data.image_size as well to convert "
             "the images, or data.channels to 0"
         )
-    return sources.Cached(source) if data.cache else source
+    return Cached(source) if data.cache else source
 
 
 def shard_window(config) -> int:

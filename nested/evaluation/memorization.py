@@ -22,7 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from input_pipeline import loader, sources
+from input_pipeline import loader
+from input_pipeline.composition import select_fields
 from nested.build import data as build_data
 from nested.evaluation import nearest
 from nested.figures.curves import memorization_picture
@@ -150,7 +151,7 @@ def make_decoder(latents, mesh) -> Callable:
 def decoded_batches(training, field: str, seen: Callable):
     """The training images in batches, as decoded from that field of the records, with a progress line."""
     progress, done = Progress("training images compared", len(training)), 0
-    for batch in loader.in_order(sources.Fields(training, (field,)), BATCH):
+    for batch in loader.in_order(select_fields(training, (field,)), BATCH):
         yield seen(batch[field])
         progress.update(done := done + len(batch[field]))
 
