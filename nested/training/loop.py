@@ -26,6 +26,7 @@ from nested.build import data as build_data
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import to_plain
 from nested.build.sources import shard_window
+from nested.build.text import load_text_encoder
 from nested.build.training import (
     STATE_KEYS,
     batch_spans,
@@ -35,7 +36,6 @@ from nested.build.training import (
     check_init_from,
     split_phases,
 )
-from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy
 from nested.encoders.text_encoder import TextEncoder
 from nested.evaluation import report as evaluate
