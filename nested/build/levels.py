@@ -34,7 +34,7 @@ def build_levels(config, null_text=None) -> tuple[hierarchy.Level, ...]:
         raise ValueError(f"config.levels: names must differ, found {', '.join(names)}")
     some = config.hierarchy
     for name in (*some.label_levels, *some.text_levels, *config.train_levels):
-        choose("hierarchy.label_levels / text_levels / train_levels", name, dict.fromkeys(names))
+        choose("hierarchy.label_levels / text_levels / train_levels", name, names)
     if some.label_levels and not config.data.num_classes:
         raise ValueError("config.hierarchy.label_levels names levels but config.data.num_classes is 0: no labels")
     if some.cond_noise != "sigma" and len(names) == 1:
@@ -155,7 +155,7 @@ def mixed(options, key: str) -> tuple[int, ...]:
 def augmentation(config, process, network, coarser, key: str) -> hierarchy.NoiseAugmentation | None:
     """The diffusion of the conditions, by the level's own schedule, where config.hierarchy.cond_noise asks for it."""
     kind, level = config.hierarchy.cond_noise, config.hierarchy.cond_level
-    choose("hierarchy.cond_noise", kind, dict.fromkeys(("sigma", "diffused")))
+    choose("hierarchy.cond_noise", kind, ("sigma", "diffused"))
     if kind == "sigma":
         if level:
             raise ValueError(f"config.hierarchy.cond_level {level} has no effect with cond_noise 'sigma': set it to 0")

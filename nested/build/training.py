@@ -99,7 +99,7 @@ def split_phases(config) -> list[tuple[str, ConfigDict]]:
 
 def check_init_from(config) -> None:
     """Which of another run's weights to take, and into levels that there are."""
-    choose("init_from.weights", config.init_from.weights, dict.fromkeys(("ema", "params")))
+    choose("init_from.weights", config.init_from.weights, ("ema", "params"))
     if config.init_from.path and config.init_from.phase:
         raise ValueError(f"config.init_from: path {config.init_from.path} and phase {config.init_from.phase}; give one")
     if config.init_from.levels and not config.init_from.path and not config.init_from.phase:
@@ -108,7 +108,7 @@ def check_init_from(config) -> None:
             "config.init_from.path, the --workdir of one, or set levels to ()"
         )
     for name in config.init_from.levels:
-        choose("init_from.levels", name, dict.fromkeys(level.name for level in config.levels))
+        choose("init_from.levels", name, [level.name for level in config.levels])
 
 
 def check_images_exist(config) -> None:
