@@ -58,7 +58,7 @@ def searched(tmp_path_factory):
     """(workdir, what was printed) of a search over tests/helpers/small_runs.py with two levels: the runs L1,
     L2-sigma0 and L2-sigma0.5, one step each, scored with stand-in features."""
     from helpers import small_runs
-    from test_sample import Pooler
+    from helpers.scoring import Pooler
 
     from nested.build import data as build_data
     from nested.modes import search
@@ -68,3 +68,15 @@ def searched(tmp_path_factory):
         patch.setattr(build_data, "score_encoder", lambda config: pooler)
         search.search(small_runs.config_of(2, search__sigmas=(0.0, 0.5)), str(workdir))
     return workdir, printed.getvalue()
+
+
+@pytest.fixture
+def pooler(monkeypatch):
+    """The stand-in that scores samples in place of EfficientNet, for this test."""
+    from helpers.scoring import Pooler
+
+    from nested.build import data as build_data
+
+    pooler = Pooler()
+    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
+    return pooler

@@ -5,6 +5,8 @@ import json
 import jax
 import pytest
 from helpers import tiny, tiny_mdm
+from helpers.refusals import refused
+from helpers.tiny import with_changes
 
 from configs import common, imagenet, rcg
 from nested.build.levels import build_levels, trained_level_names
@@ -13,29 +15,8 @@ from nested.build.training import STATE_KEYS, build_optimizer, check_batch_size,
 from nested.training import loop as train
 from nested.weights.fit import shared_levels
 
-
-def changed(*changes, config=None):
-    """The tiny config, or another, with each (path, value) set, as ("levels[1].sampler.steps", 3); a key may be new."""
-    config = config or tiny.get_config()
-    with config.unlocked():
-        for path, value in changes:
-            parent, _, key = path.replace("[", ".").replace("]", "").rpartition(".")
-            place = config
-            for part in parent.split(".") if parent else ():
-                place = place[int(part)] if part.isdigit() else place[part]
-            place[key] = value
-    return config
-
-
-def refused(function, *args, match):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        function(*args)
-    assert match in str(error.value) and "\n" not in str(error.value)
-
-
 # --- refusals of the model's part ------------------------------------------------------------------------------------
 
-ALL = ("z1x1", "z2x2", "x")
 REFUSED = [
     ([("levels", ())], "config.levels is empty: give at least one level"),
     ([("levels[1].name", "x")], "config.levels: names must differ, found z1x1, x, x"),
@@ -80,7 +61,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("changes, message", REFUSED, ids=[str(changes[0]) for changes, _ in REFUSED])
 def test_levels_refuse(changes, message):
-    refused(build_levels, changed(*changes), match=message)
+    refused(build_levels, with_changes(*changes), match=message)
 
 
 DIFFUSED = ("hierarchy.cond_noise", "diffused")
@@ -117,14 +98,14 @@ REFUSED_NESTS = [
 
 @pytest.mark.parametrize("kind, changes, message", REFUSED_NESTS, ids=[str(case[1][0]) for case in REFUSED_NESTS])
 def test_nests_and_cascades_refuse(kind, changes, message):
-    refused(build_levels, changed(*changes, config=tiny_mdm.get_config(kind)), match=message)
+    refused(build_levels, with_changes(*changes, config=tiny_mdm.get_config(kind)), match=message)
 
 
 def test_backbones_that_do_not_take_what_the_hierarchy_gives():
-    diffused = changed(DIFFUSED, ("hierarchy.noise_gamma", float("inf")), ("levels[0].sigma", 0.0),
+    diffused = with_changes(DIFFUSED, ("hierarchy.noise_gamma", float("inf")), ("levels[0].sigma", 0.0),
                        ("levels[1].sigma", 0.0))  # fmt: skip
     refused(build_levels, diffused, match="levels[1].backbone cannot be told how noisy its conditions are; use nested_")
-    text = changed(("text.encoder", "minilm"), ("hierarchy.text_levels", ("z2x2",)))
+    text = with_changes(("text.encoder", "minilm"), ("hierarchy.text_levels", ("z2x2",)))
     assert build_levels(text)[1].backbone.text_tokens == text.text.max_tokens
     assert [level.backbone.text_dim for level in build_levels(text)] == [0, text.text.width, 0]
     with text.unlocked():
@@ -143,7 +124,7 @@ def test_backbones_that_do_not_take_what_the_hierarchy_gives():
     ],
 )
 def test_a_preset_holds_the_options_to_its_paper(preset, changes, message):
-    refused(build_levels, changed(("hierarchy.preset", preset), *changes), match=message)
+    refused(build_levels, with_changes(("hierarchy.preset", preset), *changes), match=message)
 
 
 def test_the_presets_options_make_its_hierarchy():
@@ -169,7 +150,7 @@ def test_the_presets_options_make_its_hierarchy():
     ],
 )
 def test_noise_on_conditions_is_not_negative(change, message):
-    refused(build_levels, changed(change), match=message)
+    refused(build_levels, with_changes(change), match=message)
 
 
 def test_levels_to_take_need_a_run_to_take_them_from():
@@ -181,7 +162,7 @@ def test_levels_to_take_need_a_run_to_take_them_from():
 
 
 def test_levels_that_see_other_text_do_not_fit():
-    config = changed(("text.encoder", "minilm"), ("hierarchy.text_levels", ("x",)))
+    config = with_changes(("text.encoder", "minilm"), ("hierarchy.text_levels", ("x",)))
     other = to_plain(config)
     assert shared_levels(other, to_plain(config)) == ("z1x1", "z2x2", "x")
     for key, value in (("encoder", "t5"), ("max_tokens", 7), ("width", 8)):
@@ -190,7 +171,7 @@ def test_levels_that_see_other_text_do_not_fit():
 
 @pytest.mark.parametrize("option, value", [("noise_scale", "std"), ("noise_resample", True)])
 def test_how_conditions_are_noised_is_refused_where_they_are_not(option, value):
-    config = changed(("hierarchy.noise_gamma", float("inf")), (f"hierarchy.{option}", value))
+    config = with_changes(("hierarchy.noise_gamma", float("inf")), (f"hierarchy.{option}", value))
     refused(build_levels, config, match="with gamma infinity conditions are shown without noise")
     config.hierarchy.noise_gamma = 0.5
     assert getattr(build_levels(config)[2], option) == value
@@ -210,21 +191,21 @@ def test_how_conditions_are_noised_is_refused_where_they_are_not(option, value):
     ],
 )
 def test_optimizer_refuses(changes, message):
-    refused(build_optimizer, changed(*changes), match=message)
+    refused(build_optimizer, with_changes(*changes), match=message)
 
 
 def test_cosine_decay_ends_with_the_run():
-    assert build_optimizer(changed(("optimizer.decay", "cosine"), ("train.steps", 70))).total_steps == 70
-    assert build_optimizer(changed(("train.steps", 70))).total_steps is None
+    assert build_optimizer(with_changes(("optimizer.decay", "cosine"), ("train.steps", 70))).total_steps == 70
+    assert build_optimizer(with_changes(("train.steps", 70))).total_steps is None
 
 
 def test_batch_must_divide():
-    check_batch_size(changed(("train.batch_size", 12), ("train.accumulate", 3)), devices=4)
+    check_batch_size(with_changes(("train.batch_size", 12), ("train.accumulate", 3)), devices=4)
     message = "config.train.batch_size 8 does not divide by 3 devices x config.train.accumulate 2; use a multiple of 6"
-    refused(check_batch_size, changed(("train.accumulate", 2)), 3, match=message)
-    refused(check_batch_size, changed(("train.accumulate", 0)), 1, match="config.train.accumulate 0")
-    refused(check_batch_size, changed(("train.batch_size", 0)), 1, match="config.train.batch_size 0 does not")
-    mixed = changed(("levels[0].mixed", (4, 1)), ("train.accumulate", 2), ("train.batch_size", 24),
+    refused(check_batch_size, with_changes(("train.accumulate", 2)), 3, match=message)
+    refused(check_batch_size, with_changes(("train.accumulate", 0)), 1, match="config.train.accumulate 0")
+    refused(check_batch_size, with_changes(("train.batch_size", 0)), 1, match="config.train.batch_size 0 does not")
+    mixed = with_changes(("levels[0].mixed", (4, 1)), ("train.accumulate", 2), ("train.batch_size", 24),
                     config=tiny_mdm.get_config("nest"))  # fmt: skip
     check_batch_size(mixed, devices=3)
     message = "config.levels[0].mixed (4, 1): the 6 rows per device of config.train.batch_size 24 do not divide into gr"
@@ -240,7 +221,9 @@ def conditions(config):
 
 def test_conditioning_sees_all_coarser_levels_or_the_next_one():
     assert conditions(tiny.get_config()) == [(), ("z1x1",), ("z1x1", "z2x2")]
-    markovian = changed(("hierarchy.conditioning", "next_higher"), ("levels[0].sigma", 0.25), ("levels[1].sigma", 1.0))
+    markovian = with_changes(
+        ("hierarchy.conditioning", "next_higher"), ("levels[0].sigma", 0.25), ("levels[1].sigma", 1.0)
+    )
     assert conditions(markovian) == [(), ("z1x1",), ("z2x2",)]
     levels = build_levels(markovian)
     assert [level.cond_sigmas for level in levels] == [(), (0.25,), (1.0,)]
@@ -250,7 +233,7 @@ def test_conditioning_sees_all_coarser_levels_or_the_next_one():
 
 
 def test_only_label_levels_see_the_label():
-    config = changed(("hierarchy.label_levels", ("x",)), ("levels[0].guidance", 0.0))
+    config = with_changes(("hierarchy.label_levels", ("x",)), ("levels[0].guidance", 0.0))
     levels = build_levels(config)
     assert [level.num_classes for level in levels] == [0, 0, 10]
     assert [level.backbone.num_classes for level in levels] == [0, 0, 10]
@@ -261,7 +244,7 @@ def test_only_label_levels_see_the_label():
 
 
 def test_options_reach_the_level():
-    config = changed(
+    config = with_changes(
         ("hierarchy.drop_mode", "independent"), ("hierarchy.noise_gamma", 0.7), ("hierarchy.cond_drop", 0.2),
         ("levels[2].loss_weight", 3.0), ("levels[1].guidance", 0.25),
         ("train.dtype", "bfloat16"), ("train.remat", True),
@@ -273,15 +256,15 @@ def test_options_reach_the_level():
 
 
 def test_trained_levels():
-    assert trained_level_names(tiny.get_config()) == ALL
-    assert trained_level_names(changed(("train_levels", ("x", "z1x1")))) == ("z1x1", "x")
+    assert trained_level_names(tiny.get_config()) == tiny.LEVELS
+    assert trained_level_names(with_changes(("train_levels", ("x", "z1x1")))) == ("z1x1", "x")
 
 
 def test_plain_is_json_and_a_checkpoint_of_it_fits_itself():
     config = tiny.get_config()
     plain = to_plain(config)
     assert plain["levels"][2]["shape"] == [8, 8, 1] and set(STATE_KEYS) <= set(plain)
-    assert shared_levels(json.loads(json.dumps(plain)), plain) == ALL
+    assert shared_levels(json.loads(json.dumps(plain)), plain) == tiny.LEVELS
 
 
 # --- levels of another run -------------------------------------------------------------------------------------------
@@ -306,14 +289,14 @@ def test_a_deeper_hierarchy_reuses_the_coarse_levels():
         (("hierarchy.conditioning", "next_higher"), ("z1x1", "z2x2")),
         (("hierarchy.label_levels", ("z1x1", "x")), ("z1x1", "x")),
         (("data.num_classes", 7), ()),
-        (("levels[1].sigma", 0.9), ALL),  # sigma is not a matter of the network
+        (("levels[1].sigma", 0.9), tiny.LEVELS),  # sigma is not a matter of the network
     ],
 )
 def test_a_changed_network_does_not_fit(change, fitting):
-    assert shared_levels(to_plain(tiny.get_config()), to_plain(changed(change))) == fitting
+    assert shared_levels(to_plain(tiny.get_config()), to_plain(with_changes(change))) == fitting
 
 
 def test_init_from_names_what_there_is():
     for key, value, found in (("weights", "both", "both"), ("levels", ("z9",), "z9")):
-        config = changed(("init_from.path", "run"), (f"init_from.{key}", value))
+        config = with_changes(("init_from.path", "run"), (f"init_from.{key}", value))
         refused(check_init_from, config, match=f"init_from.{key}: '{found}' given")

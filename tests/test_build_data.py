@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.refusals import refused
+from helpers.text_encoders import Lengths
+from helpers.tiny import with_changes
 from helpers.toy_encoding import Source, Toy
-from test_build import ALL, changed, refused
 
 from configs import common, imagenet
 from nested.build import data as build_data
@@ -38,14 +40,14 @@ def test_frozen_networks_ask_for_their_files_before_the_data_are_asked_for(tmp_p
     ],
 )
 def test_images_refuse(changes, message):
-    refused(build_data.images, changed(*changes), match=message)
+    refused(build_data.images, with_changes(*changes), match=message)
 
 
 def test_images_are_cropped_and_converted_as_the_config_says():
-    source = build_data.images(changed(("data.image_size", 6), ("data.channels", 3)))
+    source = build_data.images(with_changes(("data.image_size", 6), ("data.channels", 3)))
     assert source.image_shape == source[0]["image"].shape == (6, 6, 3)
-    assert build_data.images(changed(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
-    assert build_data.images(changed(("data.channels", 1))).image_shape == (8, 8, 1)
+    assert build_data.images(with_changes(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
+    assert build_data.images(with_changes(("data.channels", 1))).image_shape == (8, 8, 1)
 
 
 def write_idx(path, array):
@@ -54,7 +56,7 @@ def write_idx(path, array):
 
 
 def test_idx_files(tmp_path):
-    config = changed(("data.source", "idx"), ("data.path", str(tmp_path)), ("data.num_classes", 4))
+    config = with_changes(("data.source", "idx"), ("data.path", str(tmp_path)), ("data.num_classes", 4))
     refused(build_data.images, config, match="`apt-get install dataset-fashion-mnist` puts Fashion-MNIST in")
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((3, 5, 5), np.uint8))
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([0, 3, 1], np.uint8))
@@ -80,7 +82,7 @@ def test_idx_files(tmp_path):
     ],
 )
 def test_encoder_refuses(changes, message):
-    refused(build_data.encoder, changed(*changes), match=message)
+    refused(build_data.encoder, with_changes(*changes), match=message)
 
 
 class Colours(Source):
@@ -96,7 +98,7 @@ def toy(monkeypatch):
     made = dict(source=Colours(), encoder=Toy())
     monkeypatch.setitem(build_sources.SOURCES, "toy", lambda data: made["source"])
     monkeypatch.setitem(build_data.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
-    config = changed(
+    config = with_changes(
         ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", (4,)),
         ("encoder.batch_size", 44), ("levels[2].shape", (8, 8, 3)),
     )  # fmt: skip
@@ -106,9 +108,9 @@ def toy(monkeypatch):
 def test_latents_are_encoded_once_and_split(toy, tmp_path):
     config, made = toy
     records, latents = build_data.latents(config, str(tmp_path))
-    assert len(records) == 44 and [level.name for level in latents.levels] == list(ALL)
+    assert len(records) == 44 and [level.name for level in latents.levels] == list(tiny.LEVELS)
     report = json.loads((tmp_path / "levels.json").read_text())
-    assert [row["name"] for row in report] == list(ALL) and "bits_per_image" in report[0]
+    assert [row["name"] for row in report] == list(tiny.LEVELS) and "bits_per_image" in report[0]
     made["source"].reads.clear()
     build_data.latents(config, str(tmp_path))
     assert set(made["source"].reads) == {0}  # its shape is looked at, nothing is encoded again
@@ -122,23 +124,6 @@ def test_latents_are_encoded_once_and_split(toy, tmp_path):
     assert build_data.split(config, records) == (records, None)
     config.data.holdout = 44
     refused(build_data.split, config, records, match="config.data.holdout 44 of 44 records: keep it below that")
-
-
-class Lengths:
-    """A stand-in for a text encoder of three tokens of width 2: a caption is its length, in its first token."""
-
-    name, fingerprint, max_tokens, width = "lengths", "f", 3, 2
-
-    def tokenize(self, texts, silent=False):
-        ids = np.array([[len(text), 0, 0] for text in texts], np.int32)
-        return ids, np.arange(3)[None] < np.ones((len(texts), 1))
-
-    tokenize.lengths = lambda texts: np.ones(len(texts), int)
-    tokenize.fill = None
-    tokenize.fingerprint = "t"
-
-    def features(self, ids, mask):
-        return np.repeat(ids[..., None], 2, axis=2) * mask[..., None].astype(np.float32)
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -204,7 +189,7 @@ def test_options_that_encoding_does_not_take(toy, tmp_path):
 
 def test_where_latents_are():
     for given, expected in (("", "run/latents"), ("/data/latents", "/data/latents")):
-        assert build_data.latents_dir(changed(("latents_dir", given)), "run") == expected
+        assert build_data.latents_dir(with_changes(("latents_dir", given)), "run") == expected
 
 
 def test_synthetic_latents_are_the_variables(tmp_path):
@@ -220,7 +205,7 @@ def test_synthetic_latents_are_the_variables(tmp_path):
 
 
 def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
-    config = changed(("data.source", "synthetic"))
+    config = with_changes(("data.source", "synthetic"))
     refused(check_images_exist, config, match="'synthetic', whose latents have no images")
     config.sample.num_samples = config.evaluate.num_samples = 0
     check_images_exist(config)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import tiny
-from test_build import changed, refused
+from helpers.refusals import refused
+from helpers.tiny import with_changes
 
 from configs import common
 from nested.build.levels import build_levels
@@ -70,7 +71,7 @@ def test_thresholds(name, percentile, maximum):
         return 300 * x
 
     x = np.linspace(-1, 1, 8).reshape(1, 2, 4, 1)
-    limit = build_levels(changed(("levels[2].threshold", name)))[2].threshold
+    limit = build_levels(with_changes(("levels[2].threshold", name)))[2].threshold
     result = limit(wild)(x, None, {})
     np.testing.assert_array_equal(result, denoiser.thresholded(wild, percentile, maximum)(x, None, {}))
     assert np.abs(result).max() <= 1

@@ -5,13 +5,10 @@ import types
 
 import numpy as np
 import pytest
+from helpers.data_sets import animation, parquet_images, write_coco, write_imagenet_train, write_parquet
+from helpers.refusals import refused
 from helpers.tar_files import jpeg, levels, tar
-from test_build import changed, refused
-from test_coco import write as write_coco
-from test_imagenet import write_train
-from test_parquet import structs
-from test_parquet import write as write_parquet
-from test_webdataset import animation
+from helpers.tiny import with_changes
 
 from configs import coco, common, imagenet, mdm
 from input_pipeline import captions as text
@@ -24,7 +21,7 @@ def with_source(source, path, **data):
     data = {"path": str(path), "index_dir": "", **data}
     if source in (*build_sources.TARS, "tfds"):
         data["index_dir"] = str(path / "index")
-    return changed(("data.source", source), ("data.num_classes", 0), *((f"data.{k}", v) for k, v in data.items()))
+    return with_changes(("data.source", source), ("data.num_classes", 0), *((f"data.{k}", v) for k, v in data.items()))
 
 
 def test_the_table_has_the_defaults_of_the_configs():
@@ -34,7 +31,7 @@ def test_the_table_has_the_defaults_of_the_configs():
 
 
 def test_imagenet_tars(tmp_path):
-    write_train(tmp_path)
+    write_imagenet_train(tmp_path)
     (tmp_path / "subset.txt").write_text("n02119789\n\n n01440764 \n")
     config = with_source("imagenet_tar", tmp_path, num_classes=3, image_size=2)
     source = build_data.images(config)
@@ -57,7 +54,7 @@ def test_webdataset_tars(tmp_path):
 
 
 def test_parquet_files(tmp_path):
-    write_parquet(tmp_path, "a.parquet", {"img": structs([8, 90]), "text": ["a", "b"], "fine": [1, 0]})
+    write_parquet(tmp_path, "a.parquet", {"img": parquet_images([8, 90]), "text": ["a", "b"], "fine": [1, 0]})
     config = with_source("parquet", tmp_path, image_key="img", caption_key="text", label_key="fine", num_classes=2)
     source = build_data.images(config)
     assert source.captions == ("a", "b") and [int(source[i]["label"]) for i in range(2)] == [1, 0]
@@ -118,13 +115,13 @@ def test_samples_are_scored_against_another_split(tmp_path):
     ],
 )
 def test_options_that_a_source_does_not_read_are_refused(source, option, value, readers):
-    config = changed(("data.source", source), (f"data.{option}", value))
+    config = with_changes(("data.source", source), (f"data.{option}", value))
     message = f"config.data.{option} is {value!r}, which data.source {source!r} does not read, only {readers}"
     refused(build_data.images, config, match=message)
 
 
 def test_options_that_random_latents_do_not_read_are_refused():
-    data = changed(("data.source", "synthetic"), ("data.num_examples", 5)).data
+    data = with_changes(("data.source", "synthetic"), ("data.num_examples", 5)).data
     build_sources.check_options(data)
     data.path = "/data"
     refused(build_sources.check_options, data, match="config.data.path is '/data', which data.source 'synthetic' does")
@@ -133,7 +130,7 @@ def test_options_that_random_latents_do_not_read_are_refused():
 
 
 def test_the_window_of_parquet_is_the_buffer(tmp_path):
-    write_parquet(tmp_path, "a.parquet", {"image": structs([8] * 9), "label": [0] * 9}, group=1)
+    write_parquet(tmp_path, "a.parquet", {"image": parquet_images([8] * 9), "label": [0] * 9}, group=1)
     config = with_source("parquet", tmp_path, num_classes=1)
     kept = build_data.images(config)._groups_kept
     config.data.update(shuffle="shards", shuffle_buffer=6)
@@ -141,9 +138,9 @@ def test_the_window_of_parquet_is_the_buffer(tmp_path):
 
 
 def test_crops():
-    config = changed(("data.crop", "stretch"))
+    config = with_changes(("data.crop", "stretch"))
     refused(build_data.images, config, match="config.data.crop is 'stretch' but data.image_size is 0, so that nothing")
-    small = changed(("data.small_images", "refuse"))
+    small = with_changes(("data.small_images", "refuse"))
     refused(build_data.images, small, match="config.data.small_images is 'refuse' but data.image_size is 0, so that")
     config.data.image_size = small.data.image_size = 4
     (stretch,), (refuse,) = build_data.images(config).maps, build_data.images(small).maps
@@ -153,12 +150,14 @@ def test_crops():
 
 
 def test_the_order_of_training():
-    assert build_sources.shard_window(changed()) == 0
-    config = changed(("data.shuffle", "shards"), ("data.shuffle_buffer", 500))
+    assert build_sources.shard_window(with_changes()) == 0
+    config = with_changes(("data.shuffle", "shards"), ("data.shuffle_buffer", 500))
     assert build_sources.shard_window(config) == 500
     for changes in ([("data.shuffle", "shards")], [("data.shuffle_buffer", 5)]):
-        refused(build_sources.shard_window, changed(*changes), match="'shards' needs a number of records to shuffle")
-    refused(build_sources.shard_window, changed(("data.shuffle", "no")), match="config.data.shuffle: 'no' given;")
+        refused(
+            build_sources.shard_window, with_changes(*changes), match="'shards' needs a number of records to shuffle"
+        )
+    refused(build_sources.shard_window, with_changes(("data.shuffle", "no")), match="config.data.shuffle: 'no' given;")
 
 
 def test_every_caption_of_coco_is_stored(tmp_path, monkeypatch):

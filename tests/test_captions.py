@@ -1,4 +1,3 @@
-# ruff: noqa: F811  fixtures are imported, and then named as arguments
 """Captions in the data pipeline, online and stored: tokens, features, what is missing, damaged or another's."""
 
 import dataclasses
@@ -7,8 +6,8 @@ import pickle
 
 import numpy as np
 import pytest
+from helpers.text_encoders import CAPTIONS, T5_TOKENS, write_t5
 from PIL import Image
-from test_text import CAPTIONS, MAX_TOKENS, WORDS, encoder, folder, write_tokenizer  # noqa: F401
 
 from input_pipeline import captions as text
 from input_pipeline import loader, tokens
@@ -16,6 +15,8 @@ from input_pipeline.composition import Subset, select_fields
 from input_pipeline.image_files import ImageFolder
 from input_pipeline.sources import draw
 from input_pipeline.transforms import resized
+from nested.encoders import t5
+from nested.encoders.text_encoder import load_text_encoder
 from nested.latents import captions as text_store
 
 
@@ -44,6 +45,17 @@ class Records:
 
     def describe(self):
         return "records of a test"
+
+
+@pytest.fixture
+def folder(tmp_path, golden):
+    """Of a T5 with a tokenizer of five words."""
+    return write_t5(tmp_path / "t5", golden)
+
+
+@pytest.fixture
+def encoder(folder):
+    return load_text_encoder(t5.NETWORK, folder, T5_TOKENS)
 
 
 def test_captions_come_without_decoding(tmp_path):

@@ -8,8 +8,8 @@ import types
 import numpy as np
 import pytest
 from helpers.small_runs import config_of
+from helpers.text_encoders import hugging_face_clip, small_clip, write_clip_tokenizer
 from safetensors.numpy import load_file, save_file
-from test_clip_text import hugging_face, network, write_tokenizer  # noqa: F401  network is a fixture
 
 from nested.build import data as build_data
 from nested.encoders import clip_text, vit, vit_files
@@ -36,25 +36,30 @@ def test_equals_torchmetrics(golden):
 
 
 @pytest.fixture
-def folder(network, tmp_path, monkeypatch):  # noqa: F811
+def network():
+    return small_clip()
+
+
+@pytest.fixture
+def folder(network, tmp_path, monkeypatch):
     """A whole CLIP as transformers saves it."""
     small = dataclasses.replace(vit.VARIANTS["clip_vitb16"], **TINY)
     monkeypatch.setitem(vit.VARIANTS, "clip_vitb16", small)
     monkeypatch.setitem(clip_score.INPUT_SIZE, "clip_vitb16", 8)
     random = np.random.default_rng(1)
     shapes = vit_files.shapes(small, vit_files.TRANSFORMERS, True)
-    tensors = hugging_face(network, "") | {
+    tensors = hugging_face_clip(network, "") | {
         name: random.normal(size=shape).astype(np.float32) * 0.3 for name, shape in shapes.items()
     }
     save_file(tensors | {"logit_scale": np.ones((), np.float32)}, tmp_path / "model.safetensors")
-    write_tokenizer(tmp_path / "tokenizer.json")
+    write_clip_tokenizer(tmp_path / "tokenizer.json")
     return tmp_path
 
 
 IMAGES = np.random.default_rng(2).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
 
 
-def test_vectors_of_images_and_texts(folder, network):  # noqa: F811
+def test_vectors_of_images_and_texts(folder, network):
     clip = clip_score.load_clip("clip_vitb16", folder)
     x = vit.prepare(IMAGES, clip.images.vit, 8)
     expected = vit.forward(clip.images.params, x, clip.images.vit, ("projected",))["projected"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.text_encoders import CLIP_SPECIAL, hugging_face_clip, small_clip, write_clip_tokenizer
 from safetensors.numpy import save_file
 
 from input_pipeline import captions as text
@@ -15,7 +16,6 @@ from nested.encoders.text_encoder import load_text_encoder
 from nested.latents import captions as text_store
 
 HEADS, END = 4, 98  # of the recording: 32 wide, short texts filled up with 98
-SPECIAL = {"start": 49406, "end": 49407}
 
 
 @pytest.fixture
@@ -113,48 +113,20 @@ def test_openai_names(recorded):
 
 @pytest.fixture
 def network():
-    """Random parameters of a small CLIP (width 64, one head), whose ids go as far as OpenAI's, by our names."""
-    random = np.random.default_rng(0)
-    layer = {"layer_norm1.weight": 0, "mlp.fc1.weight": np.zeros((16, 64))}
-    first = {clip_text.EMBEDDING: np.zeros((49408, 64)), clip_text.POSITION: np.zeros((77, 64))}
-    first |= {f"encoder.layers.0.{name}": array for name, array in layer.items()}
-    shapes = clip_text.shapes(first) | {PROJECTION: (8, 64)}
-    return {name: random.normal(size=shape).astype(np.float32) * 0.2 for name, shape in shapes.items()}
-
-
-def write_tokenizer(path):
-    """Words, with ids, begun and ended as CLIP's tokenizer does."""
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenisation: pip install tokenizers")
-    words = {"<unk>": 0, "a": 1, "red": 2, "apple": 3}
-    # ids of a vocabulary may have gaps
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words | SPECIAL, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="start $A end", special_tokens=list(SPECIAL.items())
-    )
-    tokenizer.save(str(path))
-
-
-def hugging_face(params, wrapper):
-    """As a whole CLIPModel has it, or Stable Diffusion."""
-    result = {f"{wrapper}text_model.{name}": array for name, array in params.items() if name != PROJECTION}
-    result[f"{wrapper}{PROJECTION}"] = params[PROJECTION]
-    result[f"{wrapper}text_model.embeddings.position_ids"] = np.arange(77)[None]
-    result[f"{wrapper}vision_model.embeddings.class_embedding"] = np.zeros(2, np.float32)
-    return result
+    return small_clip()
 
 
 @pytest.fixture
 def encoder(network, tmp_path):
-    write_tokenizer(tmp_path / "tokenizer.json")
-    save_file(hugging_face(network, ""), tmp_path / "model.safetensors")
+    write_clip_tokenizer(tmp_path / "tokenizer.json")
+    save_file(hugging_face_clip(network, ""), tmp_path / "model.safetensors")
     return load_text_encoder(clip_text.NETWORK, tmp_path, 77)
 
 
 def test_every_layout_loads_alike(network, encoder, tmp_path):
     ours = network.keys() - {PROJECTION}
     assert encoder.params.keys() == ours and encoder.width == 64
-    files = {"sd.npz": hugging_face(network, "cond_stage_model.transformer."), "openai.npz": openai(network)}
+    files = {"sd.npz": hugging_face_clip(network, "cond_stage_model.transformer."), "openai.npz": openai(network)}
     for name, tensors in files.items():
         np.savez(tmp_path / name, **tensors)
         found = load_text_encoder(clip_text.NETWORK, tmp_path / name, 77)
@@ -173,7 +145,7 @@ def test_every_layout_loads_alike(network, encoder, tmp_path):
     ],
 )
 def test_other_weights_are_refused(network, tmp_path, change, message):
-    tensors = hugging_face(network, "") | change
+    tensors = hugging_face_clip(network, "") | change
     np.savez(tmp_path / "w.npz", **{name: array for name, array in tensors.items() if array is not None})
     with pytest.raises(ValueError, match=message) as error:
         load_text_encoder(clip_text.NETWORK, tmp_path / "w.npz", 77)
@@ -182,7 +154,7 @@ def test_other_weights_are_refused(network, tmp_path, change, message):
 
 def test_short_texts_are_filled_with_the_end_of_text_and_stored_whole(encoder, network, tmp_path):
     ids, mask = encoder.tokenize(["a red apple", "", "apple " * 90])
-    start, end = SPECIAL.values()
+    start, end = CLIP_SPECIAL.values()
     assert ids[0].tolist() == [start, 1, 2, 3] + [end] * 73 and mask.all() and mask.shape == (3, 77)
     assert ids[1].tolist() == [start] + [end] * 76
     assert ids[2].tolist() == [start] + [3] * 75 + [end]  # transformers cuts alike: the end stays

@@ -1,11 +1,11 @@
 """COCO's captions: records, one caption per draw, the first elsewhere, and files that do not fit together."""
 
-import json
 import pickle
 
 import numpy as np
 import pytest
-from helpers.tar_files import jpeg, levels
+from helpers.data_sets import COCO_ANNOTATIONS, COCO_CAPTIONS, COCO_IMAGES, write_coco
+from helpers.tar_files import levels
 
 from input_pipeline import captions as text
 from input_pipeline import loader
@@ -13,35 +13,19 @@ from input_pipeline.coco import Coco
 from input_pipeline.composition import Subset, select_fields
 from input_pipeline.transforms import resized
 
-IMAGES = [{"id": 30, "file_name": "c.jpg"}, {"id": 10, "file_name": "a.jpg"}, {"id": 20, "file_name": "b.jpg"}]
-SAID = {10: ("a dog", "ein Hund", "some dog"), 20: ("a cat",), 30: ("a cow", "eine Kuh")}
-ANNOTATIONS = [
-    {"id": 100 * image + number, "image_id": image, "caption": caption}
-    for number in range(3)
-    for image, captions in SAID.items()
-    for caption in captions[number : number + 1]
-]
-
-
-def write(folder, images=IMAGES, annotations=ANNOTATIONS, split="train2014"):
-    (folder / split).mkdir(exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
-    for name, level in (("a", 10), ("b", 20), ("c", 30)):
-        (folder / split / f"{name}.jpg").write_bytes(jpeg(level))
-    content = {"info": {}, "images": images, "annotations": annotations}
-    (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content), encoding="utf-8")
-    return folder
-
 
 def test_records(tmp_path):
-    source = Coco(write(tmp_path), "train2014")
+    source = Coco(write_coco(tmp_path), "train2014")
     assert np.abs(np.array(levels(source)) - [10, 20, 30]).max() <= 1  # by the image's id
-    assert source.captions == (SAID[10], SAID[20], SAID[30]) and source[2]["caption"] == SAID[30]
+    assert (
+        source.captions == (COCO_CAPTIONS[10], COCO_CAPTIONS[20], COCO_CAPTIONS[30])
+        and source[2]["caption"] == COCO_CAPTIONS[30]
+    )
     assert source.num_classes == 0 and source[0]["label"] == 0 and source.image_shape == (None, None, 3)
     assert source.describe() == f"COCO (train2014) {tmp_path}: 3 images, 6 captions" and source.check() is None
     grey = pickle.loads(pickle.dumps(Coco(tmp_path, "train2014", channels=1)))
     assert grey[0]["image"].shape == (4, 5, 1) and grey.fingerprint != source.fingerprint
-    write(tmp_path, annotations=ANNOTATIONS[:-1])
+    write_coco(tmp_path, annotations=COCO_ANNOTATIONS[:-1])
     assert Coco(tmp_path, "train2014").fingerprint != source.fingerprint
 
 
@@ -61,11 +45,11 @@ def drawn(source, count=40, **options):
     return ["".join(map(chr, row)) for row in np.concatenate(rows)]
 
 
-ENDS = {said[-2:]: image for image, texts in SAID.items() for said in texts}
+ENDS = {said[-2:]: image for image, texts in COCO_CAPTIONS.items() for said in texts}
 
 
 def test_training_draws_one_caption_and_everything_else_takes_the_first(tmp_path):
-    source = resized(Coco(write(tmp_path), "train2014"), 4, "center_lanczos", 3)
+    source = resized(Coco(write_coco(tmp_path), "train2014"), 4, "center_lanczos", 3)
     tokenized = select_fields(text.tokenized(source, Letters()), ("image", "text_ids"))
     first = ["".join(map(chr, tokenized[i]["text_ids"])) for i in range(3)]
     assert first == ["og", "at", "ow"]
@@ -80,7 +64,7 @@ def test_training_draws_one_caption_and_everything_else_takes_the_first(tmp_path
 
 
 def test_the_draw_is_a_function_of_seed_and_position(tmp_path):
-    tokenized = text.tokenized(resized(Coco(write(tmp_path), "train2014"), 4, "center", 3), Letters())
+    tokenized = text.tokenized(resized(Coco(write_coco(tmp_path), "train2014"), 4, "center", 3), Letters())
     rows = drawn(tokenized, 40)
     assert drawn(tokenized, 24, start_step=2) == rows[16:]
     hosts = [drawn(tokenized, 40, process_index=index, process_count=2) for index in range(2)]
@@ -92,19 +76,25 @@ def test_the_draw_is_a_function_of_seed_and_position(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"images": IMAGES + [{"id": 40, "file_name": "d.jpg"}]}, "names 1 images without a caption: d.jpg; remove"),
         (
-            {"annotations": [*ANNOTATIONS, {"id": 1, "image_id": 99, "caption": "x"}]},
+            {"images": COCO_IMAGES + [{"id": 40, "file_name": "d.jpg"}]},
+            "names 1 images without a caption: d.jpg; remove",
+        ),
+        (
+            {"annotations": [*COCO_ANNOTATIONS, {"id": 1, "image_id": 99, "caption": "x"}]},
             "names 1 captions of images that it does not list: 1; get the file again",
         ),
-        ({"images": [*IMAGES, IMAGES[0]]}, "names 2 images that come twice: 30, c.jpg; get the file again"),
-        ({"annotations": [*ANNOTATIONS, ANNOTATIONS[0]]}, "names 1 captions that come twice: 1000; get the file again"),
+        ({"images": [*COCO_IMAGES, COCO_IMAGES[0]]}, "names 2 images that come twice: 30, c.jpg; get the file again"),
+        (
+            {"annotations": [*COCO_ANNOTATIONS, COCO_ANNOTATIONS[0]]},
+            "names 1 captions that come twice: 1000; get the file again",
+        ),
         ({"images": [{"id": 1}]}, r"is not a file of COCO captions \(KeyError\('file_name'\)\): get it again"),
         ({"images": 3}, "is not a file of COCO captions .TypeError"),
         ({"images": [{"id": 1, "file_name": None}]}, r"is not .*images\[0\] has file_name None, expected str"),
         ({"images": [{"id": "1", "file_name": "a.jpg"}]}, r"is not .*images\[0\] has id '1', expected int"),
         (
-            {"annotations": [*ANNOTATIONS, {"id": 1, "image_id": 10, "caption": None}]},
+            {"annotations": [*COCO_ANNOTATIONS, {"id": 1, "image_id": 10, "caption": None}]},
             r"is not a file of COCO captions \(TypeError\('annotations\[6\] has caption None, expected str'\)\): get",
         ),
         ({"annotations": [{"id": 1, "image_id": 10, "caption": "\ud83d"}]}, r"is not .*has caption '\\+ud83d', expe"),
@@ -112,23 +102,23 @@ def test_the_draw_is_a_function_of_seed_and_position(tmp_path):
     ],
 )
 def test_files_that_do_not_fit(tmp_path, changes, message):
-    write(tmp_path, **changes)
+    write_coco(tmp_path, **changes)
     with pytest.raises(ValueError, match=f"captions_train2014.json {message}") as error:
         Coco(tmp_path, "train2014")
     assert "\n" not in str(error.value)
 
 
 def test_absent_images_are_counted_and_named(tmp_path):
-    images = [*IMAGES, {"id": 40, "file_name": "../train2014/a.jpg"}, {"id": 50, "file_name": "e.jpg"}]
-    annotations = [*ANNOTATIONS, *({"id": i, "image_id": i, "caption": "x"} for i in (40, 50))]
-    write(tmp_path, images, annotations)
+    images = [*COCO_IMAGES, {"id": 40, "file_name": "../train2014/a.jpg"}, {"id": 50, "file_name": "e.jpg"}]
+    annotations = [*COCO_ANNOTATIONS, *({"id": i, "image_id": i, "caption": "x"} for i in (40, 50))]
+    write_coco(tmp_path, images, annotations)
     message = f"names 2 images that are not in {tmp_path}/train2014: ../train2014/a.jpg, e.jpg; copy them there"
     with pytest.raises(ValueError, match=message):
         Coco(tmp_path, "train2014")
 
 
 def test_dangling_links(tmp_path):
-    write(tmp_path)
+    write_coco(tmp_path)
     (tmp_path / "train2014" / "other.jpg").symlink_to(tmp_path / "nowhere")
     assert len(Coco(tmp_path, "train2014")) == 3
     (tmp_path / "train2014" / "a.jpg").unlink()
@@ -138,7 +128,7 @@ def test_dangling_links(tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
-    write(tmp_path)
+    write_coco(tmp_path)
     with pytest.raises(FileNotFoundError, match="no .*/annotations/captions_val2014.json: set .*, and data.split"):
         Coco(tmp_path, "val2014")
     (tmp_path / "annotations" / "captions_val2014.json").write_text("{")
@@ -153,8 +143,8 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_bad_images(tmp_path):
-    write(tmp_path)
+    write_coco(tmp_path)
     (tmp_path / "train2014" / "b.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 of 3 images in .*/train2014 are not whole images, .*: b.jpg \("):
         Coco(tmp_path, "train2014").check()
-    assert Coco(tmp_path, "train2014", max_bad_images=1)[1]["caption"] == SAID[30]
+    assert Coco(tmp_path, "train2014", max_bad_images=1)[1]["caption"] == COCO_CAPTIONS[30]

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 from helpers import tiny, toy_encoding
+from helpers.refusals import refused
+from helpers.scoring import Pooler
+from helpers.text_encoders import Lengths
 from helpers.toy_encoding import Source, Toy
-from test_build import refused
-from test_build_data import Lengths
-from test_sample import Pooler
 
 from configs import imagenet
 from input_pipeline import loader

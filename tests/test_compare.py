@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.refusals import refused
 from helpers.small_runs import config_of
 from PIL import Image
-from test_build import refused
 
 from nested import figures as pictures
 from nested.build.levels import build_levels

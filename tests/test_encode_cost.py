@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from helpers import toy_encoding as toy
+from helpers.refusals import refused
 from helpers.small_runs import config_of
-from test_build import refused
 
 from input_pipeline import latent_records as records
 from nested.build import data as build_data

@@ -1,11 +1,10 @@
-# ruff: noqa: F811  fixtures are imported, and then named as arguments
 """nested/evaluation/report.py beyond a run of its own: weight files, and what is refused before anything is trained."""
 
 import json
 
 import numpy as np
 import pytest
-from test_sample import fake_scoring, pooler  # noqa: F401
+from helpers.scoring import fake_scoring
 
 from nested.build import data as build_data
 from nested.evaluation import report as evaluate

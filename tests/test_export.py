@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 from helpers import small_runs
+from helpers.scoring import Pooler
 from helpers.weight_files import write_safetensors, write_state
 from safetensors.numpy import load_file
-from test_sample import Pooler
 
 from nested.build import data as build_data
 from nested.evaluation import report as evaluate

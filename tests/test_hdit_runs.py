@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.refusals import refused
+from helpers.steps import batch_of, make
 from helpers.tiny import get_config, run_main
-from test_build import refused
-from test_train import assert_equal, batch_of, copied, make
+from helpers.trees import assert_equal, copied
 
 from configs import common
 from input_pipeline import sources

@@ -11,24 +11,14 @@ import zlib
 import numpy as np
 import pytest
 import scipy.io
+from helpers.data_sets import IMAGENET_TRAIN, write_imagenet_train
 from helpers.tar_files import jpeg, levels, tar
 
 from input_pipeline import devkit, loader, tars
 from input_pipeline.imagenet import ImageNetTar
 
-TRAIN = {
-    "n02119789.tar": {"n02119789_2.JPEG": jpeg(30), "n02119789_10.JPEG": jpeg(40)},
-    "n01440764.tar": {"n01440764_5.JPEG": jpeg(10)},
-    "n02100735.tar": {"n02100735_1.JPEG": jpeg(20)},
-}
 KIT_IDS = {1: "n02119789", 2: "n02100735", 3: "n01440764", 1001: "n00001740"}  # the real ones; 1001 is no leaf
 VALIDATION = {f"ILSVRC2012_val_{number:08}.JPEG": jpeg(50 * number) for number in (3, 1, 2)}
-
-
-def write_train(folder, content=None):
-    inner = {name: tar(images) for name, images in (content or TRAIN).items()}
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
-    return folder
 
 
 def meta_mat(name="synsets", **options):
@@ -66,7 +56,7 @@ def close(found, expected):
 
 
 def test_training_images(tmp_path, monkeypatch):
-    source = opened(write_train(tmp_path))
+    source = opened(write_imagenet_train(tmp_path))
     assert source.class_names == ("n01440764", "n02100735", "n02119789") and source.num_classes == 3
     assert close(levels(source), [10, 20, 40, 30])  # by class, then by file name
     assert [int(source[i]["label"]) for i in range(4)] == [0, 1, 2, 2] and source[0]["label"].dtype == np.int32
@@ -82,14 +72,16 @@ def test_training_images(tmp_path, monkeypatch):
 
 
 def test_a_changed_tar_is_walked_again(tmp_path):
-    first = opened(write_train(tmp_path)).fingerprint
-    write_train(tmp_path, TRAIN | {"n01440764.tar": {"n01440764_5.JPEG": jpeg(11), "n01440764_6.JPEG": jpeg(12)}})
+    first = opened(write_imagenet_train(tmp_path)).fingerprint
+    write_imagenet_train(
+        tmp_path, IMAGENET_TRAIN | {"n01440764.tar": {"n01440764_5.JPEG": jpeg(11), "n01440764_6.JPEG": jpeg(12)}}
+    )
     source = opened(tmp_path)
     assert len(source) == 5 and source.fingerprint != first and close(levels(source)[:2], [11, 12])
 
 
 def test_subsets_of_the_classes(tmp_path):
-    write_train(tmp_path)
+    write_imagenet_train(tmp_path)
     source = opened(tmp_path, classes=("n02119789", "n01440764"))
     assert close(levels(source), [10, 40, 30]) and source.class_names == ("n01440764", "n02119789")
     assert [int(source[i]["label"]) for i in range(3)] == [0, 1, 1] and source.shard_ends.tolist() == [1, 3]
@@ -107,7 +99,7 @@ def test_validation_images_have_the_labels_of_training(tmp_path, labels):
         lines = [f"ILSVRC2012_val_{number:08}.JPEG  {wnid}" for number, wnid in wnids.items()]
         (tmp_path / "val_labels.txt").write_text("\n".join(lines) + "\n\n")
     source = opened(tmp_path, "validation")
-    assert source.class_names == opened(write_train(tmp_path)).class_names
+    assert source.class_names == opened(write_imagenet_train(tmp_path)).class_names
     assert close(levels(source), [100, 150, 50])  # images 2, 3, 1: the classes in sorted order
     assert [int(source[i]["label"]) for i in range(3)] == [0, 1, 2]
 
@@ -211,10 +203,10 @@ def test_damaged_training_tars(tmp_path):
         ({"cat.tar": {"a": b""}}, "found cat.tar$"),
         ({"n01440764.tar": {"../a": b""}}, r"has a member '../a', .* \(its member n01440764.tar\)"),
     ):
-        write_train(tmp_path, content)
+        write_imagenet_train(tmp_path, content)
         with pytest.raises(ValueError, match=message):
             opened(tmp_path)
-    inner = tar(TRAIN["n02119789.tar"])
+    inner = tar(IMAGENET_TRAIN["n02119789.tar"])
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar([("n02119789.tar", inner), ("n02119789.tar", inner)]))
     with pytest.raises(ValueError, match="img_train.tar has two members 'n02119789.tar': make the tar anew"):
         opened(tmp_path)
@@ -227,7 +219,7 @@ def test_damaged_training_tars(tmp_path):
 
 
 def test_bad_images(tmp_path):
-    write_train(tmp_path, TRAIN | {"n01440764.tar": {"n01440764_5.JPEG": jpeg(10)[:-40]}})
+    write_imagenet_train(tmp_path, IMAGENET_TRAIN | {"n01440764.tar": {"n01440764_5.JPEG": jpeg(10)[:-40]}})
     message = r"1 of 4 images in .*img_train.tar are not whole images, .*max_bad_images is 0: n01440764_5.JPEG \("
     with pytest.raises(ValueError, match=message):
         opened(tmp_path).check()

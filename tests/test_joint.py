@@ -3,64 +3,26 @@ shown."""
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.leafwise import SHAPES, Leafwise, joint, losses
+from helpers.probes import draw, make_levels
 from helpers.processes import run_python
+from helpers.refusals import refused
 from helpers.tiny_mdm import get_config
-from test_build import refused
-from test_hierarchy import draw, make_levels
-from test_train import assert_equal
+from helpers.trees import assert_equal
 
 from nested.build import data as build_data
 from nested.build.text import load_text_encoder
-from nested.diffusion import hierarchy, process, schedules
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import hierarchy, schedules
 from nested.latents import store as latents
-from nested.models import layers
 from nested.runtime import partition
 from nested.sampling import generator as sample
 from nested.training import loop as train
 
-SHAPES = ((2, 2, 1), (4, 4, 1))
 NULL_TEXT = {"text": np.full((3, 2), -5.0, np.float32), "text_mask": np.array([True, False, False])}
-
-
-class Leafwise(layers.Backbone):
-    """Of each leaf: gain x + bias + the time, whatever its rows; of the text, the kept tokens' sum."""
-
-    sees_text: bool = False
-
-    @nn.compact
-    def __call__(self, x, c_noise, cond, *, train):
-        outputs = []
-        for i, leaf in enumerate(jax.tree.leaves(x)):
-            bias, gain = (self.param(f"{name}_{i}", nn.initializers.normal(1.0), (1,)) for name in ("bias", "gain"))
-            outputs.append(gain[0] * leaf + bias[0] + jnp.mean(c_noise))
-            if self.sees_text:
-                seen = jnp.sum(cond["text"] * cond["text_mask"][..., None], axis=(1, 2))
-                outputs[-1] = jnp.zeros_like(leaf) + seen.reshape(-1, *[1] * (leaf.ndim - 1))
-        return jax.tree.unflatten(jax.tree.structure(x), outputs)
-
-
-def joint(**changes):
-    """A level of 2 and 4 pixels whose network predicts x0 and is told 1000 t."""
-    proc = process.Process((schedules.cosine(),), parameterization="x0", time_scale=1000.0)
-    level = hierarchy.Level("x", SHAPES, Leafwise(), proc, samplers.DDIM(4), leaf_weights=(1.0, 0.5))
-    return dataclasses.replace(level, **changes)
-
-
-def of_images(batch, seed=0):
-    random = np.random.default_rng(seed)
-    return {"x": tuple(jnp.asarray(random.normal(size=(batch, *shape)), jnp.float32) for shape in SHAPES)}
-
-
-def losses(level, params, batch=4, variables=None, train=True):
-    keys = hierarchy.rows(jax.random.key(1), batch)
-    times = {"x": jnp.full(batch, 0.3)}  # one time, as Leafwise adds the mean
-    return hierarchy.losses((level,), params, variables or of_images(batch), {}, times, keys, train=train)["x"]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +67,7 @@ FOUR_DEVICES = """
 import jax, sys
 sys.path.insert(0, "tests")
 from jax.sharding import NamedSharding, PartitionSpec
-from test_joint import hierarchy, joint, losses, of_images
+from helpers.leafwise import hierarchy, joint, losses, of_images
 params = hierarchy.init((joint(),), jax.random.key(0))
 rows = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
 loss = jax.jit(lambda variables: losses(joint(mixed=(2, 1)), params, 8, variables), out_shardings=rows)

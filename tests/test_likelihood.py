@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sigma_samplers import mixture_denoiser
+from helpers.exact import mixture_denoiser
 
 from nested.diffusion import likelihood
 from nested.diffusion.likelihood import log_likelihood

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers.shipped import get_config
 from helpers.shrunk import check_two_steps, on_random_data
-from test_configs import get_config
 
 from configs import mdm
 from nested.build.levels import build_levels

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from helpers import tiny_mdm
 from helpers.processes import finish
+from helpers.refusals import refused
+from helpers.scoring import Pooler
 from helpers.tiny import start_main
 from PIL import Image
-from test_build import refused
-from test_sample import Pooler
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import toy_encoding as toy
+from helpers.neighbors import by_definition
 from PIL import Image
-from test_nearest import by_definition
 
 from configs import common
 from input_pipeline import latent_records as records

@@ -1,9 +1,9 @@
 """configs/coco.py, coco_iclr.py, imagenet100.py, rcg.py: the papers' numbers, and one real training step of each."""
 
 import pytest
+from helpers.refusals import refused
+from helpers.shipped import get_config
 from helpers.shrunk import check_two_steps, on_random_data
-from test_build import refused
-from test_configs import get_config
 
 from configs import imagenet100
 from nested.build.levels import build_levels

@@ -1,6 +1,5 @@
 """Parquet files of images with captions or labels, as Hugging Face's data sets are kept."""
 
-import json
 import pickle
 import sys
 
@@ -8,6 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.data_sets import parquet_images, write_parquet
 from helpers.tar_files import jpeg, levels
 
 from input_pipeline import captions as text
@@ -18,29 +18,16 @@ from input_pipeline.parquet import Parquet
 LEVELS = (10, 20, 30, 40, 50)
 
 
-def structs(levels):
-    return [{"bytes": jpeg(level), "path": f"{level}.jpg"} for level in levels]
-
-
-def write(folder, name, columns, group=2, names=()):
-    """A file of row groups of `group` rows; names: of the classes, as Hugging Face notes them."""
-    table = pyarrow.table(columns)
-    if names:
-        note = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(note)})
-    (folder / name).parent.mkdir(exist_ok=True, parents=True)
-    pyarrow.parquet.write_table(table, folder / name, row_group_size=group)
-    return folder
-
-
 def close(found, expected):
     return np.abs(np.array(found) - expected).max() <= 1  # JPEG
 
 
 @pytest.fixture
 def captioned(tmp_path):
-    write(tmp_path, "data/train-1.parquet", {"image": structs(LEVELS[3:]), "caption": ["d", "e"]})
-    return write(tmp_path, "data/train-0.parquet", {"image": structs(LEVELS[:3]), "caption": ["a", "b", "ü"]})
+    write_parquet(tmp_path, "data/train-1.parquet", {"image": parquet_images(LEVELS[3:]), "caption": ["d", "e"]})
+    return write_parquet(
+        tmp_path, "data/train-0.parquet", {"image": parquet_images(LEVELS[:3]), "caption": ["a", "b", "ü"]}
+    )
 
 
 def test_captions(captioned):
@@ -56,7 +43,7 @@ def test_captions(captioned):
 
 
 def test_labels_and_bytes_in_columns_of_other_names(tmp_path):
-    write(tmp_path, "a.parquet", {"img": [jpeg(level) for level in LEVELS], "fine": [1, 0, 2, 1, 0]})
+    write_parquet(tmp_path, "a.parquet", {"img": [jpeg(level) for level in LEVELS], "fine": [1, 0, 2, 1, 0]})
     source = Parquet(tmp_path, image_key="img", label_key="fine")
     assert close(levels(source), LEVELS) and [int(source[i]["label"]) for i in range(5)] == [1, 0, 2, 1, 0]
     assert source.class_names == ("0", "1", "2") and source.captions is None and "caption" not in source[0]
@@ -68,15 +55,15 @@ def test_labels_and_bytes_in_columns_of_other_names(tmp_path):
 
 
 def test_names_of_classes_and_several_captions(tmp_path):
-    columns = {"image": structs(LEVELS[:2]), "label": [1, 1], "caption": [["a", "b"], ["c"]]}
-    source = Parquet(write(tmp_path, "a.parquet", columns, names=("cat", "dog")))
+    columns = {"image": parquet_images(LEVELS[:2]), "label": [1, 1], "caption": [["a", "b"], ["c"]]}
+    source = Parquet(write_parquet(tmp_path, "a.parquet", columns, names=("cat", "dog")))
     assert source.class_names == ("cat", "dog") and source[0]["label"] == 1
     assert source.captions == (("a", "b"), ("c",))
     assert Parquet(tmp_path, classes=("dog",)).captions == source.captions
 
 
 def test_only_a_few_row_groups_are_kept(tmp_path, monkeypatch):
-    write(tmp_path, "a.parquet", {"image": structs(LEVELS * 2), "caption": ["x"] * 10}, group=1)
+    write_parquet(tmp_path, "a.parquet", {"image": parquet_images(LEVELS * 2), "caption": ["x"] * 10}, group=1)
     source, reads = Parquet(tmp_path), []
     read = pyarrow.parquet.ParquetFile.read_row_group
     monkeypatch.setattr(
@@ -92,7 +79,7 @@ def test_every_row_group_of_a_window_is_kept(tmp_path, monkeypatch):
     for number, group in enumerate((1, 2, 3, 5)):
         rows = 7 * group
         columns = {"image": [jpeg(9)] * rows, "label": [i % 2 for i in range(rows)]}
-        write(tmp_path, f"{number}.parquet", columns, group=group)
+        write_parquet(tmp_path, f"{number}.parquet", columns, group=group)
     reads = []
     read = parquet._read_group
     monkeypatch.setattr(parquet, "_read_group", lambda *where: reads.append(where[:2]) or read(*where))
@@ -123,8 +110,8 @@ def test_a_group_that_cannot_be_read_is_no_bad_image(captioned, monkeypatch):
 
 
 def test_bad_images(tmp_path):
-    rows = [{"bytes": None, "path": "a.jpg"}, None, {"bytes": jpeg(9)[:-40], "path": ""}, *structs([90])]
-    write(tmp_path, "a.parquet", {"image": rows, "caption": list("abcd")})
+    rows = [{"bytes": None, "path": "a.jpg"}, None, {"bytes": jpeg(9)[:-40], "path": ""}, *parquet_images([90])]
+    write_parquet(tmp_path, "a.parquet", {"image": rows, "caption": list("abcd")})
     message = r"3 of 4 rows in .*: a.parquet row 0 of group 0 \(no bytes\), a.parquet row 1 of group 0 \(no bytes\), a"
     with pytest.raises(ValueError, match=message):
         Parquet(tmp_path).check()
@@ -147,7 +134,7 @@ def test_bad_images(tmp_path):
     ],
 )
 def test_other_columns(tmp_path, columns, message):
-    write(tmp_path, "a.parquet", columns)
+    write_parquet(tmp_path, "a.parquet", columns)
     with pytest.raises(ValueError, match=message) as error:
         Parquet(tmp_path)
     assert "\n" not in str(error.value)
@@ -166,17 +153,19 @@ def test_notes_of_hugging_face(tmp_path):
 
 
 def test_captions_that_are_null_are_named_before_the_first_step(tmp_path):
-    source = Parquet(write(tmp_path, "a.parquet", {"image": structs(LEVELS[:3]), "caption": ["a", None, "c"]}))
+    source = Parquet(
+        write_parquet(tmp_path, "a.parquet", {"image": parquet_images(LEVELS[:3]), "caption": ["a", None, "c"]})
+    )
     assert isinstance(source._captions, Texts) and source.captions == ("a", "", "c")
     with pytest.raises(ValueError, match="1 of 3 examples have no caption or an empty one, such as 1: give"):
         text.captions(source)
 
 
 def test_labels_beyond_the_names_and_files_that_differ(tmp_path):
-    write(tmp_path, "a.parquet", {"image": structs([1]), "label": [2]}, names=("cat", "dog"))
+    write_parquet(tmp_path, "a.parquet", {"image": parquet_images([1]), "label": [2]}, names=("cat", "dog"))
     with pytest.raises(ValueError, match="labels in column 'label' are not in 0 to 1, such as 2"):
         Parquet(tmp_path)
-    write(tmp_path, "b.parquet", {"image": structs([1]), "caption": ["a"]})
+    write_parquet(tmp_path, "b.parquet", {"image": parquet_images([1]), "caption": ["a"]})
     with pytest.raises(ValueError, match=r"a.parquet has no column 'caption', others have \(1 such files\): remove it"):
         Parquet(tmp_path)
 
@@ -194,7 +183,7 @@ def test_damaged_files(captioned):
 def test_captions_that_are_not_utf8(tmp_path):
     ends = pyarrow.array([0, 1], pyarrow.int32()).buffers()[1]
     latin = pyarrow.StringArray.from_buffers(1, ends, pyarrow.py_buffer(b"\xfc"))
-    write(tmp_path, "a.parquet", {"image": structs([1]), "caption": latin})
+    write_parquet(tmp_path, "a.parquet", {"image": parquet_images([1]), "caption": latin})
     with pytest.raises(ValueError, match="a.parquet is not a whole Parquet file .'utf-8' codec can't decode"):
         Parquet(tmp_path)
 

@@ -7,12 +7,11 @@ import importlib
 import jax
 import numpy as np
 import pytest
-import test_clip_text
+from helpers.text_encoders import hugging_face_clip, small_clip, write_clip_tokenizer
 from helpers.tiny import run_main
 from helpers.weight_files import Call, write_state
 from PIL import Image
 from safetensors.numpy import save_file
-from test_clip_text import hugging_face, write_tokenizer
 
 from configs import uvit_release
 from nested.build.levels import build_levels
@@ -25,7 +24,11 @@ from nested.training import loop as train
 from nested.weights import exchange as export
 from nested.weights import files as weights
 
-network = test_clip_text.network  # a fixture: parameters of a small CLIP
+
+@pytest.fixture
+def network():
+    return small_clip()
+
 
 # --- the numbers of the releases ---------------------------------------------------------------------------------
 
@@ -182,8 +185,8 @@ def test_imagenet_from_a_file_to_images(autoencoder, tmp_path):
 
 
 def test_coco_from_a_file_to_images(autoencoder, network, tmp_path):
-    write_tokenizer(tmp_path / "tokenizer.json")
-    save_file(hugging_face(network, ""), tmp_path / "model.safetensors")
+    write_clip_tokenizer(tmp_path / "tokenizer.json")
+    save_file(hugging_face_clip(network, ""), tmp_path / "model.safetensors")
     config = shrunk(uvit_release.get_config("coco_small"), (8, 8, 4), 3, autoencoder)
     config.text.update(weights=str(tmp_path), width=64)
     config.sample.prompts = ("a red apple", "apple")

@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from helpers.scoring import CLASSES, Pooler, fake_scoring, tiny_config
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -21,25 +22,6 @@ from nested.runtime import partition
 from nested.sampling import generator as sample
 from nested.spaces import autoencoder_kl
 from nested.spaces.pixels import to_images
-
-CLASSES = 3
-
-
-def tiny_config(batch_size=4):
-    """Two levels of U-ViT, width 16, two steps of DDPM (so that the samplers' own noise is part of the test)."""
-    config = common.default()
-    net = common.uvit(width=16, depth=2, num_heads=2)
-    ddpm = dict(name="ddpm", steps=2, t_end=1e-3)
-    config.data.num_classes = CLASSES
-    config.levels = (
-        common.level("top", "map", (1, 1, 4), 1, sigma=0.5, guidance=0.5, backbone=net, sampler=ddpm),
-        common.level("x", "pixels", (4, 4, 1), 2, guidance=0.3, backbone=net, sampler=ddpm),
-    )
-    config.hierarchy.update(label_levels=("top", "x"), noise_gamma=0.3)
-    config.sample.update(num_samples=6, batch_size=batch_size, columns=3, scale=1)
-    config.evaluate.update(num_samples=6, num_reference=6)
-    config.encoder.batch_size = 4
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -260,27 +242,6 @@ def test_sampling_nothing_is_refused(number):
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-class Pooler:
-    """A stand-in for EfficientNet: 5 random linear features; remembers the batch sizes that it saw."""
-
-    fingerprint, input_size = "0123456789abcdef", 32
-
-    def __init__(self):
-        self.sizes = []
-
-    def pooled(self, images):
-        self.sizes.append(len(images))
-        weights = np.random.default_rng(0).normal(size=(images[0].size, 5))
-        return (images.reshape(len(images), -1) / 255) @ weights
-
-
-@pytest.fixture
-def pooler(monkeypatch):
-    pooler = Pooler()
-    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
-    return pooler
-
-
 def test_features_are_padded_to_one_batch_size():
     images = np.random.default_rng(1).integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
     pooler = Pooler()
@@ -292,28 +253,6 @@ def test_features_are_padded_to_one_batch_size():
 def test_rechunk():
     chunks = list(evaluate.rechunk([np.arange(5), np.arange(2)], 3))
     assert [chunk.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4], [0, 1]]
-
-
-def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
-    """(generator, source): the guided generator returns the data themselves, the unguided one brighter images."""
-    config = tiny_config()
-    config.data.num_classes = number
-    config.evaluate.update(num_samples=number, num_reference=number, unguided=unguided)
-    images = np.random.default_rng(2).integers(0, 200, (number, 4, 4, 1), dtype=np.uint8)
-    levels = tuple(
-        dataclasses.replace(level, guidance=w) for level, w in zip(build_levels(tiny_config()), guidance, strict=True)
-    )
-
-    class Fake(sample.Generator):
-        def with_guidance(self, weights):
-            unguided = [dataclasses.replace(level, guidance=w) for level, w in zip(levels, weights, strict=True)]
-            return Fake(config, unguided, None, None, lambda *a: self.draw(*a) + np.uint8(50))
-
-    class Images(list):
-        fingerprint = "fedcba9876543210"
-
-    source = Images({"image": image} for image in images)
-    return Fake(config, levels, None, None, lambda params, keys, given: images[given["label"]]), source
 
 
 def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):

@@ -5,10 +5,10 @@ import os
 
 import pytest
 from helpers.processes import finish
+from helpers.refusals import refused
 from helpers.small_runs import config_of
 from helpers.tiny import start_main
-from test_build import refused
-from test_train import assert_equal
+from helpers.trees import assert_equal
 
 from nested.modes import search
 from nested.runtime import checkpoint

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.exact import exact_errors, padded
+from helpers.exact import exact_errors, mixture_denoiser, padded
 
 from nested.diffusion.process import Process
 from nested.diffusion.samplers.dpm_solver import DDIM, DPMSolver
@@ -52,22 +52,6 @@ RECORDED = {
     "sample_dpmpp_2m_sde": DPMpp2MSDE,
     "sample_dpmpp_3m_sde": DPMpp3MSDE,
 }
-
-
-def mixture_denoiser(record, process):
-    """The posterior mean of the record's mixture of 3 Gaussians in 4 dimensions."""
-    mean_MD, std_M, weight_M = (jnp.asarray(record[f"gmm/{name}"]) for name in ("mu", "s", "w"))
-
-    def denoise(x_BD, t, cond):
-        alpha_B11, sigma_B11 = (value.reshape(-1, 1, 1) for value in process.schedules[0](t))
-        variance_BM1 = alpha_B11**2 * std_M.reshape(1, -1, 1) ** 2 + sigma_B11**2
-        offset_BMD = x_BD[:, None] - alpha_B11 * mean_MD[None]
-        exponent_BM = -0.5 * jnp.sum(offset_BMD**2 / variance_BM1 + jnp.log(variance_BM1), axis=-1)
-        share_BM1 = jax.nn.softmax(jnp.log(weight_M)[None] + exponent_BM, axis=1)[..., None]
-        gain_BM1 = alpha_B11 * std_M.reshape(1, -1, 1) ** 2 / variance_BM1
-        return jnp.sum(share_BM1 * (mean_MD[None] + gain_BM1 * offset_BMD), axis=1)
-
-    return denoise
 
 
 def recorded_noise(case, noise, commit, rows):

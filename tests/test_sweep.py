@@ -9,11 +9,11 @@ import types
 import jax
 import numpy as np
 import pytest
+from helpers.refusals import refused
+from helpers.scoring import Pooler
 from helpers.small_runs import config_of
 from matplotlib.figure import Figure
 from PIL import Image
-from test_build import refused
-from test_sample import Pooler
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels

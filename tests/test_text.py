@@ -7,21 +7,13 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.text_encoders import CAPTIONS, T5_TOKENS, T5_WORDS, golden_t5, write_t5, write_t5_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from input_pipeline import tokens
 from nested.build.text import TEXT_ENCODERS
 from nested.encoders import minilm, t5
 from nested.encoders.text_encoder import load_text_encoder
-
-MAX_TOKENS = 5
-WORDS = ("red", "green", "apple", "circle", "a")
-CAPTIONS = ("a red apple", "green circle", "a red apple", "a green circle a red circle")
-
-
-def golden_t5(golden, name="enc_t5.npz"):
-    expected = golden(name)
-    return {key[2:]: array for key, array in expected.items() if key.startswith("w/")}, expected
 
 
 @pytest.mark.parametrize("name", ["enc_t5.npz", "enc_t5_v1_0.npz"])
@@ -75,58 +67,36 @@ def test_minilm_equals_transformers(golden):
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def write_tokenizer(path, end=True, words=WORDS):
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenisation: pip install tokenizers")
-    special = ("<pad>", "</s>", "<unk>")
-    vocabulary = {word: i for i, word in enumerate((*special, *words))}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    if end:
-        template = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        tokenizer.post_processor = template
-    tokenizer.enable_padding(length=9)  # as the files of some models do; read_tokenizer undoes both
-    tokenizer.enable_truncation(2)
-    tokenizer.save(str(path))
-
-
 @pytest.fixture
 def folder(tmp_path, golden):
-    """A whole T5 in two files, as transformers saves a large one, with a tokenizer of five words."""
-    params, _ = golden_t5(golden)
-    names = sorted(params)
-    (tmp_path / "t5").mkdir()
-    for number, part in enumerate((names[:9], names[9:]), 1):
-        tensors = {name: params[name] for name in part} | {f"decoder.{number}.weight": np.zeros((2, 2), np.float32)}
-        save_file(tensors, tmp_path / "t5" / f"model-0000{number}-of-00002.safetensors")
-    write_tokenizer(tmp_path / "t5" / "tokenizer.json")
-    return tmp_path / "t5"
+    return write_t5(tmp_path / "t5", golden)
 
 
 @pytest.fixture
 def encoder(folder):
-    return load_text_encoder(t5.NETWORK, folder, MAX_TOKENS)
+    return load_text_encoder(t5.NETWORK, folder, T5_TOKENS)
 
 
 def test_load_reads_a_whole_t5(folder, encoder, golden, tmp_path):
     params, _ = golden_t5(golden)
-    assert encoder.name == "t5" and encoder.width == 48 and encoder.max_tokens == MAX_TOKENS
+    assert encoder.name == "t5" and encoder.width == 48 and encoder.max_tokens == T5_TOKENS
     assert encoder.params.keys() == params.keys()
     ids, mask = encoder.tokenize(list(CAPTIONS))
     features = encoder.features(ids, mask)
-    assert features.shape == (4, MAX_TOKENS, 48) and features.dtype == jnp.float32
+    assert features.shape == (4, T5_TOKENS, 48) and features.dtype == jnp.float32
     np.testing.assert_array_equal(features, t5.t5(params, ids, mask))
     np.savez(folder / "one.npz", **params)
-    assert load_text_encoder(t5.NETWORK, str(folder / "one.npz"), MAX_TOKENS).params.keys() == params.keys()
+    assert load_text_encoder(t5.NETWORK, str(folder / "one.npz"), T5_TOKENS).params.keys() == params.keys()
 
 
 def test_the_fingerprint_is_of_weights_tokenizer_and_length(folder, encoder, golden):
-    fingerprints = [encoder.fingerprint, load_text_encoder(t5.NETWORK, folder, MAX_TOKENS + 1).fingerprint]
-    assert load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).fingerprint == encoder.fingerprint
-    write_tokenizer(folder / "tokenizer.json", words=(*WORDS, "blue"))
-    fingerprints.append(load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).fingerprint)
+    fingerprints = [encoder.fingerprint, load_text_encoder(t5.NETWORK, folder, T5_TOKENS + 1).fingerprint]
+    assert load_text_encoder(t5.NETWORK, folder, T5_TOKENS).fingerprint == encoder.fingerprint
+    write_t5_tokenizer(folder / "tokenizer.json", words=(*T5_WORDS, "blue"))
+    fingerprints.append(load_text_encoder(t5.NETWORK, folder, T5_TOKENS).fingerprint)
     second = folder / "model-00002-of-00002.safetensors"
     save_file({name: array + 1 for name, array in load_file(second).items()}, second)
-    fingerprints.append(load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).fingerprint)
+    fingerprints.append(load_text_encoder(t5.NETWORK, folder, T5_TOKENS).fingerprint)
     assert len(set(fingerprints)) == 4
 
 
@@ -163,9 +133,9 @@ def test_load_refuses(folder, golden, monkeypatch):
         patch.setitem(sys.modules, "tokenizers", None)
         refuses(ImportError, "pip install tokenizers", "t5", folder, 5)
     file = folder / "tokenizer.json"
-    write_tokenizer(file, end=False)
+    write_t5_tokenizer(file, end=False)
     refuses(ValueError, r"tokenizer.json: the empty text has the ids \[\], expected \[1\]", "t5", folder, 5)
-    write_tokenizer(file, words=[str(i) for i in range(118)])
+    write_t5_tokenizer(file, words=[str(i) for i in range(118)])
     refuses(ValueError, "tokenizer.json: 121 ids, the encoder embeds 120", "t5", folder, 5)
     file.write_text("{}")
     refuses(ValueError, "tokenizer.json: not a tokenizer", "t5", folder, 5)
@@ -178,7 +148,7 @@ def test_load_refuses(folder, golden, monkeypatch):
 
 
 def test_bfloat16_is_of_parameters_and_not_of_features(folder, encoder, golden):
-    half = load_text_encoder(t5.NETWORK, folder, MAX_TOKENS, "bfloat16")
+    half = load_text_encoder(t5.NETWORK, folder, T5_TOKENS, "bfloat16")
     assert {leaf.dtype for leaf in half.params.values()} == {jnp.dtype(jnp.bfloat16)}
     assert half.fingerprint != encoder.fingerprint
     ids, mask = encoder.tokenize(list(CAPTIONS))
@@ -200,7 +170,7 @@ def test_sentencepiece_models_serve_t5(folder):
             )  # fmt: skip
 
     write(**ends)
-    assert load_text_encoder(t5.NETWORK, folder, MAX_TOKENS).tokenize([""])[0][0].tolist() == [1, 0, 0, 0, 0]
+    assert load_text_encoder(t5.NETWORK, folder, T5_TOKENS).tokenize([""])[0][0].tolist() == [1, 0, 0, 0, 0]
     (folder / "tokenizer.json").unlink()
     encoder = load_text_encoder(t5.NETWORK, folder, 40)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))

@@ -2,18 +2,18 @@
 
 import dataclasses
 import math
-import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.steps import batch_of, make
 from helpers.tiny import get_config
+from helpers.trees import assert_close, assert_equal, copied
 
 from configs import common
-from input_pipeline import loader, sources
-from nested.build import data as build_data
+from input_pipeline import sources
 from nested.diffusion import hierarchy
 from nested.modes import summary
 from nested.runtime import checkpoint
@@ -22,29 +22,11 @@ from nested.training import loop as train
 from nested.training import optimizer
 
 
-def make(changes=(), config=None):
-    """(run, records) of the tiny synthetic config with the dotted keys of `changes` set."""
-    config = config or get_config("synthetic,L2")
-    config.update_from_flattened_dict(dict(changes))
-    source, latents = build_data.latents(config, tempfile.mkdtemp())
-    return train.make_run(config, latents), source
-
-
 @pytest.fixture(scope="session")
 def base():
     """(run, records, its compiled step, its fresh state as numpy arrays)."""
     run, source = make()
     return run, source, train.compiled_step(run), copied(train.fresh_state(run))
-
-
-def batch_of(source, step=0, rows=8):
-    """Records as a batch; a fixed one for each `step`."""
-    return loader.collate([source[i % len(source)] for i in range(step * rows, (step + 1) * rows)])
-
-
-def copied(tree):
-    """A tree on the host that shares no memory with donated buffers."""
-    return jax.tree.map(np.array, jax.device_get(tree))
 
 
 def on_mesh(run, state):
@@ -61,14 +43,6 @@ def steps(update, run, state, batches):
         states.append(copied(state))
         metrics.append(jax.device_get(values))
     return states, metrics
-
-
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def assert_close(a, b, atol):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
 
 
 # --- a step ------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from helpers import tiny_mdm
 from helpers.exact import OPTIMIZED
-from test_build import refused
-from test_train import assert_equal
+from helpers.refusals import refused
+from helpers.trees import assert_equal
 
 from configs import common
 from nested.build import data as build_data

@@ -1,6 +1,5 @@
 """WebDataset tars of images and of clips, whole and incomplete, and an order that reads them shard by shard."""
 
-import io
 import json
 import pickle
 import sys
@@ -8,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 from absl import logging
+from helpers.data_sets import animation
 from helpers.tar_files import jpeg, levels, tar
-from PIL import Image
 
 from input_pipeline import captions as text
 from input_pipeline import clips, loader, tars, webdataset
@@ -149,14 +148,6 @@ def test_a_long_walk_is_reported(monkeypatch):
     monkeypatch.setattr(logging, "info", lambda form, *values: said.append(form % values))
     assert list(webdataset._with_progress(iter("abcde"), 5)) == list("abcde")
     assert said == [f"{n} of 5 tars have been walked, {left:.1f} minutes to go" for n, left in ((2, 1), (5, 0))]
-
-
-def animation(base, frames=9):
-    """A WebP whose frame k has the grey level base + k."""
-    first, *others = [Image.new("RGB", (4, 6), (base + number,) * 3) for number in range(frames)]
-    file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=others, lossless=True)
-    return file.getvalue()
 
 
 def test_clips_with_captions(tmp_path):

@@ -57,3 +57,19 @@ def exact_errors(schedules, sampler, keys=None, rows=1000, depth=3):
     tables = tuple(padded(table, rows, depth) for table in sampler.tables(process, x_T))
     samples = run_exact(schedules, tables, keys, x_T)
     return [(abs(float(x.mean()) - MEAN), abs(float(x.std()) - STD)) for x in samples]
+
+
+def mixture_denoiser(record, process):
+    """The posterior mean of the record's mixture of 3 Gaussians in 4 dimensions."""
+    mean_MD, std_M, weight_M = (jnp.asarray(record[f"gmm/{name}"]) for name in ("mu", "s", "w"))
+
+    def denoise(x_BD, t, cond):
+        alpha_B11, sigma_B11 = (value.reshape(-1, 1, 1) for value in process.schedules[0](t))
+        variance_BM1 = alpha_B11**2 * std_M.reshape(1, -1, 1) ** 2 + sigma_B11**2
+        offset_BMD = x_BD[:, None] - alpha_B11 * mean_MD[None]
+        exponent_BM = -0.5 * jnp.sum(offset_BMD**2 / variance_BM1 + jnp.log(variance_BM1), axis=-1)
+        share_BM1 = jax.nn.softmax(jnp.log(weight_M)[None] + exponent_BM, axis=1)[..., None]
+        gain_BM1 = alpha_B11 * std_M.reshape(1, -1, 1) ** 2 / variance_BM1
+        return jnp.sum(share_BM1 * (mean_MD[None] + gain_BM1 * offset_BMD), axis=1)
+
+    return denoise

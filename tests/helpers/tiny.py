@@ -14,6 +14,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # as a config of
 
 from helpers.processes import ROOT, finish  # noqa: E402
 
+LEVELS = ("z1x1", "z2x2", "x")  # coarse to fine
+
 
 def get_config(arg=""):
     """synthetic: random latents of the same shapes, and nothing to sample or score. L2: without the middle level; L1:
@@ -42,6 +44,19 @@ def get_config(arg=""):
     if kind == "synthetic":
         config.data.update(source="synthetic", num_examples=64)
         config.sample.num_samples = config.evaluate.num_samples = 0
+    return config
+
+
+def with_changes(*changes, config=None):
+    """The tiny config, or another, with each (path, value) set, as ("levels[1].sampler.steps", 3); a key may be new."""
+    config = config or get_config()
+    with config.unlocked():
+        for path, value in changes:
+            parent, _, key = path.replace("[", ".").replace("]", "").rpartition(".")
+            place = config
+            for part in parent.split(".") if parent else ():
+                place = place[int(part)] if part.isdigit() else place[part]
+            place[key] = value
     return config
 
 
