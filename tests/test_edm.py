@@ -199,7 +199,7 @@ def test_six_training_steps_of_the_authors_code(golden, x64):
     def loss(params, x0, noise, sigma, augment, label):
         process, t = level.process, at(level.process, sigma)
         x_t = process.corrupt(x0, noise, t)
-        network = hierarchy.apply(level, params["x"], train=True)
+        network = hierarchy.apply_network(level, params["x"], train=True)
         raw = network(process.network_input(x_t, t), process.c_noise(t), {"augment": augment, "label": label})
         return jnp.mean(process.loss(raw, x0, noise, x_t, t))
 

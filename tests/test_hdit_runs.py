@@ -85,10 +85,10 @@ def test_the_network_is_told_of_the_augmentation_and_of_none_in_validation_and_s
     (plain,), (level,) = (build_levels(config_of(("data.augment_prob", p))) for p in (0.0, 0.5))
     assert (plain.inputs, level.inputs) == ((), ("augment",))
     batch = next(train.feed(config_of(("data.augment_prob", 0.9)), DIGITS, 0))
-    given = hierarchy.given((level,), batch)
-    assert set(given) == {"label", "augment"} and set(hierarchy.given((plain,), batch)) == {"label"}
-    assert batch["image"].dtype == np.float32 and np.abs(given["augment"]).max() > 0.5
-    cond = hierarchy.conditions(level, {}, given)
+    context = hierarchy.select_context((level,), batch)
+    assert set(context) == {"label", "augment"} and set(hierarchy.select_context((plain,), batch)) == {"label"}
+    assert batch["image"].dtype == np.float32 and np.abs(context["augment"]).max() > 0.5
+    cond = hierarchy.conditions(level, {}, context)
     assert np.array_equal(cond["augment"], batch["augment"])
     null = hierarchy.null_cond(level, cond)  # guidance changes the label alone
     assert np.array_equal(null["augment"], batch["augment"]) and set(np.asarray(null["label"])) == {10}
@@ -138,18 +138,20 @@ def test_dropout_is_drawn_from_the_rows_keys_in_training_only(trained):
     run, states, _ = trained
     (level,), params = run.step.levels, states[7].params
     variables = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)}
-    given, times = {"label": jnp.arange(4)}, {"x": jnp.linspace(0.4, 0.6, 4)}
-    keys = hierarchy.rows(jax.random.key(0), 4)
+    context, times = {"label": jnp.arange(4)}, {"x": jnp.linspace(0.4, 0.6, 4)}
+    keys = hierarchy.row_keys(jax.random.key(0), 4)
 
     @jax.jit
-    def both(variables, given, times, keys):
-        return [hierarchy.losses((level,), params, variables, given, times, keys, train=t)["x"] for t in (True, False)]
+    def both(variables, context, times, keys):
+        return [
+            hierarchy.losses((level,), params, variables, context, times, keys, train=t)["x"] for t in (True, False)
+        ]
 
-    noisy, clean = both(variables, given, times, keys)
-    part = jax.tree.map(lambda leaf: leaf[1:3], (variables, given, times, keys))
+    noisy, clean = both(variables, context, times, keys)
+    part = jax.tree.map(lambda leaf: leaf[1:3], (variables, context, times, keys))
     np.testing.assert_allclose(both(*part)[0], noisy[1:3], rtol=1e-5)
     undropped = jax.jit(lambda: hierarchy.losses(
-        (level_without_drops(level),), params, variables, given, times, keys, train=True)["x"])()  # fmt: skip
+        (level_without_drops(level),), params, variables, context, times, keys, train=True)["x"])()  # fmt: skip
     assert np.abs(noisy - undropped).max() > 1e-6
     np.testing.assert_allclose(undropped, clean, rtol=1e-5)
 

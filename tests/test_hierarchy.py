@@ -167,8 +167,8 @@ def test_noise_on_conditions_of_an_edm_level_falls_over_the_samplers_own_range()
     _, middle, _ = make_levels(noise_gamma=1.0)
     level = dataclasses.replace(middle, process=edm, sampler=sampler)
     t = schedules.ExponentialVE().inverse_log_snr(-np.log([80.0, 0.2, 5e-4, 1e-4]))
-    np.testing.assert_allclose(hierarchy.elapsed(level, jnp.asarray(t)), [1.0, 0.5, 0.0, 0.0], atol=1e-5)
-    assert float(hierarchy.elapsed(middle, jnp.asarray(0.3))) == pytest.approx(0.3)
+    np.testing.assert_allclose(hierarchy.time_fraction(level, jnp.asarray(t)), [1.0, 0.5, 0.0, 0.0], atol=1e-5)
+    assert float(hierarchy.time_fraction(middle, jnp.asarray(0.3))) == pytest.approx(0.3)
 
 
 def test_a_missing_label_names_the_level():
@@ -186,7 +186,7 @@ def test_a_tuple_variable_goes_through_the_same_code():
     fine = hierarchy.Level("fine", (2, 2, 1), Probe(("pair",)), make_levels()[0].process, sampler, ("pair",), (0.3,))
     levels = (pair, fine)
     params = jax.tree.map(jnp.zeros_like, hierarchy.init(levels, jax.random.key(0)))
-    keys = hierarchy.rows(jax.random.key(0), 3)
+    keys = hierarchy.row_keys(jax.random.key(0), 3)
     result = hierarchy.sample(levels, params, every(keys))
     assert [leaf.shape for leaf in result["pair"]] == [(3, 4, 4, 1), (3, 8, 8, 1)]
     variables = {"pair": (jnp.ones((3, 4, 4, 1)), jnp.full((3, 8, 8, 1), 2.0)), "fine": jnp.zeros((3, 2, 2, 1))}

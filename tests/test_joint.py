@@ -90,7 +90,7 @@ def test_what_is_diffused_is_divided_by_the_signal_scales_and_samples_are_not():
     variables = {"x": tuple(jnp.full((4, *shape), 8.0) for shape in SHAPES)}
     np.testing.assert_allclose(losses(told_nothing, params, 4, variables), 8.0**2 + 2.0**2, rtol=1e-6)
     params["x"]["bias_0"] = params["x"]["bias_1"] = jnp.full(1, 3.0)
-    keys = hierarchy.rows(jax.random.key(0), 2)
+    keys = hierarchy.row_keys(jax.random.key(0), 2)
     drawn, shown = hierarchy.sample_level(told_nothing, params["x"], {}, keys, shown=(3,))
     for leaves in (drawn, jax.tree.map(lambda leaf: leaf[0], shown)):
         np.testing.assert_allclose(leaves[0], 3.0, rtol=1e-5)
@@ -111,7 +111,7 @@ def texts(batch):
 @pytest.mark.parametrize("mode", ["joint", "independent"])
 def test_a_dropped_text_is_the_null_text_with_its_mask(mode):
     level = text_level(cond_drop=0.5, drop_mode=mode, num_classes=10)
-    cond = hierarchy.train_conditions(level, {}, texts(4096), hierarchy.rows(jax.random.key(0), 4096))
+    cond = hierarchy.train_conditions(level, {}, texts(4096), hierarchy.row_keys(jax.random.key(0), 4096))
     dropped = ~np.asarray(cond["text_mask"][:, 1])
     assert abs(dropped.mean() - 0.5) < 0.03
     np.testing.assert_array_equal(cond["text"], np.where(dropped[:, None, None], -5.0, 1.0) * np.ones((1, 3, 2)))
@@ -128,13 +128,13 @@ def test_guidance_leads_away_from_the_null_text(params):
 
 def test_missing_text_names_the_level():
     only_text = {"text": texts(2)["text"]}
-    for given, name in (({}, "text"), (only_text, "text_mask")):
+    for context, name in (({}, "text"), (only_text, "text_mask")):
         message = f"level x sees text but no '{name}' [B, tokens, ...] is given"
-        refused(hierarchy.conditions, text_level(), {}, given, match=message)
+        refused(hierarchy.conditions, text_level(), {}, context, match=message)
 
 
 def test_the_text_of_a_batch_reaches_the_network():
-    """Records of random text -> given -> NestedUNet, which refuses to be without; and the gradient of its weights."""
+    """Records of random text -> context -> NestedUNet, which refuses to be without; and the gradient of its weights."""
     config = get_config("deep")
     config.data.update(source="synthetic", num_examples=16)
     config.text.update(encoder="minilm", max_tokens=3, width=6)
@@ -142,9 +142,9 @@ def test_the_text_of_a_batch_reaches_the_network():
     source, made = build_data.latents(config, "unused")
     run = train.make_run(config, made, load_text_encoder(config))
     raw = train.to_device(run, train.loader.collate([source[i] for i in range(8)]))
-    given = hierarchy.given(run.step.levels, raw)
-    np.testing.assert_array_equal(given["text"][5], source[5]["text"])
-    assert given["text_mask"].shape == (8, 3) and run.step.levels[0].null_text["text"].shape == (3, 6)
+    context = hierarchy.select_context(run.step.levels, raw)
+    np.testing.assert_array_equal(context["text"][5], source[5]["text"])
+    assert context["text_mask"].shape == (8, 3) and run.step.levels[0].null_text["text"].shape == (3, 6)
     grads, _ = jax.eval_shape(lambda p: train.gradients(run.step, p, raw, run.key), run.abstract.params)
     assert grads["x"]["inner_unet"]["inner_unet"]["cond_emb"]["kernel"].shape == (6, 32)
     del raw["text"]
@@ -157,20 +157,22 @@ def test_the_text_of_a_batch_reaches_the_network():
 def cascaded(**changes):
     """The level 'middle', which sees 'top' noised."""
     level = make_levels()[1]
-    augmentation = hierarchy.NoiseAugmentation(**dict(schedule=schedules.cosine(), level=400) | changes)
-    return dataclasses.replace(level, cond_sigmas=(0.0,), augmentation=augmentation)
+    condition_noise = hierarchy.ConditionNoise(**dict(schedule=schedules.cosine(), noise_step=400) | changes)
+    return dataclasses.replace(level, cond_sigmas=(0.0,), condition_noise=condition_noise)
 
 
 def noised(level, batch=4096, train=True):
     keys, variables, _ = draw(batch)
     if train:
         return variables["top"], hierarchy.train_conditions(level, variables, {}, keys)
-    return variables["top"], hierarchy.augmented(level, hierarchy.conditions(level, variables, {}), keys, train=False)
+    return variables["top"], hierarchy.add_condition_noise(
+        level, hierarchy.conditions(level, variables, {}), keys, train=False
+    )
 
 
 def test_training_levels_are_uniform_and_told():
-    z, cond = noised(cascaded(steps=4, level=0))
-    told = np.asarray(cond["level_top"])
+    z, cond = noised(cascaded(steps=4, noise_step=0))
+    told = np.asarray(cond["noise_step_top"])
     assert told.dtype == np.float32 and set(told) == {0, 1, 2, 3, 4}
     np.testing.assert_allclose(np.bincount(told.astype(int)) / 4096, 0.2, atol=0.03)
     alpha, sigma = schedules.cosine()(jnp.asarray(told) / 4)
@@ -182,7 +184,7 @@ def test_training_levels_are_uniform_and_told():
 
 def test_sampling_has_one_level():
     z, cond = noised(cascaded(), train=False)
-    assert set(np.asarray(cond["level_top"])) == {400.0} and bool(cond["keep_top"].all())
+    assert set(np.asarray(cond["noise_step_top"])) == {400.0} and bool(cond["keep_top"].all())
     alpha, sigma = schedules.cosine()(0.4)
     noise = np.asarray(cond["top"] - alpha * z)
     assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(sigma, rel=0.03)
@@ -192,17 +194,17 @@ def test_a_cascade_keeps_its_image_where_labels_are_dropped():
     """Guidance leads away from no label, not from no image."""
     level = dataclasses.replace(cascaded(), cond_drop=0.9, num_classes=3)
     keys, variables, _ = draw(64)
-    given = {"label": jnp.zeros(64, jnp.int32)}
-    cond = hierarchy.train_conditions(level, variables, given, keys)
+    context = {"label": jnp.zeros(64, jnp.int32)}
+    cond = hierarchy.train_conditions(level, variables, context, keys)
     assert bool(cond["keep_top"].all()) and 40 < (np.asarray(cond["label"]) == 3).sum() < 64
-    null = hierarchy.null_cond(level, hierarchy.conditions(level, variables, given))
+    null = hierarchy.null_cond(level, hierarchy.conditions(level, variables, context))
     assert bool(null["keep_top"].all()) and (np.asarray(null["label"]) == 3).all()
 
 
 def test_level_0_shows_the_condition_clean():
-    z, cond = noised(cascaded(level=0), 8, train=False)
+    z, cond = noised(cascaded(noise_step=0), 8, train=False)
     np.testing.assert_array_equal(cond["top"], z)
-    assert not cond["level_top"].any()
+    assert not cond["noise_step_top"].any()
 
 
 def test_samples_see_their_level():
@@ -210,17 +212,17 @@ def test_samples_see_their_level():
     params, fixed = {"bias": jnp.zeros(1)}, {"top": jnp.full((256, 1, 1, 2), 5.0)}
     x = {}
     for steps in (0, 400):
-        level = cascaded(level=steps)
+        level = cascaded(noise_step=steps)
         cond = hierarchy.conditions(level, fixed, {})
         sampled = jax.jit(lambda keys, level=level, cond=cond: hierarchy.sample_level(level, params, cond, keys))
-        x[steps] = sampled(hierarchy.rows(jax.random.key(0), 256))[:, 0, 0, 0]
+        x[steps] = sampled(hierarchy.row_keys(jax.random.key(0), 256))[:, 0, 0, 0]
     alpha, sigma = schedules.cosine()(0.4)
     np.testing.assert_allclose(x[0], 5.0, rtol=1e-5)
     assert np.mean(x[400]) == pytest.approx(5 * alpha, abs=0.15)
     assert np.std(x[400]) == pytest.approx(sigma / np.sqrt(2), rel=0.15)
 
 
-@pytest.mark.parametrize("changes", [dict(level=-1), dict(level=5, steps=4), dict(level=0, steps=0)])
+@pytest.mark.parametrize("changes", [dict(noise_step=-1), dict(noise_step=5, steps=4), dict(noise_step=0, steps=0)])
 def test_levels_outside_the_steps(changes):
     refused(lambda: cascaded(**changes), match="is outside 0 to")
 
@@ -231,7 +233,7 @@ def test_levels_outside_the_steps(changes):
 def test_shown_steps_are_the_estimates_of_those_evaluations(params):
     level = joint()
     constant = {"x": {**params["x"], "gain_0": jnp.zeros(1), "gain_1": jnp.zeros(1)}}
-    keys = hierarchy.rows(jax.random.key(3), 2)
+    keys = hierarchy.row_keys(jax.random.key(3), 2)
     plain = hierarchy.sample_level(level, params["x"], {}, keys)
     again, _ = hierarchy.sample_level(level, params["x"], {}, keys, shown=(0, 2))
     for a, b in zip(plain, again, strict=True):

@@ -78,9 +78,9 @@ def test_the_nested_baseline_has_no_low_resolution():
 
 def test_the_cascade_is_two_levels():
     low, high = build_levels(get_config("mdm_baselines", "cascaded"))
-    assert high.conditions == ("x64",) and high.augmentation.level == 600 and high.augmentation.steps == 1000
-    assert high.augmentation.schedule == high.process.schedules[0]
-    assert low.augmentation is None and (low.num_classes, high.num_classes) == (1000, 1000)
+    assert high.conditions == ("x64",) and high.condition_noise.noise_step == 600 and high.condition_noise.steps == 1000
+    assert high.condition_noise.schedule == high.process.schedules[0]
+    assert low.condition_noise is None and (low.num_classes, high.num_classes) == (1000, 1000)
 
 
 # --- one step of every kind ------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_the_authors_clip_nest(golden, kind, suffix):
 
 def test_all_outputs_and_adapters_start_at_zero_and_the_rest_as_torch_does():
     model = with_text(INNER, OUTER, num_classes=3, conditions=(("z", None),))
-    cond = TEXT | {"label": jnp.arange(4), "z": LOW, "level_z": C_NOISE}
+    cond = TEXT | {"label": jnp.arange(4), "z": LOW, "noise_step_z": C_NOISE}
     params = jax.jit(lambda: model.init(jax.random.key(0), (LOW, HIGH), C_NOISE, cond, train=False)["params"])()
     assert all(np.all(out == 0) for out in apply(model, params, (LOW, HIGH), C_NOISE, cond))
     zeros, state = set(), weights.to_torch(params)
@@ -276,18 +276,18 @@ def test_the_mean_of_the_text_leaves_out_padding_that_is_attended_to():
 def test_coarser_levels_are_seen_dropped_and_told_of():
     model = tiny(INNER, OUTER, conditions=(("z", None),))
     z = jax.random.normal(jax.random.key(5), (4, 4, 4, 2))
-    cond = {"z": z, "keep_z": jnp.ones(4, bool), "level_z": jnp.full(4, 600.0)}
+    cond = {"z": z, "keep_z": jnp.ones(4, bool), "noise_step_z": jnp.full(4, 600.0)}
     params = stirred(shapes(model, (LOW, HIGH), cond))
     assert params["conv_in"]["kernel"].shape == (3, 3, 5, 16) and "level_z_0" in params["cond_layers"]
     assert params["inner_unet"]["conv_in"]["kernel"].shape == (3, 3, 3, 32)
     run = lambda cond: apply(model, params, (LOW, HIGH), C_NOISE, cond)[1]  # noqa: E731
     out = run(cond)
-    assert np.array_equal(out, run({name: cond[name] for name in ("z", "level_z")}))
+    assert np.array_equal(out, run({name: cond[name] for name in ("z", "noise_step_z")}))
     dropped = cond | {"keep_z": jnp.array([True, False, False, False])}
     gone = run(dropped)
     assert np.array_equal(out[0], gone[0]) and np.abs(out[1] - gone[1]).max() > 1e-3
     close(run(dropped | {"z": 2 * z})[1], gone[1], 1e-6)
-    assert np.abs(run(cond | {"level_z": jnp.full(4, 100.0)}) - out).max() > 1e-4
+    assert np.abs(run(cond | {"noise_step_z": jnp.full(4, 100.0)}) - out).max() > 1e-4
     enlarged = jax.image.resize(z, (4, 8, 8, 2), "bilinear")
     close(run(cond | {"z": enlarged}), out)
     few = apply(model, params, (LOW, take_rows(HIGH, 2)), C_NOISE, cond)[1]

@@ -117,8 +117,8 @@ def test_keys_and_labels_follow_the_index():
 def test_labels_reach_the_network(drawn, params):
     generator, images = drawn
     indices = dict.fromkeys(("top", "x"), np.arange(4))
-    np.testing.assert_array_equal(generator.draw(params, indices, generator.given(range(4))), images[:4])
-    relabelled = np.asarray(generator.draw(params, indices, generator.given([1, 1, 2, 0])))
+    np.testing.assert_array_equal(generator.draw(params, indices, generator.context(range(4))), images[:4])
+    relabelled = np.asarray(generator.draw(params, indices, generator.context([1, 1, 2, 0])))
     assert difference(relabelled[0], images[0]) > 2
 
 
@@ -154,7 +154,7 @@ def test_levels_of_equal_programs_are_compiled_once(mesh):
     assert len(generator.programs) == 3
     keys = dict.fromkeys(("za", "zb", "zc"), sample.sample_keys(config.seed, range(4)))
     draw = jax.jit(functools.partial(hierarchy.sample, levels), compiler_options={"xla_backend_optimization_level": 0})
-    expected = draw(params, keys, generator.given(range(4)))["zc"]
+    expected = draw(params, keys, generator.context(range(4)))["zc"]
     assert difference(images, np.asarray(to_images(expected))) <= 1
     same = [dataclasses.replace(levels[0], guidance=0.7), *levels[1:]]
     generator.with_levels(same).images(params, 4, "tests")
@@ -168,9 +168,9 @@ def fake_generator(batch_size, names=("z3", "z2", "x")):
     """Its images say which sample each level was given and which label: z3, z2, x (mod 251) and the label."""
     config = tiny_config(batch_size)
 
-    def draw(params, indices, given):
+    def draw(params, indices, context):
         assert all(of_level.shape == (batch_size,) for of_level in indices.values())
-        parts = [indices[name] % 251 for name in names] + [given["label"]]
+        parts = [indices[name] % 251 for name in names] + [context["label"]]
         return np.stack(parts, axis=1).astype(np.uint8).reshape(batch_size, 2, 2, 1)
 
     levels = tuple(types.SimpleNamespace(name=name) for name in names)

@@ -119,7 +119,7 @@ def test_what_can_be_guided_can_lose_a_condition():
     assert [sweep.can_be_guided(one) for one in (coarse, fine)] == [False, True]
     assert sweep.can_be_guided(dataclasses.replace(coarse, num_classes=10))
     assert sweep.can_be_guided(dataclasses.replace(coarse, null_text={}))
-    assert not sweep.can_be_guided(dataclasses.replace(fine, augmentation=object()))
+    assert not sweep.can_be_guided(dataclasses.replace(fine, condition_noise=object()))
 
 
 def test_noise_options_reach_the_levels():

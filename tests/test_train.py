@@ -76,7 +76,7 @@ def test_metrics_are_those_of_the_loss_and_its_gradient(base):
     run, source, update, state = base
     batch = batch_of(source, 1)
     key = jax.random.fold_in(run.key, 0)
-    keys = hierarchy.rows(key, 8)
+    keys = hierarchy.row_keys(key, 8)
 
     @jax.jit
     def expected(params):
@@ -166,10 +166,10 @@ def test_validation_is_the_loss_at_its_times_without_drops(base):
     )
     assert sorted(first) == [f"validation/{name}/t{t}" for name in ("x", "z1x1") for t in (0.1, 0.9)]
     assert first == again  # drops are training's
-    keys = hierarchy.rows(jax.random.key(0), 8)
+    keys = hierarchy.row_keys(jax.random.key(0), 8)
     times = {"z1x1": jnp.full(8, 0.9), "x": jnp.full(8, 0.9)}
-    given = {"label": batch["label"]}
-    plain = hierarchy.losses(run.step.levels, state.ema, batch, given, times, keys, train=False)
+    context = {"label": batch["label"]}
+    plain = hierarchy.losses(run.step.levels, state.ema, batch, context, times, keys, train=False)
     assert first["validation/x/t0.9"] == pytest.approx(float(plain["x"].mean()), rel=1e-5)
     assert first["validation/x/t0.1"] != first["validation/x/t0.9"]
 

@@ -233,7 +233,7 @@ def drawn(config, params, sampler, options):
     config = config.copy_and_resolve_references()
     config.levels[0].sampler = sampler
     levels = build_levels(config)
-    keys = {"x": hierarchy.rows(jax.random.key(5), 4)}
+    keys = {"x": hierarchy.row_keys(jax.random.key(5), 4)}
 
     def draw(params):
         return hierarchy.sample(levels, {"x": params}, keys, {"label": jnp.arange(4)})["x"]

@@ -120,7 +120,7 @@ def build_level(config, i: int, null_text) -> hierarchy.Level:
         threshold=functools.partial(threshold, scales=scales) if threshold and scales else threshold,
         inputs=inputs(config, options, key),
         null_text=null_text if text else None,
-        augmentation=augmentation(config, process, network, coarser, key) if seen else None,
+        condition_noise=condition_noise(config, process, network, coarser, key) if seen else None,
         signal_scales=scales,
         mixed=mixed(options, key),
         leaf_weights=leaf_weights(options, key),
@@ -152,13 +152,15 @@ def mixed(options, key: str) -> tuple[int, ...]:
     return counts
 
 
-def augmentation(config, process, network, coarser, key: str) -> hierarchy.NoiseAugmentation | None:
+def condition_noise(config, process, network, coarser, key: str) -> hierarchy.ConditionNoise | None:
     """The diffusion of the conditions, by the level's own schedule, where config.hierarchy.cond_noise asks for it."""
-    kind, level = config.hierarchy.cond_noise, config.hierarchy.cond_level
+    kind, noise_step = config.hierarchy.cond_noise, config.hierarchy.cond_level
     choose("hierarchy.cond_noise", kind, ("sigma", "diffused"))
     if kind == "sigma":
-        if level:
-            raise ValueError(f"config.hierarchy.cond_level {level} has no effect with cond_noise 'sigma': set it to 0")
+        if noise_step:
+            raise ValueError(
+                f"config.hierarchy.cond_level {noise_step} has no effect with cond_noise 'sigma': set it to 0"
+            )
         return None
     sigmas = [name for name, options in coarser.items() if options.sigma]
     if sigmas or not math.isinf(config.hierarchy.noise_gamma):
@@ -166,12 +168,14 @@ def augmentation(config, process, network, coarser, key: str) -> hierarchy.Noise
             f"config.hierarchy.cond_noise 'diffused' with sigma of {', '.join(sigmas) or 'no level'} and noise_gamma "
             f"{config.hierarchy.noise_gamma}: both belong to cond_noise 'sigma'; set them to 0 and infinity"
         )
-    if not network.sees_levels:
+    if not network.sees_noise_steps:
         raise ValueError(
             f"config.hierarchy.cond_noise 'diffused': {key}.backbone cannot be told how noisy its conditions are; use "
             "nested_unet, or 'sigma'"
         )
-    return construct("hierarchy", hierarchy.NoiseAugmentation, dict(level=level), dict(schedule=process.schedules[-1]))
+    return construct(
+        "hierarchy", hierarchy.ConditionNoise, dict(noise_step=noise_step), dict(schedule=process.schedules[-1])
+    )
 
 
 def inputs(config, options, key: str) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ empty token, the label the null class, the text the empty one. The same null con
 A level's variable may be a tuple of resolutions of one image or clip, coarse to fine, diffused jointly (Matryoshka,
 arXiv 2310.15111): one time for all, a schedule and a noise for each, and the loss the weighted sum of theirs.
 
-All functions map over the leaves of a level's variable, one array [B, h, w, c] or a tuple of them. `given` is a dict of
-what comes with a sample and is no level's variable, [B, ...] each: 'label', 'text' and 'text_mask', and what
+All functions map over the leaves of a level's variable, one array [B, h, w, c] or a tuple of them. `context` is the
+dict of what comes with a sample but is no level's variable, [B, ...] each: 'label', 'text', 'text_mask', and what
 Level.inputs names.
 Row i of a batch draws its times, noises and drops from its own key, so nothing depends on how rows are split over
 devices, hosts or accumulation steps.
@@ -41,20 +41,20 @@ Cond = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseAugmentation:
-    """How a cascade shows coarser variables: alpha(s) z + sigma(s) n, and s to the network as cond['level_NAME'].
+class ConditionNoise:
+    """How a cascade shows coarser variables: alpha(s) z + sigma(s) n, and s to the network as cond['noise_step_NAME'].
 
-    s is uniform in 0, 1, ..., steps while training and `level` in sampling, one noise n per sample (Saharia et al.
+    s is uniform in 0, 1, ..., steps while training and `noise_step` in sampling, one noise n per sample (Saharia et al.
     2205.11487, Sec. 2.4; the levels that Matryoshka's App. E compares its cascade at).
     """
 
     schedule: Schedule
-    level: int
+    noise_step: int
     steps: int = 1000
 
     def __post_init__(self):
-        if self.steps < 1 or not 0 <= self.level <= self.steps:
-            raise ValueError(f"noise augmentation: level {self.level} is outside 0 to {self.steps}, at least 1")
+        if self.steps < 1 or not 0 <= self.noise_step <= self.steps:
+            raise ValueError(f"condition noise: noise_step {self.noise_step} is outside 0 to {self.steps}, at least 1")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,11 +70,11 @@ class Level:
     noise_gamma, noise_scale, noise_resample: in sampling a condition is shown as z + (t/T)^(gamma/2) sigma n, so its
         variance is (t/T)^gamma sigma^2 (CVPR Sec. 4.2), or with noise_scale 'std' as z + (t/T)^gamma sigma n (Table
         3's caption); infinity shows it clean, 0 as in training. n is one per sample, or drawn anew at every time that
-        the network is evaluated at. t/T: see `elapsed`.
+        the network is evaluated at. t/T: see `time_fraction`.
     threshold: None, or a transform DenoiseFn -> DenoiseFn that limits x0 in sampling.
-    inputs: names of what else of `given` (see below) this level sees where it is there, such as 'augment'.
+    inputs: names of what else of `context` (see above) this level sees where it is there, such as 'augment'.
     null_text: None, or what a level with text sees without it: {'text': [tokens, width], 'text_mask': [tokens]}.
-    augmentation: None for cond_sigmas, or how conditions are noised instead.
+    condition_noise: None for cond_sigmas, or how conditions are noised instead.
     leaf_weights: of the loss of each leaf. signal_scales: numbers that the leaves are divided by where they are
         diffused (Chen, 2301.10972), () for none.
     mixed: (q, ..., p): of every q training rows that many have the leaf, coarse to fine; () for all leaves in all rows
@@ -98,7 +98,7 @@ class Level:
     threshold: Callable | None = None
     inputs: tuple[str, ...] = ()
     null_text: Mapping[str, Any] | None = None
-    augmentation: NoiseAugmentation | None = None
+    condition_noise: ConditionNoise | None = None
     signal_scales: tuple[float, ...] = ()
     mixed: tuple[int, ...] = ()
     leaf_weights: tuple[float, ...] = (1.0,)
@@ -118,12 +118,12 @@ def map_shape(function: Callable, shape: Tree) -> Tree:
     return jax.tree.map(function, shape, is_leaf=is_shape)
 
 
-def rows(key: jax.Array, number: int) -> jax.Array:
+def row_keys(key: jax.Array, number: int) -> jax.Array:
     """[number] keys, the i-th a function of (key, i) only."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number))
 
 
-def fold(keys: jax.Array, data: int) -> jax.Array:
+def fold_rows(keys: jax.Array, data: int) -> jax.Array:
     """fold_in(data) on every row's key."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
@@ -132,12 +132,12 @@ def normal(keys: jax.Array, shape: Tree, dtype=jnp.float32) -> Tree:
     """N(0, I) of `shape` for each row's key: leaves [B, *shape]."""
     leaves, structure = jax.tree.flatten(shape, is_leaf=is_shape)
     return structure.unflatten(
-        jax.vmap(lambda key, leaf=leaf: jax.random.normal(key, leaf, dtype))(fold(keys, i))
+        jax.vmap(lambda key, leaf=leaf: jax.random.normal(key, leaf, dtype))(fold_rows(keys, i))
         for i, leaf in enumerate(leaves)
     )
 
 
-def given(levels: Sequence[Level], raw: Mapping[str, jax.Array]) -> Cond:
+def select_context(levels: Sequence[Level], raw: Mapping[str, jax.Array]) -> Cond:
     """What is given with the records of a batch: labels, text, and what the levels' `inputs` name of their fields."""
     names = {"label", "text", "text_mask"}.union(*(level.inputs for level in levels))
     return {name: raw[name] for name in sorted(names) if name in raw}
@@ -156,9 +156,9 @@ def is_buffer(levels: Sequence[Level]) -> Callable[[str], bool]:
 
 def null_cond(level: Level, cond: Cond) -> Cond:
     """The conditions of `level` with all of them absent (what 10 % of training rows and guidance see). A cascade always
-    sees its coarser image: its noise augmentation is what weakens it."""
+    sees its coarser image: its condition noise is what weakens it."""
     null = dict(cond)
-    for name in level.conditions if level.augmentation is None else ():
+    for name in level.conditions if level.condition_noise is None else ():
         null[f"keep_{name}"] = jnp.zeros_like(cond[f"keep_{name}"])
     if level.num_classes:
         null["label"] = jnp.full_like(cond["label"], level.num_classes)
@@ -167,20 +167,20 @@ def null_cond(level: Level, cond: Cond) -> Cond:
     return null
 
 
-def conditions(level: Level, variables: Mapping[str, Tree], given: Cond) -> Cond:
+def conditions(level: Level, variables: Mapping[str, Tree], context: Cond) -> Cond:
     """The conditions of `level`, all present, from the coarser levels' variables and what is given."""
-    cond = {name: given[name] for name in level.inputs if name in given}
+    cond = {name: context[name] for name in level.inputs if name in context}
     for name in level.conditions:
         cond[name] = variables[name]
         cond[f"keep_{name}"] = jnp.ones(jax.tree.leaves(variables[name])[0].shape[0], bool)
     if level.num_classes:
-        if "label" not in given:
+        if "label" not in context:
             raise ValueError(f"level {level.name} has num_classes {level.num_classes} but no 'label' [B] is given")
-        cond["label"] = given["label"]
+        cond["label"] = context["label"]
     for name in level.null_text or ():
-        if name not in given:
+        if name not in context:
             raise ValueError(f"level {level.name} sees text but no {name!r} [B, tokens, ...] is given")
-        cond[name] = given[name]
+        cond[name] = context[name]
     return cond
 
 
@@ -188,43 +188,43 @@ def blank_conditions(level: Level, variables: Mapping[str, Tree]) -> Cond:
     """The conditions of one row, where only their shapes count."""
     text = {name: jnp.ones((1, *value.shape)) for name, value in (level.null_text or {}).items()}
     cond = conditions(level, variables, {"label": jnp.zeros(1, jnp.int32), **text})
-    if level.augmentation is not None:
-        cond |= {f"level_{name}": jnp.zeros(1) for name in level.conditions}
+    if level.condition_noise is not None:
+        cond |= {f"noise_step_{name}": jnp.zeros(1) for name in level.conditions}
     return cond
 
 
-def augmented(level: Level, cond: Cond, keys: jax.Array, *, train: bool) -> Cond:
-    """`cond` with its coarser variables noised by level.augmentation, which must not be None."""
-    cond, augmentation = dict(cond), level.augmentation
+def add_condition_noise(level: Level, cond: Cond, keys: jax.Array, *, train: bool) -> Cond:
+    """`cond` with its coarser variables noised by level.condition_noise, which must not be None."""
+    cond, condition_noise = dict(cond), level.condition_noise
     for i, name in enumerate(level.conditions):
-        z, own = cond[name], fold(keys, i)
-        steps = jnp.full(z.shape[:1], augmentation.level)
+        z, own = cond[name], fold_rows(keys, i)
+        steps = jnp.full(z.shape[:1], condition_noise.noise_step)
         if train:
-            steps = jax.vmap(lambda key: jax.random.randint(key, (), 0, augmentation.steps + 1))(fold(own, 1))
+            steps = jax.vmap(lambda key: jax.random.randint(key, (), 0, condition_noise.steps + 1))(fold_rows(own, 1))
         alpha, sigma = (
-            value.reshape(-1, *[1] * (z.ndim - 1)) for value in augmentation.schedule(steps / augmentation.steps)
+            value.reshape(-1, *[1] * (z.ndim - 1)) for value in condition_noise.schedule(steps / condition_noise.steps)
         )
         cond[name] = alpha * z + sigma * normal(own, z.shape[1:])
-        cond[f"level_{name}"] = steps.astype(jnp.float32)
+        cond[f"noise_step_{name}"] = steps.astype(jnp.float32)
     return cond
 
 
-def train_conditions(level: Level, variables: Mapping[str, Tree], given: Cond, keys: jax.Array) -> Cond:
+def train_conditions(level: Level, variables: Mapping[str, Tree], context: Cond, keys: jax.Array) -> Cond:
     """As `conditions`, noised as the level says and dropped with probability cond_drop."""
-    cond = conditions(level, variables, given)
-    if level.augmentation is not None:
-        cond = augmented(level, cond, keys, train=True)
+    cond = conditions(level, variables, context)
+    if level.condition_noise is not None:
+        cond = add_condition_noise(level, cond, keys, train=True)
     else:
         for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
             shape = jax.tree.map(lambda z: z.shape[1:], variables[name])
-            noise = normal(fold(keys, i), shape)
+            noise = normal(fold_rows(keys, i), shape)
             cond[name] = jax.tree.map(lambda z, n, s=sigma: z + s * n, variables[name], noise)
     if not level.cond_drop:
         return cond
     null = null_cond(level, cond)
     optional = [key for key in cond if key.startswith("keep_") or key in ("label", "text")]
     for i, name in enumerate(sorted(optional)):
-        coin = fold(keys, 1000 + (i if level.drop_mode == "independent" else 0))
+        coin = fold_rows(keys, 1000 + (i if level.drop_mode == "independent" else 0))
         dropped = jax.vmap(jax.random.bernoulli, (0, None))(coin, level.cond_drop)
         for part in ("text", "text_mask") if name == "text" else (name,):
             rows_dropped = dropped.reshape(-1, *[1] * (cond[part].ndim - 1))
@@ -232,7 +232,7 @@ def train_conditions(level: Level, variables: Mapping[str, Tree], given: Cond, k
     return cond
 
 
-def apply(level: Level, params: Tree, *, train: bool) -> Callable:
+def apply_network(level: Level, params: Tree, *, train: bool) -> Callable:
     """The level's raw network as a function (x_t, c_noise, cond) -> prediction."""
     return lambda x, c_noise, cond: level.backbone.apply({"params": params}, x, c_noise, cond, train=train)
 
@@ -250,7 +250,7 @@ def init(levels: Sequence[Level], key: jax.Array) -> dict[str, Tree]:
     return params
 
 
-def scaled(level: Level, variable: Tree, power: int) -> Tree:
+def scale_signal(level: Level, variable: Tree, power: int) -> Tree:
     """The variable times signal_scales^power: -1 into what is diffused, 1 back."""
     if not level.signal_scales:
         return variable
@@ -279,14 +279,14 @@ def mixed_resolutions(network: Callable, counts: Sequence[int]) -> Callable:
 
 def sample_times(levels: Sequence[Level], keys: jax.Array) -> dict[str, jax.Array]:
     """Each level's training times [B] for the whole global batch (stratified sampling needs all of it)."""
-    return {level.name: level.process.sample_time(fold(fold(keys, i), 0)) for i, level in enumerate(levels)}
+    return {level.name: level.process.sample_time(fold_rows(fold_rows(keys, i), 0)) for i, level in enumerate(levels)}
 
 
 def losses(
     levels: Sequence[Level],
     params: Mapping[str, Tree],
     variables: Mapping[str, Tree],
-    given: Cond,
+    context: Cond,
     times: Mapping[str, jax.Array],
     keys: jax.Array,
     *,
@@ -302,17 +302,17 @@ def losses(
     for i, level in enumerate(levels):
         if only is not None and level.name not in only:
             continue
-        level_keys = fold(keys, i)
+        level_keys = fold_rows(keys, i)
         if not train:
             level = dataclasses.replace(level, cond_drop=0.0)
-        x0, t = scaled(level, variables[level.name], -1), times[level.name]
-        noise = normal(fold(level_keys, 1), level.shape)
-        cond = train_conditions(level, variables, given, fold(level_keys, 2))
+        x0, t = scale_signal(level, variables[level.name], -1), times[level.name]
+        noise = normal(fold_rows(level_keys, 1), level.shape)
+        cond = train_conditions(level, variables, context, fold_rows(level_keys, 2))
         if train and level.backbone.has_dropout:
-            cond["dropout"] = fold(level_keys, 3)
+            cond["dropout"] = fold_rows(level_keys, 3)
         process = level.process
         x_t = process.corrupt(x0, noise, t)
-        network = apply(level, params[level.name], train=train)
+        network = apply_network(level, params[level.name], train=train)
         weights = level.leaf_weights
         if train and level.mixed:
             counts = leaf_rows(level, t.shape[0])
@@ -326,7 +326,7 @@ def losses(
     return result
 
 
-def elapsed(level: Level, t: jax.Array) -> jax.Array:
+def time_fraction(level: Level, t: jax.Array) -> jax.Array:
     """t/T of `noise_gamma`: t itself where the schedule is clean at 0; else (EDM, whose range of times is arbitrary)
     t's place between the sampler's last evaluation and its first."""
     if level.process.schedules[0](0.0)[1] == 0:
@@ -346,8 +346,8 @@ def noised_conditions(level: Level, denoise: Callable, keys: jax.Array) -> Calla
             bits = jax.lax.bitcast_convert_type(t.astype(jnp.float32), jnp.uint32)
             own = jax.vmap(jax.random.fold_in)(keys, bits)
         for i, (name, sigma) in enumerate(zip(level.conditions, level.cond_sigmas, strict=True)):
-            noise = normal(fold(own, i), jax.tree.map(lambda z: z.shape[1:], cond[name]))
-            scale = sigma * elapsed(level, t) ** (level.noise_gamma * NOISE_SCALES[level.noise_scale])
+            noise = normal(fold_rows(own, i), jax.tree.map(lambda z: z.shape[1:], cond[name]))
+            scale = sigma * time_fraction(level, t) ** (level.noise_gamma * NOISE_SCALES[level.noise_scale])
             cond[name] = jax.tree.map(
                 lambda z, n, s=scale: z + s.reshape(-1, *[1] * (z.ndim - 1)) * n, cond[name], noise
             )
@@ -361,25 +361,25 @@ def sample_level(level: Level, params: Tree, cond: Cond, keys: jax.Array, shown:
 
     shown: numbers k of network evaluations; with any, (variable, the estimates of it that these evaluations gave,
     [len(shown), B, ...]) is returned."""
-    denoise = dn.denoiser(apply(level, params, train=False), level.process)
+    denoise = dn.denoiser(apply_network(level, params, train=False), level.process)
     denoise = dn.guided(denoise, lambda c: null_cond(level, c), level.guidance)
     if level.threshold is not None:
         denoise = level.threshold(denoise)
-    if level.augmentation is not None:
-        cond = augmented(level, cond, fold(keys, 2), train=False)
-    denoise = noised_conditions(level, denoise, fold(keys, 2))
-    x_T = level.process.prior(normal(fold(keys, 0), level.shape), level.sampler.start(level.process))
-    result = level.sampler(fold(keys, 1), denoise, level.process, x_T, cond, shown)
+    if level.condition_noise is not None:
+        cond = add_condition_noise(level, cond, fold_rows(keys, 2), train=False)
+    denoise = noised_conditions(level, denoise, fold_rows(keys, 2))
+    x_T = level.process.prior(normal(fold_rows(keys, 0), level.shape), level.sampler.start(level.process))
+    result = level.sampler(fold_rows(keys, 1), denoise, level.process, x_T, cond, shown)
     if not shown:
-        return scaled(level, result, 1)
-    return scaled(level, result[0], 1), scaled(level, result[1], 1)
+        return scale_signal(level, result, 1)
+    return scale_signal(level, result[0], 1), scale_signal(level, result[1], 1)
 
 
 def sample(
     levels: Sequence[Level],
     params: Mapping[str, Tree],
     keys: Mapping[str, jax.Array],
-    given: Cond | None = None,
+    context: Cond | None = None,
     fixed: Mapping[str, Tree] | None = None,
 ) -> dict[str, Tree]:
     """Samples every level coarse to fine: {level name: variable [B, ...]}.
@@ -391,6 +391,6 @@ def sample(
     variables = dict(fixed or {})
     for i, level in enumerate(levels):
         if level.name not in variables:
-            cond = conditions(level, variables, given or {})
-            variables[level.name] = sample_level(level, params[level.name], cond, fold(keys[level.name], i))
+            cond = conditions(level, variables, context or {})
+            variables[level.name] = sample_level(level, params[level.name], cond, fold_rows(keys[level.name], i))
     return variables

@@ -21,13 +21,13 @@ class Backbone(nn.Module):
     buffers: patterns (re.search) of the paths, joined with '/', of parameters that are constants: saved with the
         others, never trained, averaged or counted. inputs: names of entries of cond that it takes where they are there,
         other than the label, text and coarser variables. has_dropout: whether training gives it cond['dropout'], a key
-        per row. sees_levels: whether it takes cond['level_NAME'], how noisy a coarser variable is.
+        per row. sees_noise_steps: whether it takes cond['noise_step_NAME'], how noisy a coarser variable is.
     """
 
     buffers = ()
     inputs = ()
     has_dropout = False
-    sees_levels = False
+    sees_noise_steps = False
 
     def check_shape(self, shape) -> None:
         """Raises ValueError unless it is (h, w, c), positive, and h and w divide by patch_size."""

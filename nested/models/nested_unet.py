@@ -79,8 +79,8 @@ VARIANTS = {name: {preset: PRESETS[preset][name] for preset in PRESETS} for name
 class Signals(NamedTuple):
     """What all nets are told, each array with the rows of the coarsest resolution.
 
-    numbers: 'micro_NAME' and 'level_NAME' [B]. vector_BD: of class and text, joins temb. text_BLD, mask_BL: tokens to
-    attend to, None for none and all. conditions: {name: (variable, keep [B] or None)} of coarser levels.
+    numbers: 'micro_NAME' and 'noise_step_NAME' [B]. vector_BD: of class and text, joins temb. text_BLD, mask_BL: tokens
+    to attend to, None for none and all. conditions: {name: (variable, keep [B] or None)} of coarser levels.
     """
 
     c_noise_B: jax.Array
@@ -127,7 +127,7 @@ class NestedUNet(Backbone):
     dtype: jnp.dtype | None = None
 
     buffers = (r"/pos_emb/freqs$",)
-    sees_levels = True
+    sees_noise_steps = True
 
     @property
     def has_dropout(self) -> bool:
@@ -156,7 +156,7 @@ class NestedUNet(Backbone):
         x: leaf r may have fewer rows than the coarsest: of its rows those of take_rows. cond, all of it with the rows
         of the coarsest: 'label' [B] int where num_classes; 'text' [B, L, D] where text_width and, optional, 'text_mask'
         [B, L] (each row has a token); 'micro_NAME' [B]; each condition by its name [B, h, w, c] and, optional,
-        'keep_NAME' [B] bool and 'level_NAME' [B], 0..1000 (its layer is made where it is there when parameters are);
+        'keep_NAME' [B] bool and 'noise_step_NAME' [B], 0..1000 (its layer is made if it is there when parameters are);
         in training with dropout, 'dropout' [B] keys.
         ValueError: a condition is missing or unknown, shapes do not fit the nets.
         """
@@ -164,7 +164,7 @@ class NestedUNet(Backbone):
         self.check_call(leaves, c_noise_B, cond, train)
         keys_B = cond["dropout"] if train and self.has_dropout else None
         vector_BD, text_BLD, mask_BL = self.condition(cond, self.dtype or leaves[0].dtype, c_noise_B.shape[0])
-        numbers = {name: value for name, value in cond.items() if name.startswith(("micro_", "level_"))}
+        numbers = {name: value for name, value in cond.items() if name.startswith(("micro_", "noise_step_"))}
         conditions = {name: (cond[name], cond.get(f"keep_{name}")) for name, _ in self.conditions}
         signals = Signals(c_noise_B, numbers, vector_BD, text_BLD, mask_BL, keys_B, conditions)
         outputs, _ = self.denoise(leaves, None, signals)
@@ -198,19 +198,19 @@ class NestedUNet(Backbone):
         own = jax.tree.map(lambda value: take_rows(value, *rows), signals)
         temb_BD = self.time_embedding(own)
         x_RHWC = self.entered(leaves[-1], feature_RHWC, own)
-        given = blocks.Given(temb_BD, own.text_BLD, own.mask_BL, own.keys_B)
+        context = blocks.Context(temb_BD, own.text_BLD, own.mask_BL, own.keys_B)
 
         last, skips = len(net.channels) - 1, [x_RHWC]
         for i in range(last + 1):
             stage = self.stage(f"down_blocks_{i}", i, net.resnets[i], "down" if i < last else "")
-            x_RHWC, pushed = stage(x_RHWC, given)
+            x_RHWC, pushed = stage(x_RHWC, context)
             skips += pushed
-        lows, x_RHWC = self.middle(leaves, x_RHWC, given, signals)
+        lows, x_RHWC = self.middle(leaves, x_RHWC, context, signals)
         for i in range(last + 1):
             level = last - i
             count = net.resnets[level] + 1
             stage = self.stage(f"up_blocks_{i}", level, count, "up" if level else "")
-            x_RHWC, _ = stage(x_RHWC, given, skips[: -count - 1 : -1])
+            x_RHWC, _ = stage(x_RHWC, context, skips[: -count - 1 : -1])
             del skips[-count:]
 
         h_RHWC = nn.silu(blocks.group_norm(net.groups, self.dtype, "norm_out")(x_RHWC))
@@ -227,8 +227,8 @@ class NestedUNet(Backbone):
             value_B = own.numbers.get(f"micro_{name}", jnp.full_like(own.c_noise_B, default))
             numbers[name] = jnp.minimum(value_B / default, 1) * default if name == "scale" else value_B * 1000
         for name, _ in self.conditions:
-            if f"level_{name}" in own.numbers:
-                numbers[f"level_{name}"] = own.numbers[f"level_{name}"]
+            if f"noise_step_{name}" in own.numbers:
+                numbers[f"level_{name}"] = own.numbers[f"noise_step_{name}"]  # the layer keeps its name
         return temb_BD + blocks.NumberEmbeddings(width, name="cond_layers")(numbers) if numbers else temb_BD
 
     def entered(self, x, feature_RHWC, own: Signals) -> jax.Array:
@@ -250,12 +250,12 @@ class NestedUNet(Backbone):
         x_RHWC = blocks.Conv(net.channels[0], dtype=self.dtype, name="conv_in")(x_RHWC)
         return x_RHWC if feature_RHWC is None else x_RHWC + feature_RHWC
 
-    def middle(self, leaves, x_RHWC, given, signals: Signals):
+    def middle(self, leaves, x_RHWC, context, signals: Signals):
         """(outputs of the nets inside, features): the nets inside between two adapters, or the innermost net's own."""
         if len(self.nets) == 1:
             last = len(self.nets[-1].channels) - 1
-            x_RHWC, _ = self.stage("mid_blocks_0", last, 1, "", attention=1)(x_RHWC, given)
-            x_RHWC, _ = self.stage("mid_blocks_1", last, 1, "", attention=0)(x_RHWC, given)
+            x_RHWC, _ = self.stage("mid_blocks_0", last, 1, "", attention=1)(x_RHWC, context)
+            x_RHWC, _ = self.stage("mid_blocks_1", last, 1, "", attention=0)(x_RHWC, context)
             return (), x_RHWC
         few, many = len(leaves[-1]), len(leaves[-2])
         feature_RHWC = self.adapter("in_adapter", self.nets[-2].channels[0], x_RHWC)
@@ -313,7 +313,7 @@ class NestedUNet(Backbone):
                              "expected as many of the first as times, and no more of a finer one")  # fmt: skip
         names = [name for name, _ in self.conditions]
         required = ["label"] * (self.num_classes > 0) + ["text"] * (self.text_width > 0) + names
-        optional = {"dropout", *(f"{what}_{name}" for name in names for what in ("keep", "level"))}
+        optional = {"dropout", *(f"{what}_{name}" for name in names for what in ("keep", "noise_step"))}
         optional |= {"text_mask"} if self.text_width else set()
         optional |= {f"micro_{name}" for net in self.nets for name, _ in net.micro}
         missing = [name for name in required if name not in cond]

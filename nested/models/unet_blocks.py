@@ -297,7 +297,7 @@ class TemporalAttentionBlock(nn.Module):
         return x_RHWC + Conv(C, dtype=dtype, name="up_conv")(upsample(h_RHWC, (1, 2)))
 
 
-class Given(NamedTuple):
+class Context(NamedTuple):
     """What conditions a net's blocks: temb_BD; the text's tokens text_BLD, None for none; which of them there are,
     mask_BL, None for all; keys_B of dropout, None for no dropout."""
 
@@ -320,22 +320,22 @@ class Stage(nn.Module):
     resample: str
 
     @nn.compact
-    def __call__(self, x_RHWC, given: Given, skips=()):
+    def __call__(self, x_RHWC, context: Context, skips=()):
         options, outputs = self.options, []
         recomputed = nn.remat if options.remat else lambda module: module
         for i in range(self.resnets):
             if skips:
                 x_RHWC = jnp.concatenate([x_RHWC, skips[i]], axis=-1)
             resnet = recomputed(ResNet)(options, name=f"resnets_{i}")
-            x_RHWC = resnet(x_RHWC, given.temb_BD, given.keys_B)
+            x_RHWC = resnet(x_RHWC, context.temb_BD, context.keys_B)
             for j in range(i * options.attention, (i + 1) * options.attention):
-                x_RHWC = recomputed(SelfAttention)(options, name=f"attn_{j}")(x_RHWC, given.text_BLD, given.mask_BL)
+                x_RHWC = recomputed(SelfAttention)(options, name=f"attn_{j}")(x_RHWC, context.text_BLD, context.mask_BL)
             for j in range(i * options.temporal_attention, (i + 1) * options.temporal_attention):
                 block = recomputed(TemporalAttentionBlock)
-                x_RHWC = block(options, given.temb_BD.shape[0], name=f"t_attn_{j}")(x_RHWC)
+                x_RHWC = block(options, context.temb_BD.shape[0], name=f"t_attn_{j}")(x_RHWC)
             outputs.append(x_RHWC)
         if self.resample:
-            x_RHWC = self.resampled(x_RHWC, given.temb_BD.shape[0])
+            x_RHWC = self.resampled(x_RHWC, context.temb_BD.shape[0])
             outputs.append(x_RHWC)
         return x_RHWC, outputs
 

@@ -104,7 +104,7 @@ def levels(levels_: Sequence[hierarchy.Level]) -> list[LevelSummary]:
     for level in levels_:
         cond = jax.eval_shape(lambda v, level=level: hierarchy.blank_conditions(level, v), variables)
         macs = count_macs(
-            lambda p, x, c, level=level: hierarchy.apply(level, p, train=False)(x, jnp.zeros(1), c),
+            lambda p, x, c, level=level: hierarchy.apply_network(level, p, train=False)(x, jnp.zeros(1), c),
             params[level.name],
             variables[level.name],
             cond,

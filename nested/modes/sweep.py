@@ -158,7 +158,9 @@ def assign(config, option: str, value, levels: Sequence[hierarchy.Level]) -> Non
 
 def can_be_guided(level: hierarchy.Level) -> bool:
     """Whether guidance has a condition to leave out: one that can be absent."""
-    return bool(level.num_classes or level.null_text is not None or (level.conditions and level.augmentation is None))
+    return bool(
+        level.num_classes or level.null_text is not None or (level.conditions and level.condition_noise is None)
+    )
 
 
 def typed(option: str, value, kind: type):

@@ -72,7 +72,7 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A hierarchy ready to draw images: `draw` is (params, {level: sample indices [B]}, given) -> uint8 images
+    """A hierarchy ready to draw images: `draw` is (params, {level: sample indices [B]}, context) -> uint8 images
     [B, H, W, C], or clips [B, T, H, W, C]; rows are split over the mesh inside, whole on every host outside. One shape,
     config.sample.batch_size, is compiled for all uses, a program per level in `programs`.
 
@@ -87,7 +87,7 @@ class Generator:
     prompts: tuple[str, ...] = ()
     programs: Programs = dataclasses.field(default_factory=Programs)
 
-    def given(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    def context(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The label, and the text, of the samples with these indices."""
         labels = {"label": sample_labels(self.config.data.num_classes, indices)}
         if self.text is None:
@@ -101,7 +101,7 @@ class Generator:
         for start in range(0, number, size):
             indices = np.arange(start, start + size)
             of_level = dict.fromkeys((level.name for level in self.levels), indices)
-            yield np.asarray(self.draw(params, of_level, self.given(indices)))[: number - start]
+            yield np.asarray(self.draw(params, of_level, self.context(indices)))[: number - start]
             progress.update(min(start + size, number))
 
     def images(self, params: Tree, number: int, what: str) -> np.ndarray:
@@ -126,7 +126,7 @@ class Generator:
         for start in range(0, len(labels), size):
             take = np.arange(start, start + size) % len(labels)
             of_level = {name: np.asarray(indices[name])[take] for name in names}
-            rows.append(np.asarray(self.draw(params, of_level, self.given(np.asarray(labels)[take]))))
+            rows.append(np.asarray(self.draw(params, of_level, self.context(np.asarray(labels)[take]))))
         images = np.concatenate(rows)[: len(labels)]
         return list(zip(captions, images.reshape(len(captions), number, *images.shape[1:]), strict=True))
 
@@ -149,15 +149,15 @@ class Generator:
         evaluations = finest.sampler.nfe(finest.process)
         shown = tuple(int(k) for k in np.linspace(0, evaluations - 1, min(number, evaluations)).round())
 
-        def draw(params, codec_params, given):
+        def draw(params, codec_params, context):
             keys = {level.name: sample_keys(self.config.seed, [index]) for level in self.levels}
-            variables = hierarchy.sample(self.levels[:-1], params, keys, given)
-            cond = hierarchy.conditions(finest, variables, given)
-            keys = hierarchy.fold(keys[finest.name], len(self.levels) - 1)
+            variables = hierarchy.sample(self.levels[:-1], params, keys, context)
+            cond = hierarchy.conditions(finest, variables, context)
+            keys = hierarchy.fold_rows(keys[finest.name], len(self.levels) - 1)
             _, estimates = hierarchy.sample_level(finest, params[finest.name], cond, keys, shown)
             return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates), codec_params)
 
-        whole, arguments = partition.replicated(self.mesh), (params, self.latents.params, self.given([index]))
+        whole, arguments = partition.replicated(self.mesh), (params, self.latents.params, self.context([index]))
         resolutions = jax.jit(draw, out_shardings=whole)(*arguments)
         stills = [np.asarray(leaf[:, 0] if leaf.ndim == 5 else leaf) for leaf in resolutions]
         return [tuple(leaf[k] for leaf in stills) for k in range(len(shown))]
@@ -200,20 +200,22 @@ def drawer(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, progra
         return ready[name](*arguments)
 
     @functools.partial(jax.jit, out_shardings=split)
-    def prepare(indices, given):
-        keys = {level.name: hierarchy.fold(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)}
-        return keys, given
+    def prepare(indices, context):
+        keys = {
+            level.name: hierarchy.fold_rows(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)
+        }
+        return keys, context
 
-    def draw(params, indices, given):
-        keys, given = prepare(indices, given)
+    def draw(params, indices, context):
+        keys, context = prepare(indices, context)
         variables = {}
         for level in levels:
 
-            def sample_level(params, seen, given, keys, level=level):
-                return hierarchy.sample_level(level, params, hierarchy.conditions(level, seen, given), keys)
+            def sample_level(params, seen, context, keys, level=level):
+                return hierarchy.sample_level(level, params, hierarchy.conditions(level, seen, context), keys)
 
             seen = {name: variables[name] for name in level.conditions}
-            arguments = (params[level.name], seen, given, keys[level.name])
+            arguments = (params[level.name], seen, context, keys[level.name])
             variables[level.name] = run(level.name, sample_level, *arguments, out_shardings=split)
         return decoded(variables[levels[-1].name])
 

@@ -87,9 +87,9 @@ def make_optimizer(step: Step):
     return opt.make_optimizer(step.optimizer, hierarchy.is_buffer(step.levels))
 
 
-def mean_losses(step: Step, params, variables, given, times, keys) -> tuple[jax.Array, dict[str, jax.Array]]:
+def mean_losses(step: Step, params, variables, context, times, keys) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum over levels of the batch mean, and each level's."""
-    per_row = hierarchy.losses(step.levels, params, variables, given, times, keys, only=step.trained)
+    per_row = hierarchy.losses(step.levels, params, variables, context, times, keys, only=step.trained)
     means = {name: jnp.mean(loss) for name, loss in per_row.items()}
     return sum(means.values()), means
 
@@ -100,10 +100,10 @@ def gradients(step: Step, params, raw: Mapping[str, jax.Array], key: jax.Array):
     Group a holds rows a, a + accumulate, ...: the batch axis stays where it is sharded, nothing moves.
     """
     batch = jax.tree.leaves(raw)[0].shape[0]
-    keys = hierarchy.rows(key, batch)
+    keys = hierarchy.row_keys(key, batch)
     variables = step.latents.variables(raw, jax.random.fold_in(key, batch))
     times = hierarchy.sample_times(step.levels, keys)
-    data = (variables, hierarchy.given(step.levels, raw), times, keys)
+    data = (variables, hierarchy.select_context(step.levels, raw), times, keys)
     grad = jax.grad(lambda p, *rows: mean_losses(step, p, *rows), has_aux=True)
     if step.accumulate == 1:
         return grad(params, *data)
@@ -148,12 +148,12 @@ def train_step(step: Step, state: TrainState, raw: Mapping[str, jax.Array], key:
 def validation_losses(step: Step, ema, raw: Mapping[str, jax.Array], times: Sequence[float]) -> dict[str, jax.Array]:
     """{"validation/LEVEL/t0.5": mean loss of the EMA weights} at fixed noise levels, with fixed noises."""
     batch = jax.tree.leaves(raw)[0].shape[0]
-    keys = hierarchy.rows(jax.random.key(0), batch)
-    variables, given = step.latents.variables(raw, jax.random.key(1)), hierarchy.given(step.levels, raw)
+    keys = hierarchy.row_keys(jax.random.key(0), batch)
+    variables, context = step.latents.variables(raw, jax.random.key(1)), hierarchy.select_context(step.levels, raw)
     metrics = {}
     for t in times:
         fixed = {level.name: jnp.full((batch,), t) for level in step.levels}
-        losses = hierarchy.losses(step.levels, ema, variables, given, fixed, keys, train=False)
+        losses = hierarchy.losses(step.levels, ema, variables, context, fixed, keys, train=False)
         metrics |= {f"validation/{name}/t{t:g}": jnp.mean(loss) for name, loss in losses.items()}
     return metrics
 

@@ -44,6 +44,6 @@ def of_images(batch, seed=0):
 
 
 def losses(level, params, batch=4, variables=None, train=True):
-    keys = hierarchy.rows(jax.random.key(1), batch)
+    keys = hierarchy.row_keys(jax.random.key(1), batch)
     times = {"x": jnp.full(batch, 0.3)}  # one time, as Leafwise adds the mean
     return hierarchy.losses((level,), params, variables or of_images(batch), {}, times, keys, train=train)["x"]

@@ -41,7 +41,7 @@ def make_levels(**changes):
 
 
 def draw(batch, seed=0):
-    keys = hierarchy.rows(jax.random.key(seed), batch)
+    keys = hierarchy.row_keys(jax.random.key(seed), batch)
     variables = {
         "top": jax.random.normal(jax.random.key(1), (batch, 1, 1, 2)),
         "middle": jax.random.normal(jax.random.key(2), (batch, 2, 2, 3)),

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.polynomial import polynomial
 
 from nested.diffusion.process import check_name
-from nested.diffusion.samplers.noise_levels import OnNoiseLevels, Update, ancestral, check_not_negative, level
+from nested.diffusion.samplers.noise_levels import OnNoiseLevels, Update, ancestral, check_not_negative, noise_level
 from nested.diffusion.samplers.table import backward_differences
 
 
@@ -48,11 +48,11 @@ class OneStep(OnNoiseLevels):
         """w, the weight of the inner evaluation."""
         return 1.0
 
-    def updates(self, levels):
-        return [self.step(*times) for times in levels]
+    def updates(self, sigmas):
+        return [self.step(*times) for times in sigmas]
 
-    def step(self, s, *levels):
-        *inner, end = levels
+    def step(self, s, *sigmas):
+        *inner, end = sigmas
         down, up = ancestral(s, end, self.eta)
         noise = self.s_noise * up
         if not inner:
@@ -84,10 +84,10 @@ class Churned(OneStep):
         within = self.s_tmin * (1 - 1e-9) <= s <= self.s_tmax * (1 + 1e-9)  # the grid's end points, to rounding
         return s * (1 + min(self.s_churn / self.steps, math.sqrt(2) - 1)) if within else s
 
-    def updates(self, levels):
+    def updates(self, sigmas):
         """The noise before a step is added at the end of the one before it."""
-        result = super().updates(levels)
-        for updates, (*_, end), (raised, *_) in zip(result, levels, levels[1:], strict=False):
+        result = super().updates(sigmas)
+        for updates, (*_, end), (raised, *_) in zip(result, sigmas, sigmas[1:], strict=False):
             updates[-1] = updates[-1]._replace(noise=self.s_noise * np.sqrt(raised**2 - end**2))
         return result
 
@@ -95,7 +95,7 @@ class Churned(OneStep):
         first = plan[0][0]
         if first == start:
             return None
-        noise = self.s_noise * np.sqrt(level(schedule, first) ** 2 - level(schedule, start) ** 2)
+        noise = self.s_noise * np.sqrt(noise_level(schedule, first) ** 2 - noise_level(schedule, start) ** 2)
         alpha = schedule(first)[0]
         return alpha / schedule(start)[0], alpha * noise
 
@@ -182,11 +182,11 @@ class DPMppSDE(Ancestral):
     def second_weight(self, s, inner, end):
         return 1 / (2 * self.r)
 
-    def step(self, s, *levels):
-        first, *second = super().step(s, *levels)
+    def step(self, s, *sigmas):
+        first, *second = super().step(s, *sigmas)
         if not second:
             return [first]
-        inner, end = levels
+        inner, end = sigmas
         down, up = ancestral(s, inner, self.eta)
         shared = np.sqrt((s - inner) / (s - end))
         noise = second[0].noise
@@ -208,22 +208,22 @@ class LMS(OnNoiseLevels):
         if self.order < 1:
             raise ValueError(f"sampler.order = {self.order}: expected at least 1")
 
-    def updates(self, levels):
-        starts = [s for s, _ in levels]
+    def updates(self, sigmas):
+        starts = [s for s, _ in sigmas]
         return [
             [Update(1.0, lms_coefficients(starts[max(0, k + 1 - self.order) : k + 1][::-1], end))]
-            for k, (_, end) in enumerate(levels)
+            for k, (_, end) in enumerate(sigmas)
         ]
 
 
-def lms_coefficients(levels, end):
-    """Integrals from levels[0] to `end` of the Lagrange polynomials of the levels (newest first)."""
-    nodes = np.asarray(levels) - levels[0]
+def lms_coefficients(sigmas, end):
+    """Integrals from sigmas[0] to `end` of the Lagrange polynomials of the noise levels (newest first)."""
+    nodes = np.asarray(sigmas) - sigmas[0]
     coefficients = []
     for j, node in enumerate(nodes):
         others = np.delete(nodes, j)
         integral = polynomial.polyint(polynomial.polyfromroots(others))
-        coefficients.append(polynomial.polyval(end - levels[0], integral) / np.prod(node - others))
+        coefficients.append(polynomial.polyval(end - sigmas[0], integral) / np.prod(node - others))
     return tuple(coefficients)
 
 
@@ -231,8 +231,8 @@ def lms_coefficients(levels, end):
 class DPMpp2M(OnNoiseLevels):
     """DPM-Solver++(2M). `steps` evaluations."""
 
-    def updates(self, levels):
-        return _multistep(levels, order=2, midpoint=True, eta=0.0, s_noise=1.0)
+    def updates(self, sigmas):
+        return _multistep(sigmas, order=2, midpoint=True, eta=0.0, s_noise=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +248,8 @@ class DPMpp2MSDE(OnNoiseLevels):
         check_not_negative(eta=self.eta, s_noise=self.s_noise)
         check_name("sampler.solver_type", self.solver_type, ("midpoint", "heun"))
 
-    def updates(self, levels):
-        return _multistep(levels, 2, self.solver_type == "midpoint", self.eta, self.s_noise)
+    def updates(self, sigmas):
+        return _multistep(sigmas, 2, self.solver_type == "midpoint", self.eta, self.s_noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,14 +263,14 @@ class DPMpp3MSDE(OnNoiseLevels):
         super().__post_init__()
         check_not_negative(eta=self.eta, s_noise=self.s_noise)
 
-    def updates(self, levels):
-        return _multistep(levels, 3, False, self.eta, self.s_noise)
+    def updates(self, sigmas):
+        return _multistep(sigmas, 3, False, self.eta, self.s_noise)
 
 
-def _multistep(levels, order, midpoint, eta, s_noise):
-    log_snr = [-np.log(s) for s, _ in levels]
+def _multistep(sigmas, order, midpoint, eta, s_noise):
+    log_snr = [-np.log(s) for s, _ in sigmas]
     result = []
-    for k, (s, end) in enumerate(levels):
+    for k, (s, end) in enumerate(sigmas):
         if end == 0:
             result.append([_update(s, end)])
             continue

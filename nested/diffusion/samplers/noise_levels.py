@@ -98,8 +98,8 @@ class OnNoiseLevels(Sampler):
             raise ValueError(f"sampler.t_end = {self.t_end}: expected 0 <= t_end < 1")
 
     @abc.abstractmethod
-    def updates(self, levels) -> list[list[Update]]:
-        """One list per step, one Update per evaluation. levels: of each step (start, inner levels ..., end)."""
+    def updates(self, sigmas) -> list[list[Update]]:
+        """One list per step, one Update per evaluation. sigmas: of each step (start, inner levels ..., end)."""
 
     output_x0 = True  # m is D; False: m is the slope (x - D) / s
 
@@ -115,13 +115,13 @@ class OnNoiseLevels(Sampler):
         """The grid, [(t, s)], with (CLEAN, 0) at its end."""
         if self.grid == "time_uniform":
             times = np.linspace(1.0, T_END if self.t_end is None else self.t_end, self.steps)
-            levels = [level(schedule, t) for t in times]
+            sigmas = [noise_level(schedule, t) for t in times]
         else:
-            levels = noise_levels(self.grid, self.steps, self.sigma_min, self.sigma_max, self.rho, self.t_end)
-            times = [time_of(schedule, s) for s in levels]
-        if not all(0 < s < math.inf for s in levels):
+            sigmas = noise_levels(self.grid, self.steps, self.sigma_min, self.sigma_max, self.rho, self.t_end)
+            times = [time_of(schedule, s) for s in sigmas]
+        if not all(0 < s < math.inf for s in sigmas):
             raise ValueError(f"{self}: the noise level is 0 at t_end or infinite at t = 1: raise sampler.t_end")
-        return [*zip(map(float, times), levels, strict=True), (CLEAN, 0.0)]
+        return [*zip(map(float, times), sigmas, strict=True), (CLEAN, 0.0)]
 
     def start(self, process):
         return self.nodes(process.schedules[0])[0][0]
@@ -142,10 +142,10 @@ class OnNoiseLevels(Sampler):
 
     def rows(self, schedule, plan):
         """The updates, from x / alpha to x: the state after an evaluation is that of the next evaluation's time."""
-        levels = [tuple(level(schedule, t) for t in times) for times in plan]
+        sigmas = [tuple(noise_level(schedule, t) for t in times) for times in plan]
         points = [marginal(schedule, t) for times in plan for t in times[:-1]] + [marginal(schedule, CLEAN)]
         rows = []
-        for times, updates in zip(plan, self.updates(levels), strict=True):
+        for times, updates in zip(plan, self.updates(sigmas), strict=True):
             base_alpha = points[len(rows)][0]
             for i, update in enumerate(updates):
                 (alpha, sigma), (next_alpha, _) = points[len(rows)], points[len(rows) + 1]
@@ -162,7 +162,7 @@ class OnNoiseLevels(Sampler):
         return rows
 
 
-def level(schedule, t):
+def noise_level(schedule, t):
     """s = sigma / alpha at t."""
     alpha, sigma = marginal(schedule, t)
     return sigma / alpha
