@@ -61,10 +61,8 @@ def run() -> None:
     from nested.build import data as build_data
     from nested.build.levels import build_levels
     from nested.evaluation import report as evaluate
-    from nested.modes import compare, neighbors, search, summary
+    from nested.modes import compare, neighbors, sample, search, summary, train
     from nested.runtime.files import check_writable
-    from nested.sampling import generator as sample
-    from nested.training import loop as train
     from nested.weights import exchange as export
 
     config, mode = FLAGS.config, FLAGS.mode
@@ -82,7 +80,7 @@ def run() -> None:
     start_jax(FLAGS.workdir)  # first: a process that fails before it has met the others leaves them waiting
     workdir = str(check_writable(FLAGS.workdir))
     if mode == "sample":
-        sample.sample(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out, FLAGS.weights)
+        sample.run(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out, FLAGS.weights)
     elif mode == "evaluate":
         evaluate.evaluate(config, workdir, FLAGS.weights)
     elif FLAGS.plan:
@@ -93,7 +91,7 @@ def run() -> None:
         compare.compare(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
     else:
         dict(
-            train=train.train, encode=build_data.encode_data, search=search.search, neighbors=neighbors.neighbors,
+            train=train.run, encode=build_data.encode_data, search=search.search, neighbors=neighbors.neighbors,
         )[mode](config, workdir)  # fmt: skip
 
 

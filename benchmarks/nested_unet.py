@@ -22,9 +22,9 @@ from configs import mdm
 from input_pipeline.loader import collate
 from nested.build import data as build_data
 from nested.models import unet_blocks
-from nested.modes import summary
+from nested.modes import summary, train
 from nested.runtime import partition
-from nested.training import loop as train
+from nested.training import loop as training_loop
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("scale", 8, "the paper's channels are divided by this, and resolutions by 4 where it is above 1")
@@ -59,9 +59,9 @@ class Timed:
         self.run = train.make_run(config, latents)
         self.raw = partition.to_global(collate([source[i] for i in range(FLAGS.batch)]), self.run.mesh)
         begin = time.perf_counter()
-        self.update = train.compiled_step(self.run).lower(self.run.abstract, self.raw, self.run.key).compile()
+        self.update = training_loop.compile_step(self.run).lower(self.run.abstract, self.raw, self.run.key).compile()
         self.compile_seconds = time.perf_counter() - begin
-        self.state, self.seconds = train.fresh_state(self.run), []
+        self.state, self.seconds = training_loop.fresh_state(self.run), []
 
     def step(self):
         begin = time.perf_counter()

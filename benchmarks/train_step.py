@@ -18,9 +18,9 @@ from ml_collections import config_flags
 from benchmarks import matmul
 from benchmarks.report import report
 from nested.build import data as build_data
-from nested.modes import summary
+from nested.modes import summary, train
 from nested.runtime import partition
-from nested.training import loop as train
+from nested.training import loop as training_loop
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
@@ -35,15 +35,15 @@ def measure(config, workdir: str, steps: int) -> dict:
     source, latents = build_data.latents(config, workdir)
     run = train.make_run(config, latents)
     training, _ = build_data.split(config, source)
-    batches = train.feed(config, training, 0)
+    batches = train.training_batches(config, training, 0)
     raw = partition.to_global(next(batches), run.mesh)
     begin = time.perf_counter()
-    update = train.compiled_step(run).lower(run.abstract, raw, run.key).compile()
+    update = training_loop.compile_step(run).lower(run.abstract, raw, run.key).compile()
     figures = of_program(run, update, time.perf_counter() - begin)
     if not steps:
         return figures
     begin = time.perf_counter()
-    state = jax.block_until_ready(train.fresh_state(run))
+    state = jax.block_until_ready(training_loop.fresh_state(run))
     init_seconds = time.perf_counter() - begin
     state, metrics = jax.block_until_ready(update(state, raw, run.key))
 
@@ -72,7 +72,7 @@ def measure(config, workdir: str, steps: int) -> dict:
 
 def of_program(run, update, compile_seconds: float) -> dict:
     """What is known of the compiled step without running it."""
-    levels, batch_size, memory = summary.levels(run.step.levels), run.config.train.batch_size, update.memory_analysis()
+    levels, batch_size, memory = summary.levels(run.step.levels), run.options.batch_size, update.memory_analysis()
     macs = sum(level.macs for level in levels)
     flops = update.cost_analysis()["flops"] * jax.device_count()
     return {

@@ -12,7 +12,7 @@ from configs import common, imagenet, rcg
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import to_plain
 from nested.build.training import STATE_KEYS, build_optimizer, check_batch_size, check_init_from
-from nested.training import loop as train
+from nested.modes import train
 from nested.weights.fit import shared_levels
 
 # --- refusals of the model's part ------------------------------------------------------------------------------------

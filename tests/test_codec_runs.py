@@ -21,14 +21,12 @@ from nested.build import sources as build_sources
 from nested.evaluation import memorization
 from nested.evaluation import report as evaluate
 from nested.latents import job as encoding
-from nested.modes import neighbors
+from nested.modes import neighbors, sample, train
 from nested.runtime import partition
 from nested.runtime.writers import read_metrics
-from nested.sampling import generator as sample
 from nested.spaces import autoencoder_kl as kl
 from nested.spaces.pixels import to_images
 from nested.spaces.svd import CovarianceStream, fit_basis
-from nested.training import loop as train
 
 SIDE, COUNT = 16, 44
 NAMES = ("map", "map.mirrored")
@@ -192,7 +190,7 @@ def test_training_draws_a_flip_of_all_fields_at_once(encoded, weights):
     config.train.update(steps=12)
     training, held_out = build_data.split(config, source)
     assert set(held_out) == {"label", "map", "sd_vae"}
-    first, again = (list(train.feed(config, training, start)) for start in (0, 4))
+    first, again = (list(train.training_batches(config, training, start)) for start in (0, 4))
     for batch, same in zip(first[4:], again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, batch, same)
     drawn = []
@@ -213,7 +211,7 @@ def test_flips_keep_the_text(encoded, weights, monkeypatch):
     config = make_config(weights)
     config.text.update(encoder="minilm", stored=False, max_tokens=3, width=2)
     source, _ = build_data.latents(config, str(encoded[0]))
-    batch, plain = next(train.feed(config, source, 0)), batch_of(encoded[1])
+    batch, plain = next(train.training_batches(config, source, 0)), batch_of(encoded[1])
     assert set(batch) == {"label", "map", "sd_vae", "text_ids", "text_mask"}
     for row, length in enumerate(batch["text_ids"][:, 0]):
         both = [plain[name][length - 1] for name in NAMES]
@@ -265,24 +263,24 @@ def test_training_sampling_scores_and_pictures(encoded, weights, tmp_path, capsy
     config = make_config(weights, scale=0.2)
     config.latents_dir = str(encoded[0] / "latents")
     config.sample.num_samples, config.evaluate.num_samples, config.evaluate.memorization = 8, 8, 8
-    train.train(config, str(tmp_path))
+    train.run(config, str(tmp_path))
     printed = capsys.readouterr().out
     assert "picture: " in printed and "FD-EffLite0" in printed and "memorization.json" in printed
     metrics = {name: value for line in read_metrics(tmp_path) for name, value in line.items()}
     assert np.isfinite([metrics[name] for name in ("loss/z1x1", "loss/x", "validation/x/t0.5")]).all()
     found = json.loads((tmp_path / "memorization.json").read_text())
     assert found["num_compared_with"] == COUNT - 8 and found["pixels"]["quantiles"]["training"]["50%"] > 0
-    sample.sample(config, str(tmp_path), 8, str(tmp_path / "drawn"))
+    sample.run(config, str(tmp_path), 8, str(tmp_path / "drawn"))
     with np.load(tmp_path / "drawn.npz") as archive:
         images = archive["arr_0"]
     assert images.shape == (8, SIDE, SIDE, 3) and images.std() > 10
     absent = make_config(weights, scale=0.2)  # neither data nor encoder are asked for
     absent.data.source, absent.encoder.name = "tfds", "mocov3_vitb16"
-    sample.sample(absent, str(tmp_path), 8, str(tmp_path / "again"))
+    sample.run(absent, str(tmp_path), 8, str(tmp_path / "again"))
     with np.load(tmp_path / "again.npz") as archive:
         np.testing.assert_array_equal(archive["arr_0"], images)
     absent.codec.batch_size = 8  # in one slice, not in two
-    gen, ema, _ = sample.restored(absent, str(tmp_path))
+    gen, ema, _ = sample.restore_generator(absent, str(tmp_path))
     assert (len(gen.latents.slices(8, 1)), len(gen.latents.slices(16, 2)), len(gen.latents.slices(16, 1))) == (1, 1, 2)
     whole = gen.images(ema, 8, "tests")
     assert np.abs(np.int32(whole) - np.int32(images)).max() <= 1  # halves round either way

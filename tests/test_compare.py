@@ -12,9 +12,8 @@ from PIL import Image
 from nested import figures as pictures
 from nested.build.levels import build_levels
 from nested.build.options import to_plain
-from nested.modes import compare
+from nested.modes import compare, sample
 from nested.runtime import checkpoint
-from nested.sampling import generator as sample
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def test_a_row_is_the_samples_of_its_run(compared):
     """Those that the run's own config draws with the seed given, at eight times their size, behind the captions."""
     runs, out = compared
     picture = np.asarray(Image.open(out / "compare.png"))
-    gen, ema, _ = sample.restored(config_of(1, seed=7), runs[0])
+    gen, ema, _ = sample.restore_generator(config_of(1, seed=7), runs[0])
     row = pictures.image_grid(gen.images(ema, 3, "tests"), columns=3)
     height, width, _ = row.shape
     np.testing.assert_array_equal(picture[:height, -width:], row)
@@ -89,7 +88,7 @@ def copy_of(run, folder, change):
     ],
 )
 def test_runs_that_do_not_compare_are_refused(compared, tmp_path, change, message, monkeypatch):
-    monkeypatch.setattr(sample, "restored", None)
+    monkeypatch.setattr(sample, "restore_generator", None)
     runs = [compared[0][0], copy_of(compared[0][0], tmp_path / "other", change)]
     refused(compare.compare, config_of(3), str(tmp_path), runs, 3, match=message)
 
@@ -98,7 +97,7 @@ def test_images_of_other_shapes_are_refused(compared, tmp_path, monkeypatch):
     class Drawn:
         levels, images = (), staticmethod(lambda ema, number, what: np.zeros((3, 4 + ("L1" in what), 4, 1), np.uint8))
 
-    monkeypatch.setattr(sample, "restored", lambda config, run: (Drawn, None, 1))
+    monkeypatch.setattr(sample, "restore_generator", lambda config, run: (Drawn, None, 1))
     expected = "--runs: images differ in shape: L1 (5, 4, 1), L2-sigma0.5 (4, 4, 1)"
     refused(compare.compare, config_of(3), str(tmp_path), compared[0], 3, match=expected)
 
@@ -109,7 +108,7 @@ def test_clips_are_shown_by_their_first_frames(compared, tmp_path, monkeypatch):
     class Drawn:
         levels, images = (), staticmethod(lambda ema, number, what: clips)
 
-    monkeypatch.setattr(sample, "restored", lambda config, run: (Drawn, None, 9))
+    monkeypatch.setattr(sample, "restore_generator", lambda config, run: (Drawn, None, 9))
     compare.compare(config_of(3), str(tmp_path), compared[0], 2)
     picture = np.asarray(Image.open(tmp_path / "compare.png"))
     np.testing.assert_array_equal(picture[-68:, -134:], pictures.image_grid(clips[:, 0], columns=2))

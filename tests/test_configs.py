@@ -16,7 +16,7 @@ from nested.build.levels import build_levels
 from nested.build.training import build_optimizer, check_batch_size, split_phases
 from nested.diffusion.samplers import dpm_solver as samplers
 from nested.encoders import grids, vit
-from nested.training import loop as train
+from nested.modes import train
 
 
 def test_every_file_is_here():

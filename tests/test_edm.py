@@ -236,7 +236,7 @@ def test_groups_are_those_of_the_authors(golden, x64):
     found = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
         (name,) = weights.to_torch(_nest(path[1:]))
-        found[name] = optimizer.factors(options, is_buffer, path)
+        found[name] = optimizer.group_factors(options, is_buffer, path)
     factors = {"wd": (1, 1), "no_wd": (1, 0), "mapping_wd": (1 / 3, 1), "mapping_no_wd": (1 / 3, 0)}
     groups = json.loads(str(data["meta"]))["param_groups"]
     expected = {name: factors[group] for group, names in groups.items() for name in names}
@@ -250,11 +250,11 @@ def test_the_groups_of_hdit_e_have_the_authors_sizes():
     params = jax.eval_shape(lambda: hierarchy.init(levels, jax.random.key(0)))
     sizes, is_buffer = collections.Counter(), hierarchy.is_buffer(levels)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        sizes[optimizer.factors(options, is_buffer, path)] += math.prod(leaf.shape)
+        sizes[optimizer.group_factors(options, is_buffer, path)] += math.prod(leaf.shape)
     del sizes[0.0, 0.0]
     assert sizes == {(1, 1): 94_408_704, (1, 0): 1_948_957, (1 / 3, 1): 20_643_840, (1 / 3, 0): 2_304}
     additive = jax.tree_util.tree_flatten_with_path({"x": {"pos_embed": 0.0}})[0][0][0]
-    assert optimizer.factors(options, is_buffer, additive) == (1, 0)
+    assert optimizer.group_factors(options, is_buffer, additive) == (1, 0)
 
 
 def _nest(path):

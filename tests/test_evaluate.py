@@ -8,7 +8,7 @@ from helpers.scoring import fake_scoring
 
 from nested.build import data as build_data
 from nested.evaluation import report as evaluate
-from nested.sampling import generator as sample
+from nested.modes import sample
 
 
 def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch, capsys):
@@ -28,7 +28,7 @@ def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch,
 
     monkeypatch.setattr(build_data, "images", read)
     monkeypatch.setattr(build_data, "latents", None)  # would encode
-    monkeypatch.setattr(sample, "opened", fake_opened)
+    monkeypatch.setattr(sample, "open_generator", fake_opened)
     evaluate.evaluate(generator.config, str(tmp_path), str(file))
     assert opened == [("val2014", str(file))]
     row = json.loads((tmp_path / "scores.json").read_text())[0]

@@ -14,9 +14,8 @@ from safetensors.numpy import load_file
 
 from nested.build import data as build_data
 from nested.evaluation import report as evaluate
+from nested.modes import sample, train
 from nested.runtime import checkpoint, partition
-from nested.sampling import generator as sample
-from nested.training import loop as train
 from nested.weights import exchange as export
 from nested.weights import files as weights
 
@@ -32,7 +31,7 @@ def config_of(**changes):
 def run(tmp_path_factory):
     """The workdir of a run of one step."""
     workdir = tmp_path_factory.mktemp("run")
-    train.train(config_of(), str(workdir))
+    train.run(config_of(), str(workdir))
     return workdir
 
 
@@ -83,10 +82,10 @@ def test_the_authors_names_are_those_of_torch(run, exported):
 
 def test_samples_of_the_file_are_those_of_the_checkpoint_bit_for_bit(run, exported, tmp_path):
     config = config_of()
-    sample.sample(config, str(run), NUMBER, str(tmp_path / "checkpoint.png"))
+    sample.run(config, str(run), NUMBER, str(tmp_path / "checkpoint.png"))
     elsewhere = tmp_path / "no_run"
     elsewhere.mkdir()
-    sample.sample(config, str(elsewhere), NUMBER, str(tmp_path / "file.png"), str(exported))
+    sample.run(config, str(elsewhere), NUMBER, str(tmp_path / "file.png"), str(exported))
     drawn = {name: np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("checkpoint", "file")}
     np.testing.assert_array_equal(drawn["file"], drawn["checkpoint"])
     assert drawn["file"].shape == (NUMBER, 8, 8, 3) and drawn["file"].std() > 1
@@ -130,7 +129,7 @@ def test_the_file_must_be_of_the_configs_networks(exported, run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint found"):
         export.export(config_of(), str(tmp_path), str(tmp_path / "w.safetensors"))
     with pytest.raises(FileNotFoundError, match="no checkpoint found; .* or --weights=FILE"):
-        sample.restored(config_of(), str(tmp_path))
+        sample.restore_generator(config_of(), str(tmp_path))
 
 
 def test_a_file_of_another_process_is_not_sampled_from(exported):
@@ -217,7 +216,7 @@ def test_training_goes_on_from_a_file(run, exported, tmp_path):
 
 def start(config, workdir):
     _, latents = build_data.latents(config, str(workdir))
-    return train.fresh_state(train.make_run(config, latents), str(workdir))
+    return train.initial_state(train.make_run(config, latents), config, str(workdir))
 
 
 def assert_starts_from(config, workdir, expected):

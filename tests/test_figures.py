@@ -10,7 +10,7 @@ from PIL import Image
 
 from configs import common
 from nested import figures as pictures
-from nested.sampling import generator as sample
+from nested.modes import sample
 
 
 def images_of(values, height=4, width=6, channels=3):
@@ -349,7 +349,7 @@ def test_pictures_of_clips_and_their_prompts(tmp_path):
     config.sample.update(columns=2, scale=2)
     generator = types.SimpleNamespace(config=config, prompts=("a cat", "a dog"))
     clips = np.random.default_rng(0).integers(0, 255, (3, 4, 8, 8, 3), dtype=np.uint8)
-    paths = sample.save_pictures(generator, clips, str(tmp_path / "clips"))
+    paths = sample.save_sample_pictures(generator, clips, str(tmp_path / "clips"))
     assert [path.rpartition(".")[2] for path in paths] == ["png", "webp", "txt"]
     assert (tmp_path / "clips.txt").read_text().splitlines() == ["0\ta cat", "1\ta dog", "2\ta cat"]
     with Image.open(paths[1]) as animation:

@@ -9,7 +9,8 @@ import pytest
 
 from configs import hdit, hdit_ffhq1024
 from nested.build import data as build_data
-from nested.training import loop as train
+from nested.modes import train
+from nested.training import loop as training_loop
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def compiled_step(config, batch_size):
     raw = {"x": jax.ShapeDtypeStruct((batch_size, *level.shape), jnp.float32)}
     raw["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     begin = time.perf_counter()
-    program = train.compiled_step(run).lower(run.abstract, raw, run.key).compile()
+    program = training_loop.compile_step(run).lower(run.abstract, raw, run.key).compile()
     return time.perf_counter() - begin, program
 
 

@@ -19,11 +19,12 @@ from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.build.training import batch_spans, build_optimizer, check_batch_size
 from nested.diffusion import hierarchy
+from nested.modes import train
 from nested.runtime import checkpoint
 from nested.spaces import svd
 from nested.spaces.patch_pca import PatchPCA, patchify
 from nested.spaces.pixels import normalise
-from nested.training import loop as train
+from nested.training import loop as training_loop
 
 GROUPS = common.hdit_groups()
 DIGITS = select_fields(sources.Digits(), ("label", "image"))
@@ -84,7 +85,7 @@ def test_augmentation_is_refused_where_it_would_lie():
 def test_the_network_is_told_of_the_augmentation_and_of_none_in_validation_and_sampling():
     (plain,), (level,) = (build_levels(config_of(("data.augment_prob", p))) for p in (0.0, 0.5))
     assert (plain.inputs, level.inputs) == ((), ("augment",))
-    batch = next(train.feed(config_of(("data.augment_prob", 0.9)), DIGITS, 0))
+    batch = next(train.training_batches(config_of(("data.augment_prob", 0.9)), DIGITS, 0))
     context = hierarchy.select_context((level,), batch)
     assert set(context) == {"label", "augment"} and set(hierarchy.select_context((plain,), batch)) == {"label"}
     assert batch["image"].dtype == np.float32 and np.abs(context["augment"]).max() > 0.5
@@ -103,9 +104,9 @@ def trained():
     config = config_of(("data.augment_prob", 0.5), ("optimizer.learning_rate", 0.01), ("optimizer.ema_power", 0.75),
                        ("optimizer.groups", GROUPS), ("optimizer.eps", 1e-12), ("train.steps", 7))  # fmt: skip
     run, source = make(config=config)
-    update = train.compiled_step(run)
-    state = train.fresh_state(run)
-    states, metrics, batches = [copied(state)], [], train.feed(config, source, 0)
+    update = training_loop.compile_step(run)
+    state = training_loop.fresh_state(run)
+    states, metrics, batches = [copied(state)], [], train.training_batches(config, source, 0)
     for _ in range(7):
         state, values = update(state, next(batches), run.key)
         states.append(copied(state))
@@ -163,13 +164,14 @@ def level_without_drops(level):
 def test_batches_grow_and_go_on_with_the_data():
     growing = config_of(("train.batch_growth", ((2, 16), (3, 24))), ("train.steps", 5), ("data.augment_prob", 0.5))
     assert [tuple(span) for span in batch_spans(growing)] == [(0, 2, 8, 0), (2, 3, 16, 16), (3, 5, 24, 32)]
-    batches = list(train.feed(growing, DIGITS, 0))
+    batches = list(train.training_batches(growing, DIGITS, 0))
     assert [len(batch["label"]) for batch in batches] == [8, 8, 16, 24, 24]
     constant = config_of(("train.batch_size", 8), ("train.steps", 10), ("data.augment_prob", 0.5))
-    joined = {name: np.concatenate([batch[name] for batch in train.feed(constant, DIGITS, 0)]) for name in batches[0]}
+    steps = list(train.training_batches(constant, DIGITS, 0))
+    joined = {name: np.concatenate([batch[name] for batch in steps]) for name in batches[0]}
     for name, whole in joined.items():
         np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), whole)
-    for batch, again in zip(batches[3:], train.feed(growing, DIGITS, 3), strict=True):  # resumed at step 3
+    for batch, again in zip(batches[3:], train.training_batches(growing, DIGITS, 3), strict=True):  # resumed at step 3
         assert_equal(batch, again)
     falling = config_of(("train.batch_growth", ((3, 16), (2, 24))))
     refused(batch_spans, falling, match="its steps must rise from 1 on")

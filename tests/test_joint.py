@@ -18,9 +18,11 @@ from nested.build import data as build_data
 from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy, schedules
 from nested.latents import store as latents
+from nested.modes import train
 from nested.runtime import partition
-from nested.sampling import generator as sample
-from nested.training import loop as train
+from nested.sampling import generator as sampling
+from nested.training import loop as training_loop
+from nested.training import step as training
 
 NULL_TEXT = {"text": np.full((3, 2), -5.0, np.float32), "text_mask": np.array([True, False, False])}
 
@@ -141,14 +143,14 @@ def test_the_text_of_a_batch_reaches_the_network():
     config.hierarchy.text_levels = ("x",)
     source, made = build_data.latents(config, "unused")
     run = train.make_run(config, made, load_text_encoder(config))
-    raw = train.to_device(run, train.loader.collate([source[i] for i in range(8)]))
+    raw = training_loop.to_device(run, train.loader.collate([source[i] for i in range(8)]))
     context = hierarchy.select_context(run.step.levels, raw)
     np.testing.assert_array_equal(context["text"][5], source[5]["text"])
     assert context["text_mask"].shape == (8, 3) and run.step.levels[0].null_text["text"].shape == (3, 6)
-    grads, _ = jax.eval_shape(lambda p: train.gradients(run.step, p, raw, run.key), run.abstract.params)
+    grads, _ = jax.eval_shape(lambda p: training.gradients(run.step, p, raw, run.key), run.abstract.params)
     assert grads["x"]["inner_unet"]["inner_unet"]["cond_emb"]["kernel"].shape == (6, 32)
     del raw["text"]
-    refused(train.gradients, run.step, run.abstract.params, raw, run.key, match="level x sees text but no 'text'")
+    refused(training.gradients, run.step, run.abstract.params, raw, run.key, match="level x sees text but no 'text'")
 
 
 # --- noise on the conditions of a cascade ----------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def test_a_generator_shows_every_resolution():
     params = {f"bias_{i}": jnp.full(1, bias) for i, bias in enumerate(biases)}
     params = {"x": params | {"gain_0": jnp.zeros(1), "gain_1": jnp.zeros(1)}}
     made = latents.of_images((latents.LevelSource("x", "pixels", SHAPES),), (4, 4, 1))
-    gen = sample.Generator(get_config("nest"), (level,), made, partition.make_mesh(1, 1), draw=None)
+    gen = sampling.Generator(get_config("nest"), (level,), made, partition.make_mesh(1, 1), draw=None)
     for number, times in ((3, (1.0, 0.334, 1e-3)), (9, (1.0, 0.667, 0.334, 1e-3))):
         steps = gen.steps(params, 0, number)
         assert len(steps) == len(times)

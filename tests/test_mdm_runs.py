@@ -15,11 +15,10 @@ from PIL import Image
 from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.evaluation import report as evaluate
-from nested.modes import sweep
+from nested.modes import sample, sweep, train
 from nested.runtime import partition
 from nested.runtime.writers import read_metrics
-from nested.sampling import generator as sample
-from nested.training import loop as train
+from nested.sampling import generator as sampling
 
 
 def config_of(kind, *changes):
@@ -32,7 +31,7 @@ def config_of(kind, *changes):
 def cascade(tmp_path_factory):
     """The workdir of a cascade after its two steps."""
     workdir = tmp_path_factory.mktemp("cascade")
-    train.train(config_of("cascade"), str(workdir))
+    train.run(config_of("cascade"), str(workdir))
     return workdir
 
 
@@ -72,7 +71,9 @@ def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, c
 
 def test_a_noise_level_that_there_is_not_is_refused():
     config = config_of("cascade", ("evaluate.sweep", (("hierarchy.cond_level", (0, 2000)),)))
-    gen = sample.generator(config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
+    gen = sampling.make_generator(
+        config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
+    )
     refused(sweep.combinations, gen, match="noise augmentation: level 2000 is outside 0 to 1000")
 
 
@@ -92,11 +93,11 @@ def test_train_and_sample_a_nest_with_its_steps(tmp_path):
     assert "nothing is encoded" in err and not (tmp_path / "latents").exists()
     assert "validation/x/t0.5" in read_metrics(tmp_path)[-1]
     config = config_of("nest", ("sample.steps_shown", 2))
-    sample.sample(config, str(tmp_path), 4, str(tmp_path / "mine.png"))
+    sample.run(config, str(tmp_path), 4, str(tmp_path / "mine.png"))
     with np.load(tmp_path / "mine.npz") as archive:
         images = archive["arr_0"]
     assert images.shape == (4, 4, 4, 3) and images.std() > 10
-    gen, ema, step = sample.restored(config, str(tmp_path))
+    gen, ema, step = sample.restore_generator(config, str(tmp_path))
     (first, last) = gen.steps(ema, 0, 2)
     assert step == 2 and [image.shape for image in last] == [(2, 2, 1), (4, 4, 1)]
     assert np.abs(last[1].astype(int) - images[0, ..., :1]).max() <= 1 and (first[1] != last[1]).any()

@@ -17,10 +17,8 @@ from configs import uvit_release
 from nested.build.levels import build_levels
 from nested.diffusion import schedules
 from nested.diffusion.samplers import dpm_solver as samplers
-from nested.modes import summary
+from nested.modes import sample, summary, train
 from nested.runtime import partition
-from nested.sampling import generator as sample
-from nested.training import loop as train
 from nested.weights import exchange as export
 from nested.weights import files as weights
 
@@ -168,12 +166,12 @@ def autoencoder(golden, tmp_path_factory):
 
 def check_samples(config, params, workdir, side):
     """The mode sample with the weight file WORKDIR/w.pth draws what the parameters in it give."""
-    sample.sample(config, str(workdir), 4, "", str(workdir / "w.pth"))
+    sample.run(config, str(workdir), 4, "", str(workdir / "w.pth"))
     with np.load(workdir / "samples_4.npz") as archive:
         images = archive["arr_0"]
     assert images.shape == (4, side, side, 3) and images.std() > 2
     assert np.asarray(Image.open(workdir / "samples_4.png")).size >= images.size
-    generator, _, step = sample.opened(config, str(workdir), str(workdir / "w.pth"))
+    generator, _, step = sample.open_generator(config, str(workdir), str(workdir / "w.pth"))
     np.testing.assert_array_equal(images, generator.images(jax.tree.map(jax.numpy.asarray, params), 4, "samples"))
     assert step == 0
 

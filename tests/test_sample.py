@@ -18,8 +18,10 @@ from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.diffusion import hierarchy
 from nested.evaluation import report as evaluate
+from nested.modes import sample
 from nested.runtime import partition
-from nested.sampling import generator as sample
+from nested.sampling import generator as sampling
+from nested.sampling import requests
 from nested.spaces import autoencoder_kl
 from nested.spaces.pixels import to_images
 
@@ -48,7 +50,7 @@ class Decoder:
 
 def make_generator(config, mesh):
     """The latents' stand-in decodes a quarter of z: most of what an untrained net says is then within the range."""
-    return sample.generator(config, build_levels(config), Decoder(0.25), mesh)
+    return sampling.make_generator(config, build_levels(config), Decoder(0.25), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_sample_i_does_not_depend_on_the_batch_size(drawn, params, mesh):
 def test_batches_are_decoded_in_slices(drawn, params, mesh):
     generator, images = drawn
     decoder, programs = Decoder(0.25, most=2), generator.programs
-    slow = sample.generator(generator.config, generator.levels, decoder, mesh, programs=programs)
+    slow = sampling.make_generator(generator.config, generator.levels, decoder, mesh, programs=programs)
     np.testing.assert_array_equal(slow.images(params, 4, "tests"), images[:4])
 
 
@@ -106,12 +108,12 @@ def test_samples_differ_by_index_and_by_seed(drawn, params, mesh):
 
 
 def test_keys_and_labels_follow_the_index():
-    keys = sample.sample_keys(5, [0, 7, 10**6])
+    keys = requests.sample_keys(5, [0, 7, 10**6])
     np.testing.assert_array_equal(
         jax.random.key_data(keys[1]), jax.random.key_data(jax.random.fold_in(jax.random.key(5), 7))
     )
-    np.testing.assert_array_equal(sample.sample_labels(CLASSES, [0, 1, 2, 3, 7]), [0, 1, 2, 0, 1])
-    np.testing.assert_array_equal(sample.sample_labels(0, [0, 5]), [0, 0])  # no classes
+    np.testing.assert_array_equal(requests.sample_labels(CLASSES, [0, 1, 2, 3, 7]), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(requests.sample_labels(0, [0, 5]), [0, 0])  # no classes
 
 
 def test_labels_reach_the_network(drawn, params):
@@ -133,7 +135,7 @@ def test_with_guidance_changes_the_weights_of_every_level(drawn, params):
 
 
 def test_programs_that_read_different_arguments_differ():
-    programs, values = sample.Programs(), {name: np.float32(i + 1) for i, name in enumerate("abc")}
+    programs, values = sampling.Programs(), {name: np.float32(i + 1) for i, name in enumerate("abc")}
     add = {name: programs.program(lambda v, n=name: v["a"] + v[n], values, out_shardings=None) for name in "bc"}
     assert [float(add[name](values)) for name in "bc"] == [3.0, 4.0] and len(programs) == 2
 
@@ -147,12 +149,12 @@ def test_levels_of_equal_programs_are_compiled_once(mesh):
     config.levels = tuple(ConfigDict(dict(equal, name=name)) for name in ("za", "zb", "zc"))
     config.hierarchy.label_levels = ("za", "zb", "zc")
     levels = build_levels(config)
-    generator = sample.generator(config, levels, Decoder(1.0), mesh)
+    generator = sampling.make_generator(config, levels, Decoder(1.0), mesh)
     init = jax.jit(lambda key: hierarchy.init(levels, key), compiler_options={"xla_backend_optimization_level": 0})
     params = init(jax.random.key(0))
     images = generator.images(params, 4, "tests")
     assert len(generator.programs) == 3
-    keys = dict.fromkeys(("za", "zb", "zc"), sample.sample_keys(config.seed, range(4)))
+    keys = dict.fromkeys(("za", "zb", "zc"), requests.sample_keys(config.seed, range(4)))
     draw = jax.jit(functools.partial(hierarchy.sample, levels), compiler_options={"xla_backend_optimization_level": 0})
     expected = draw(params, keys, generator.context(range(4)))["zc"]
     assert difference(images, np.asarray(to_images(expected))) <= 1
@@ -174,7 +176,7 @@ def fake_generator(batch_size, names=("z3", "z2", "x")):
         return np.stack(parts, axis=1).astype(np.uint8).reshape(batch_size, 2, 2, 1)
 
     levels = tuple(types.SimpleNamespace(name=name) for name in names)
-    return sample.Generator(config, levels, None, None, draw)
+    return sampling.Generator(config, levels, None, None, draw)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
@@ -208,7 +210,7 @@ def test_show_writes_the_pictures_of_a_run(drawn, params, tmp_path):
     generator, images = drawn
     (tmp_path / "metrics.jsonl").write_text("")  # a run that was complete when it was started again
     expected = [str(tmp_path / name) for name in ("samples.png", "hierarchy.png", "curves.png")]
-    assert sample.show(generator, params, str(tmp_path)) == expected[:2]
+    assert sample.save_run_pictures(generator, params, str(tmp_path)) == expected[:2]
     grid = np.asarray(Image.open(expected[0]))
     np.testing.assert_array_equal(grid, pictures.image_grid(images[:6], columns=3, scale=1))
     assert Image.open(expected[1]).height > 4 * 4  # two groups of two rows
@@ -216,26 +218,29 @@ def test_show_writes_the_pictures_of_a_run(drawn, params, tmp_path):
     config.train_levels = ("x",)  # the level that is not trained has no loss to draw
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/x": 1.0}\n{"step": 2, "loss/x": 0.5}\n')
     single = dataclasses.replace(generator, config=config, levels=generator.levels[1:], draw=lambda *a: images[:4])
-    assert sample.show(single, params, str(tmp_path)) == [expected[0], expected[2]]  # no hierarchy of one level
+    assert sample.save_run_pictures(single, params, str(tmp_path)) == [
+        expected[0],
+        expected[2],
+    ]  # no hierarchy of one level
     assert Image.open(expected[2]).width > 100
 
 
 def test_the_mode_sample_writes_a_grid_and_the_samples(drawn, params, tmp_path, monkeypatch):
     generator, images = drawn
-    monkeypatch.setattr(sample, "restored", lambda config, workdir: (generator, params, 7))
-    sample.sample(tiny_config(), str(tmp_path), 10, str(tmp_path / "mine.png"))
+    monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (generator, params, 7))
+    sample.run(tiny_config(), str(tmp_path), 10, str(tmp_path / "mine.png"))
     with np.load(tmp_path / "mine.npz") as file:
         assert file.files == ["arr_0"]
         np.testing.assert_array_equal(file["arr_0"], np.repeat(images, 3, axis=-1))
     assert Image.open(tmp_path / "mine.png").mode == "RGB"
-    sample.sample(tiny_config(), str(tmp_path), 4, "")
+    sample.run(tiny_config(), str(tmp_path), 4, "")
     assert (tmp_path / "samples_4.png").exists() and (tmp_path / "samples_4.npz").exists()
 
 
 @pytest.mark.parametrize("number", [0, -3])
 def test_sampling_nothing_is_refused(number):
     with pytest.raises(ValueError, match=f"{number} samples asked for: give --num_samples=N") as error:
-        sample.sample(tiny_config(), "", number, "")
+        sample.run(tiny_config(), "", number, "")
     assert "\n" not in str(error.value)
 
 
@@ -308,7 +313,7 @@ def test_write_scores(tmp_path):
 def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):
     generator, source = fake_scoring(8, unguided=False)
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (source, None))
-    monkeypatch.setattr(sample, "restored", lambda config, workdir: (generator, None, 7))
+    monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (generator, None, 7))
     evaluate.evaluate(generator.config, str(tmp_path))
     assert json.loads((tmp_path / "scores.json").read_text())[0]["step"] == 7
     assert "FD-EffLite0 0.00" in capsys.readouterr().out

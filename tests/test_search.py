@@ -10,9 +10,8 @@ from helpers.small_runs import config_of
 from helpers.tiny import start_main
 from helpers.trees import assert_equal
 
-from nested.modes import search
+from nested.modes import search, train
 from nested.runtime import checkpoint
-from nested.training import loop as train
 
 SIGMAS = (0.0, 0.5, 1.0)
 # FD by run: depth 2 keeps .5, depth 3 keeps 0; unguided scores are 200 less these, so that they would choose otherwise.
@@ -25,7 +24,7 @@ class Runs:
 
     def __init__(self, monkeypatch):
         self.configs, self.stop_in = {}, None
-        monkeypatch.setattr(train, "train", self.train)
+        monkeypatch.setattr(train, "run", self.train)
         monkeypatch.setattr(search, "latest_step", lambda folder: None if self.stop_in in folder else 1)
 
     def train(self, config, folder):

@@ -13,8 +13,7 @@ import pytest
 from configs import imagenet
 from nested.build.levels import build_levels
 from nested.models.hdit import HDiT
-from nested.modes import summary
-from nested.training import loop as train
+from nested.modes import summary, train
 
 TABLE_6 = {  # depth: (million parameters, GMACs)
     "L1": (104, 26.82),

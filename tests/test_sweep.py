@@ -19,13 +19,15 @@ from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.evaluation import report as evaluate
 from nested.figures import curves as plots
-from nested.modes import sweep
+from nested.modes import sample, sweep
 from nested.runtime import partition
-from nested.sampling import generator as sample
+from nested.sampling import generator as sampling
 
 
 def generator(config):
-    return sample.generator(config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1))
+    return sampling.make_generator(
+        config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
+    )
 
 
 def swept(*pairs, depth=2, **changes):
@@ -159,7 +161,7 @@ def test_noise_options_reach_the_levels():
 def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch):
     config = config_of(2, evaluate__sweep=pairs)
     gen = types.SimpleNamespace(config=config, levels=build_levels(config), text=None)
-    monkeypatch.setattr(sample, "restored", lambda config, workdir: (gen, None, 1))
+    monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (gen, None, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (None, None))
     monkeypatch.setattr(evaluate, "make_scorer", None)
     refused(evaluate.evaluate, config, "unused", match=message)
@@ -257,14 +259,14 @@ def test_values_that_are_no_numbers_stand_at_equal_distances(tmp_path, figures):
 
 def test_a_row_is_what_an_evaluation_scores_with_its_values(searched, tmp_path, monkeypatch, capsys):
     """Table 3 in small. The weights are scaled up, so that guidance and noise matter after one step."""
-    pooler, restored, path = Pooler(), sample.restored, searched[0] / "L2-sigma0.5"
+    pooler, restored, path = Pooler(), sample.restore_generator, searched[0] / "L2-sigma0.5"
     monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
 
     def scaled_up(config, workdir):
         gen, ema, step = restored(config, str(path))
         return gen, jax.tree.map(lambda w: 3 * w, ema), step
 
-    monkeypatch.setattr(sample, "restored", scaled_up)
+    monkeypatch.setattr(sample, "restore_generator", scaled_up)
     pairs = (("guidance", (0.0, 2.0)), ("hierarchy.noise_gamma", (0.0, "inf")))
     evaluate.evaluate(config_of(2, evaluate__sweep=pairs), str(tmp_path))
     paths = [tmp_path / f"sweep.{kind}" for kind in ("json", "md", "png")]

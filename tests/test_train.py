@@ -13,20 +13,22 @@ from helpers.tiny import get_config
 from helpers.trees import assert_close, assert_equal, copied
 
 from configs import common
-from input_pipeline import sources
+from input_pipeline import loader, sources
 from nested.diffusion import hierarchy
-from nested.modes import summary
+from nested.modes import summary, train
 from nested.runtime import checkpoint
 from nested.runtime.writers import read_metrics
-from nested.training import loop as train
+from nested.training import loop as training_loop
 from nested.training import optimizer
+from nested.training import step as training
+from nested.training.meter import Meter, NonFiniteError
 
 
 @pytest.fixture(scope="session")
 def base():
     """(run, records, its compiled step, its fresh state as numpy arrays)."""
     run, source = make()
-    return run, source, train.compiled_step(run), copied(train.fresh_state(run))
+    return run, source, training_loop.compile_step(run), copied(training_loop.fresh_state(run))
 
 
 def on_mesh(run, state):
@@ -39,7 +41,7 @@ def steps(update, run, state, batches):
     states, metrics = [], []
     state = on_mesh(run, state)
     for batch in batches:
-        state, values = update(state, train.to_device(run, batch), run.key)
+        state, values = update(state, training_loop.to_device(run, batch), run.key)
         states.append(copied(state))
         metrics.append(jax.device_get(values))
     return states, metrics
@@ -50,7 +52,7 @@ def steps(update, run, state, batches):
 
 def test_loss_goes_down(base):
     run, source, update, state = base
-    batch, metrics = train.to_device(run, batch_of(source)), []
+    batch, metrics = training_loop.to_device(run, batch_of(source)), []
     state = on_mesh(run, state)
     for _ in range(200):
         state, values = update(state, batch, run.key)
@@ -113,7 +115,7 @@ def test_accumulation_changes_nothing(base):
     run, source, update, state = base
     other, _ = make([("train.accumulate", 2)])
     batches = [batch_of(source, i) for i in range(3)]
-    one, two = steps(update, run, state, batches), steps(train.compiled_step(other), other, state, batches)
+    one, two = steps(update, run, state, batches), steps(training_loop.compile_step(other), other, state, batches)
     for a, b in zip(one[1], two[1], strict=True):
         np.testing.assert_allclose(a["loss/x"], b["loss/x"], rtol=1e-5)
         np.testing.assert_allclose(a["gradient_norm/z1x1"], b["gradient_norm/z1x1"], rtol=1e-4)
@@ -124,11 +126,11 @@ def test_accumulation_changes_nothing(base):
 def test_a_level_trained_alone_is_the_level_trained_jointly(base, name):
     run, source, update, state = base
     alone, _ = make([("train_levels", (name,)), ("optimizer.clip_norm", 0.0)])
-    fresh = copied(train.fresh_state(alone))
+    fresh = copied(training_loop.fresh_state(alone))
     assert_equal(fresh.params, state.params)
     batches = [batch_of(source, i) for i in range(3)]
     joint, _ = steps(update, run, state, batches)
-    after, metrics = steps(train.compiled_step(alone), alone, fresh, batches)
+    after, metrics = steps(training_loop.compile_step(alone), alone, fresh, batches)
     assert_close(after[-1].params[name], joint[-1].params[name], 1e-6)
     assert_close(after[-1].ema[name], joint[-1].ema[name], 1e-6)
     (other,) = {"z1x1", "x"} - {name}
@@ -138,7 +140,7 @@ def test_a_level_trained_alone_is_the_level_trained_jointly(base, name):
 
 
 def gradients(run, params, batch):
-    return jax.device_get(jax.jit(lambda p: train.gradients(run.step, p, batch, run.key))(params))
+    return jax.device_get(jax.jit(lambda p: training.gradients(run.step, p, batch, run.key))(params))
 
 
 def test_remat_changes_nothing_and_bfloat16_little(base):
@@ -161,7 +163,7 @@ def test_validation_is_the_loss_at_its_times_without_drops(base):
     always = [dataclasses.replace(level, cond_drop=0.999) for level in run.step.levels]
     dropping = dataclasses.replace(run.step, levels=tuple(always))
     first, again = (
-        jax.device_get(jax.jit(lambda p, s=s: train.validation_losses(s, p, batch, (0.1, 0.9)))(state.ema))
+        jax.device_get(jax.jit(lambda p, s=s: training.validation_losses(s, p, batch, (0.1, 0.9)))(state.ema))
         for s in (run.step, dropping)
     )
     assert sorted(first) == [f"validation/{name}/t{t}" for name in ("x", "z1x1") for t in (0.1, 0.9)]
@@ -179,7 +181,7 @@ def test_validation_is_the_loss_at_its_times_without_drops(base):
 
 def test_the_state_is_donated(base):
     run, source, update, _ = base
-    compiled = update.lower(run.abstract, train.to_device(run, batch_of(source)), run.key).compile()
+    compiled = update.lower(run.abstract, training_loop.to_device(run, batch_of(source)), run.key).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == summary.state_bytes(run.abstract)
 
 
@@ -190,7 +192,7 @@ def test_xla_counts_the_flops_of_the_model():
     config.levels = (common.level("x", "pixels", (16, 16, 4), 2, backbone=net),)
     config.hierarchy.label_levels = ("x",)
     run, source = make(config=config)
-    compiled = train.compiled_step(run).lower(run.abstract, batch_of(source), run.key).compile()
+    compiled = training_loop.compile_step(run).lower(run.abstract, batch_of(source), run.key).compile()
     (level,) = summary.levels(run.step.levels)
     assert 0.97 < compiled.cost_analysis()["flops"] / (6 * level.macs * 8) < 1.10
 
@@ -199,7 +201,7 @@ def test_xla_counts_the_flops_of_the_model():
 
 
 def test_meter_averages_good_steps_and_gives_up_on_bad_ones():
-    meter = train.Meter(max_bad_steps=2)
+    meter = Meter(max_bad_steps=2)
     for step, (loss, finite) in enumerate([(1.0, True), (math.nan, False), (3.0, True)], 1):
         meter.add(step, {"loss": np.float32(loss), "finite": np.bool_(finite)})
     meter.rows = 24
@@ -207,7 +209,7 @@ def test_meter_averages_good_steps_and_gives_up_on_bad_ones():
     assert report["loss"] == 2.0 and report["skipped_steps"] == 1
     assert report["model_flops_per_second"] == pytest.approx(30 * report["images_per_second"]) and meter.sums == {}
     meter.add(4, {"loss": np.float32(math.inf), "finite": np.bool_(False)})
-    with pytest.raises(train.NonFiniteError, match=r"2 steps in a row \(the last is 5\).*learning_rate") as error:
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row \(the last is 5\).*learning_rate") as error:
         meter.add(5, {"loss": np.float32(math.inf), "finite": np.bool_(False)})
     assert "\n" not in str(error.value)
 
@@ -229,10 +231,10 @@ def test_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_state(base, tmp
     run, source, update, state = base
     config = get_config("synthetic,L2")
     config.train.update(steps=50, max_bad_steps=3, save_every=3)
-    monkeypatch.setattr(train, "compiled_step", lambda other: update)  # of the same levels and optimizer
-    monkeypatch.setattr(train.loader, "batches", Spoilt(source, 4).batches)
-    with pytest.raises(train.NonFiniteError, match="3 steps in a row"):
-        train.train(config, str(tmp_path))
+    monkeypatch.setattr(training_loop, "compile_step", lambda other: update)  # of the same levels and optimizer
+    monkeypatch.setattr(loader, "batches", Spoilt(source, 4).batches)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        train.run(config, str(tmp_path))
     last = max(line["step"] for line in read_metrics(tmp_path))
     assert 4 <= last <= 7
     deadline = time.monotonic() + 20
@@ -247,23 +249,26 @@ def test_a_deeper_run_takes_the_levels_of_a_shallower_one(tmp_path):
     shallow = get_config("synthetic,L2")
     shallow.levels, shallow.hierarchy.label_levels = shallow.levels[:1], ("z1x1",)
     shallow.train.update(steps=2, eval_every=2, eval_times=(0.5,))
-    train.train(shallow, str(tmp_path / "shallow"))
+    train.run(shallow, str(tmp_path / "shallow"))
     assert "validation/z1x1/t0.5" in read_metrics(tmp_path / "shallow")[-1]
 
-    run, _ = make([("init_from.path", str(tmp_path / "shallow"))])
-    fresh, state = make()[0], train.fresh_state(run)
+    def taken(*changes):
+        """(run, its initial state) with levels of the shallow run."""
+        config = get_config("synthetic,L2")
+        run, _ = make([("init_from.path", str(tmp_path / "shallow")), *changes], config)
+        return run, train.initial_state(run, config)
+
+    fresh, (run, state) = make()[0], taken()
     theirs = {name: {"z1x1": run.abstract.params["z1x1"]} for name in ("ema", "params")}
     theirs = checkpoint.restore_subtree(tmp_path / "shallow", theirs)
     assert_equal(state.params["z1x1"], theirs["ema"]["z1x1"])
     assert_equal(state.ema["z1x1"], theirs["ema"]["z1x1"])
-    assert_equal(state.params["x"], train.fresh_state(fresh).params["x"])
-    chosen, _ = make([("init_from.path", str(tmp_path / "shallow")), ("init_from.weights", "params")])
-    assert_equal(train.fresh_state(chosen).params["z1x1"], theirs["params"]["z1x1"])
+    assert_equal(state.params["x"], training_loop.fresh_state(fresh).params["x"])
+    assert_equal(taken(("init_from.weights", "params"))[1].params["z1x1"], theirs["params"]["z1x1"])
 
     def refused(changes, error, match):
-        bad, _ = make([("init_from.path", str(tmp_path / "shallow")), *changes])
         with pytest.raises(error, match=match) as caught:
-            train.fresh_state(bad)
+            taken(*changes)
         assert "\n" not in str(caught.value)
 
     refused([("init_from.levels", ("x",))], ValueError, "no level x, only z1x1; change init_from.levels")

@@ -17,9 +17,10 @@ from nested.build import data as build_data
 from nested.build.levels import as_shape, build_levels
 from nested.build.training import split_phases
 from nested.diffusion import hierarchy
+from nested.modes import train
 from nested.runtime import checkpoint
 from nested.runtime.writers import read_metrics
-from nested.training import loop as train
+from nested.training import loop as training_loop
 from nested.weights import graft as transfer
 
 PHASES = {"s2": 2, "s4": 3, "": 2}  # their steps
@@ -57,8 +58,10 @@ def state_of(path, config):
 def compiled_once():
     """The step of a network is traced once for all runs here."""
     with pytest.MonkeyPatch.context() as patch:
-        steps, compiled_step = {}, train.compiled_step
-        patch.setattr(train, "compiled_step", lambda run: steps.setdefault(str(run.step.levels), compiled_step(run)))
+        steps, compile_step = {}, training_loop.compile_step
+        patch.setattr(
+            training_loop, "compile_step", lambda run: steps.setdefault(str(run.step.levels), compile_step(run))
+        )
         yield
 
 
@@ -66,7 +69,7 @@ def compiled_once():
 def straight(tmp_path_factory):
     """The workdir of three phases in one go."""
     workdir = tmp_path_factory.mktemp("straight")
-    train.train(config_of(), str(workdir))
+    train.run(config_of(), str(workdir))
     return workdir
 
 
@@ -75,7 +78,7 @@ def grafted(straight):
     """(config of the phase s2, its EMA, config of the nest, the nest's state before its first step)."""
     (_, first), (_, second), _ = split_phases(config_of())
     _, latents = build_data.latents(second, str(straight))
-    state = train.fresh_state(train.make_run(second, latents), str(straight))
+    state = train.initial_state(train.make_run(second, latents), second, str(straight))
     return first, state_of(folder(straight, "s2"), first)["ema"]["x"], second, state
 
 
@@ -105,7 +108,7 @@ def test_stopped_in_every_phase_it_ends_bit_for_bit_as_in_one_go(straight, tmp_p
     reached = []
     for steps in (1, 2, 3, 99):  # in the middle of s2, of s4, of the last
         stop_after(monkeypatch, steps)
-        train.train(config_of(), str(tmp_path))
+        train.run(config_of(), str(tmp_path))
         reached.append([checkpoint.latest_step(folder(tmp_path, phase)) for phase in PHASES])
     assert reached == [[1, None, None], [2, 1, None], [2, 3, 1], [2, 3, 2]]
     assert all(bits(tmp_path, phase) == bits(straight, phase) for phase in PHASES)
@@ -114,18 +117,18 @@ def test_stopped_in_every_phase_it_ends_bit_for_bit_as_in_one_go(straight, tmp_p
 def test_finished_phases_are_not_repeated(straight, monkeypatch):
     """Called again, it says so, trains nothing, and takes nothing over: phases with other weights change nothing."""
     before = bits(straight, "")
-    monkeypatch.setattr(train, "fresh_state", None)
-    monkeypatch.setattr(train, "compiled_step", None)
+    monkeypatch.setattr(train, "initial_state", None)
+    monkeypatch.setattr(training_loop, "compile_step", None)
     trained = []
     original = train.train_phase
     monkeypatch.setattr(train, "train_phase", lambda *args: trained.append(args[1]) or original(*args))
-    train.train(config_of(), str(straight))
+    train.run(config_of(), str(straight))
     assert trained == [str(straight)] and bits(straight, "") == before
 
 
 def test_a_signal_on_the_last_step_of_a_phase_stops_the_run(tmp_path, monkeypatch):
     stop_after(monkeypatch, PHASES["s2"])
-    train.train(config_of(), str(tmp_path))
+    train.run(config_of(), str(tmp_path))
     assert checkpoint.latest_step(folder(tmp_path, "s2")) == 2
     assert checkpoint.latest_step(folder(tmp_path, "s4")) is None
 
@@ -175,7 +178,7 @@ def test_the_last_phase_takes_the_same_network_whole(straight):
 def test_wrong_phases_are_refused_before_any_trains(phases, message, tmp_path):
     config = config_of(kind="nest")
     config.phases = phases
-    refused(train.train, config, str(tmp_path), match=message)
+    refused(train.run, config, str(tmp_path), match=message)
     assert not any(tmp_path.iterdir())
 
 

@@ -2,12 +2,12 @@
 
 import itertools
 import re
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from nested.build.options import choose, construct, override
 from nested.training import optimizer as opt
+from nested.training.loop import BatchSpan
 
 # Parts of a config that decide what a train state is: a checkpoint made with others is refused.
 STATE_KEYS = (
@@ -29,15 +29,6 @@ def build_optimizer(config) -> opt.OptimizerConfig:
     )
     total = steps if options.decay == "cosine" else None
     return construct("optimizer", opt.OptimizerConfig, given, dict(total_steps=total))
-
-
-class BatchSpan(NamedTuple):
-    """Steps start ... end - 1 with one batch size, after `rows` rows of earlier spans."""
-
-    start: int
-    end: int
-    batch_size: int
-    rows: int
 
 
 def batch_spans(config) -> list[BatchSpan]:

@@ -21,9 +21,9 @@ from absl import logging
 from nested.build import data as build_data
 from nested.evaluation import clip_score, frechet, memorization
 from nested.evaluation import kernel as scores
-from nested.modes import sweep
+from nested.modes import sample, sweep
 from nested.runtime.files import atomic_write
-from nested.sampling import generator as sample
+from nested.sampling import generator as sampling
 from nested.weights import files as weight_files
 
 EXTRACTOR = "EffLite0"
@@ -101,7 +101,7 @@ def rechunk(batches, size: int):
             yield batch[start : start + size]
 
 
-def score_run(gen: sample.Generator, ema, source, cache_dir: str, step: int, file: str = "") -> list[Score]:
+def score_run(gen: sampling.Generator, ema, source, cache_dir: str, step: int, file: str = "") -> list[Score]:
     """The guided score and, with config.evaluate.unguided and guidance anywhere, the unguided one. file: identifies the
     weight file that is scored (Score.weights)."""
     guidance = tuple(level.guidance for level in gen.levels)
@@ -187,7 +187,7 @@ def wants_clip_score(config) -> bool:
 
 
 def report_scores(
-    gen: sample.Generator, ema, source, cache_dir: str, step: int, workdir: str, file: str = ""
+    gen: sampling.Generator, ema, source, cache_dir: str, step: int, workdir: str, file: str = ""
 ) -> list[str]:
     """Scores, written to scores.json, and what config.evaluate.memorization asks for; the lines to print."""
     config = gen.config
@@ -218,7 +218,7 @@ def evaluate(config, workdir: str, weights: str = "") -> None:
     images_alone = weights and not config.evaluate.memorization
     if images_alone:  # of a file that others trained: nothing is encoded
         config = build_data.scored_config(config)
-    gen, ema, step = sample.opened(config, workdir, weights)
+    gen, ema, step = sample.open_generator(config, workdir, weights)
     source = build_data.images(config) if images_alone else build_data.latents(config, workdir, gen.text)[0]
     cache_dir, file = build_data.latents_dir(config, workdir), weights_identity(weights)
     if config.evaluate.sweep:

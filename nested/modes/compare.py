@@ -16,9 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nested import figures as pictures
+from nested.modes import sample
 from nested.runtime.checkpoint import read_config
 from nested.runtime.files import atomic_write
-from nested.sampling import generator as sample
 
 UNREAD = ("seed", "sample", "evaluate", "search")  # parts of a run's config that are replaced, or that nothing reads
 
@@ -85,7 +85,7 @@ def compare(config, workdir: str, runs: Sequence[str], number: int) -> None:
         raise ValueError(f"--runs: data.num_classes differ, so samples would have other labels: {named(classes)}")
     images, rows = {}, []
     for run, own in zip(runs, configs, strict=True):
-        gen, ema, step = sample.restored(own, run)
+        gen, ema, step = sample.restore_generator(own, run)
         drawn = gen.images(ema, number, f"samples of {os.path.basename(run)}")
         images[run] = drawn.reshape(number, -1, *drawn.shape[-3:])[:, 0]  # of clips the first frame
         rows.append(dict(run=run, levels=len(gen.levels), step=step, scores=scores_of(run, step)))

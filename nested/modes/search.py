@@ -37,10 +37,9 @@ from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.build.training import check_images_exist
 from nested.figures import curves as plots
-from nested.modes import sweep
+from nested.modes import sweep, train
 from nested.runtime.checkpoint import latest_step
 from nested.runtime.files import atomic_write
-from nested.training import loop as train
 
 KINDS = {"without guidance": False, "with guidance": True}
 
@@ -160,7 +159,7 @@ def scored(run: Run, config, workdir: str, known: Mapping[str, dict]) -> dict | 
         return known.get(made_from, {})
     logging.info("%s", run)
     os.makedirs(folder, exist_ok=True)
-    train.train(config, folder)  # which ends with the scores
+    train.run(config, folder)  # which ends with the scores
     if (latest_step(folder) or 0) < config.train.steps:
         return None
     if jax.process_index():

@@ -39,7 +39,7 @@ from nested.diffusion import hierarchy
 from nested.figures import curves as plots
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
-from nested.sampling import generator as sample
+from nested.sampling import generator as sampling
 
 HIERARCHY = ("cond_level", "noise_gamma", "noise_scale", "noise_resample")
 CHOICES = (
@@ -69,7 +69,7 @@ class Combination:
     config: str
 
 
-def combinations(gen: sample.Generator) -> list[Combination]:
+def combinations(gen: sampling.Generator) -> list[Combination]:
     """Every combination that config.evaluate.sweep asks for, the last option's values changing fastest.
 
     Raises ValueError for an option, a level or a value that there is not."""
@@ -198,7 +198,7 @@ def write_rows(path: str, rows: Sequence[dict], **others) -> None:
 
 
 def score(
-    gen: sample.Generator, ema, todo: Sequence[Combination], measure: Callable, step: int, workdir: str, weights=""
+    gen: sampling.Generator, ema, todo: Sequence[Combination], measure: Callable, step: int, workdir: str, weights=""
 ) -> list[str]:
     """Scores the combinations; writes sweep.json, sweep.md and sweep.png in `workdir`; their paths.
 

@@ -8,37 +8,19 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from nested import figures as pictures
 from nested.build import data as build_data
-from nested.build.levels import build_levels, trained_level_names
-from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy
 from nested.runtime import partition
-from nested.runtime.checkpoint import latest_step, restore_part
-from nested.runtime.files import atomic_write
-from nested.runtime.writers import Progress, read_metrics
-from nested.weights import exchange as export
+from nested.runtime.writers import Progress
+from nested.sampling.requests import sample_keys, sample_labels
 
 Tree = Any
-
-
-def sample_keys(seed: int, indices: Sequence[int]) -> jax.Array:
-    """[B] keys of the samples with these indices."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
-
-
-def sample_labels(num_classes: int, indices: Sequence[int]) -> np.ndarray:
-    """[B] int32: sample i has class i mod num_classes (0 where there are no classes)."""
-    return np.asarray(indices, np.int32) % max(num_classes, 1)
 
 
 class Programs:
@@ -140,7 +122,7 @@ class Generator:
 
     def with_levels(self, levels: Sequence[hierarchy.Level]) -> "Generator":
         """The same with levels that are sampled differently; programs that stay the same are not compiled again."""
-        return generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
+        return make_generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
 
     def steps(self, params: Tree, index: int, number: int) -> list[tuple[np.ndarray, ...]]:
         """What the finest level makes of sample `index` at `number` of its evaluations, evenly spaced, the first and
@@ -163,10 +145,10 @@ class Generator:
         return [tuple(leaf[k] for leaf in stills) for k in range(len(shown))]
 
 
-def generator(
+def make_generator(
     config, levels: Sequence[hierarchy.Level], latents, mesh, text=None, prompts=(), programs: Programs | None = None
 ) -> Generator:
-    """A Generator for these levels; `latents` decodes the finest level's variable, `text` (a TextEncoder) encodes
+    """A Generator for these levels; `latents` decodes the finest level's variable, `text` (build_data.Text) encodes
     prompts: those given, or config.sample.prompts, or the data's captions. programs: where compiled ones may be found.
 
     Raises ValueError where config.sample.batch_size does not divide by the devices of the mesh."""
@@ -185,11 +167,11 @@ def generator(
     programs = Programs() if programs is None else programs
     if latents.params:
         latents = dataclasses.replace(latents, params=jax.device_put(latents.params, partition.replicated(mesh)))
-    draw = drawer(config.seed, tuple(levels), latents, mesh, programs)
+    draw = make_draw(config.seed, tuple(levels), latents, mesh, programs)
     return Generator(config, tuple(levels), latents, mesh, draw, text, prompts, programs)
 
 
-def drawer(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, programs: Programs) -> Callable:
+def make_draw(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, programs: Programs) -> Callable:
     """Generator.draw: what hierarchy.sample does, a program per level, and one that decodes."""
     split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
     ready = {}
@@ -231,107 +213,3 @@ def drawer(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, progra
         return np.concatenate([np.asarray(some) for some in images])
 
     return draw
-
-
-def restored(config, workdir: str) -> tuple[Generator, Tree, int]:
-    """(generator, EMA parameters, step) of the newest checkpoint in `workdir`."""
-    if latest_step(workdir) is None:
-        folder = os.path.join(workdir, "checkpoints")
-        raise FileNotFoundError(
-            f"{folder}: no checkpoint found; give the --workdir of a run that has saved, or --weights=FILE"
-        )
-    made, abstract = prepared(config, workdir)
-    state, step = restore_part(workdir, {"ema": abstract})  # an older step where the newest is damaged
-    return made, state["ema"], step
-
-
-def opened(config, workdir: str, weights: str) -> tuple[Generator, Tree, int]:
-    """(generator, parameters, 0) of the weight file or folder `weights` (nested/weights/exchange.py); '': as
-    `restored`."""
-    if not weights:
-        return restored(config, workdir)
-    made, abstract = prepared(config, workdir)
-    return made, export.load_parameters(weights, config, abstract), 0
-
-
-def prepared(config, workdir: str) -> tuple[Generator, Tree]:
-    """The config's generator, and the parameters that it takes as shapes and shardings."""
-    latents = build_data.decoder(config, workdir)
-    text = load_text_encoder(config)
-    levels = build_levels(config, text and text.encode_one())
-    mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
-    shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
-    abstract = partition.abstract(shapes, partition.shardings(shapes, mesh, config.train.fsdp_min_bytes))
-    return generator(config, levels, latents, mesh, text), abstract
-
-
-def grid_of(config, images: np.ndarray) -> np.ndarray:
-    """Images side by side; of clips [N, T, H, W, C] a row of frames each."""
-    if images.ndim == 5:
-        return pictures.clip_grid(images[: config.sample.columns], scale=config.sample.scale)
-    return pictures.image_grid(images, columns=config.sample.columns, scale=config.sample.scale)
-
-
-def save_pictures(gen: Generator, images: np.ndarray, base: str) -> list[str]:
-    """Writes BASE.png, of clips BASE.webp as well (all of them, moving), and with prompts BASE.txt, a line per sample;
-    their paths."""
-    config, paths = gen.config, [base + ".png"]
-    pictures.save_png(grid_of(config, images), paths[0])
-    if images.ndim == 5:
-        paths.append(base + ".webp")
-        sizes = dict(columns=config.sample.columns, scale=config.sample.scale)
-        pictures.save_animation(images, paths[-1], fps=config.sample.fps, **sizes)
-    if gen.prompts:
-        paths.append(base + ".txt")
-        lines = [f"{i}\t{gen.prompts[i % len(gen.prompts)]}\n" for i in range(len(images))]
-        atomic_write(paths[-1], "".join(lines))
-    return paths
-
-
-def save_grid(gen: Generator, ema: Tree, path: str) -> np.ndarray:
-    """Writes the pictures of config.sample.num_samples samples (process 0), PATH a PNG, and returns that grid."""
-    images = gen.images(ema, gen.config.sample.num_samples, "samples")
-    if jax.process_index() == 0:
-        save_pictures(gen, images, os.path.splitext(path)[0])
-    return grid_of(gen.config, images)
-
-
-def show(gen: Generator, ema: Tree, workdir: str) -> list[str]:
-    """Writes samples.png, hierarchy.png (where there is more than one level), steps.png (where the config asks for it)
-    and curves.png; their paths."""
-    paths = [os.path.join(workdir, "samples.png")]
-    save_grid(gen, ema, paths[0])
-    if gen.config.sample.steps_shown:
-        paths.append(os.path.join(workdir, "steps.png"))
-        steps = gen.steps(ema, 0, gen.config.sample.steps_shown)
-        if jax.process_index() == 0:
-            pictures.save_png(pictures.steps_picture(steps), paths[-1])
-    if len(gen.levels) > 1:
-        rows = gen.cascade(ema, firsts=(2, 5))
-        paths.append(os.path.join(workdir, "hierarchy.png"))
-        if jax.process_index() == 0:
-            pictures.save_png(pictures.hierarchy_picture(rows, scale=gen.config.sample.scale), paths[-1])
-    metrics = read_metrics(workdir) if jax.process_index() == 0 else []
-    if metrics:
-        paths.append(os.path.join(workdir, "curves.png"))
-        pictures.loss_curves(metrics, paths[-1], trained_level_names(gen.config))
-    return paths
-
-
-def sample(config, workdir: str, num_samples: int, out: str, weights: str = "") -> None:
-    """The mode `sample`: OUT.png (a grid of the first ten rows), OUT.npz (arr_0, as the ADM evaluator reads), and for
-    clips OUT.webp; with config.sample.steps_shown OUT_steps.png."""
-    if num_samples < 1:
-        raise ValueError(f"{num_samples} samples asked for: give --num_samples=N, or set config.sample.num_samples")
-    gen, ema, step = opened(config, workdir, weights)
-    images = gen.images(ema, num_samples, "samples")
-    base = os.path.splitext(out)[0] if out else os.path.join(workdir, f"samples_{num_samples}")
-    if jax.process_index() == 0:
-        save_pictures(gen, images[: 10 * config.sample.columns], base)
-        pictures.save_samples(base + ".npz", images)
-    if config.sample.steps_shown:
-        steps = gen.steps(ema, 0, config.sample.steps_shown)
-        if jax.process_index() == 0:
-            pictures.save_png(pictures.steps_picture(steps), base + "_steps.png")
-    origin = weights or f"step {step}"
-    logging.info("%d samples of %s: %s.png and %s.npz", num_samples, origin, base, base)

@@ -27,28 +27,35 @@ trains them alone, in parallel).
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from optax import GradientTransformation
 
-DECAYS = ("constant", "cosine")
+Tree = Any
+IsBuffer = Callable[[str], bool]  # whether the parameter with this path, 'level/module/.../leaf', is a constant
+Decay = Literal["constant", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Parameters whose path `pattern` is found in (re.search). The factors multiply the run's learning_rate and
-    weight_decay; of several groups that match, the first counts."""
+    """The parameters whose path matches `pattern` (re.search). Where several groups match, the first one counts."""
 
-    pattern: str
-    learning_rate: float = 1.0
-    weight_decay: float = 1.0
+    pattern: Annotated[str, "regular expression for paths 'level/module/.../leaf'"]
+    learning_rate: Annotated[float, "factor on optimizer.learning_rate"] = 1.0
+    weight_decay: Annotated[float, "factor on optimizer.weight_decay"] = 1.0
 
     def __post_init__(self):
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"optimizer.groups: pattern {self.pattern!r} is no regular expression: {error}") from error
+            raise ValueError(
+                f"optimizer.groups: pattern {self.pattern!r} is not a regular expression: {error}"
+            ) from error
         if min(self.learning_rate, self.weight_decay) < 0:
             raise ValueError(
                 f"optimizer.groups: {self.pattern!r} has learning_rate {self.learning_rate}, weight_decay "
@@ -58,28 +65,29 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """learning_rate: peak. warmup_steps: 0 for none. total_steps: where 'cosine' reaches 0 ('constant' wants None).
+    """config.optimizer.
 
-    clip_norm: largest gradient norm per level, 0 for no clipping. ema_decay in [0, 1), ema_power >= 0: of d above.
+    total_steps: the step at which 'cosine' reaches 0; None with 'constant'. The build takes it from train.steps.
+    Raises ValueError for a value out of range.
     """
 
-    learning_rate: float
-    warmup_steps: int
-    decay: str
-    total_steps: int | None
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    ema_decay: float
-    ema_power: float = 0.0
-    warmup_start: int = 0
-    groups: tuple[Group, ...] = ()
+    learning_rate: Annotated[float, "peak learning rate"] = 2e-4
+    warmup_steps: Annotated[int, "steps of linear warm-up; 0: none"] = 0
+    warmup_start: Annotated[Literal[0, 1], "1: the first update has the rate of step 1, not 0 (ml-mdm)"] = 0
+    decay: Annotated[Decay, "of the learning rate after the warm-up; cosine reaches 0 at train.steps"] = "constant"
+    b1: Annotated[float, "AdamW: decay of the first moment"] = 0.9
+    b2: Annotated[float, "AdamW: decay of the second moment"] = 0.999
+    eps: Annotated[float, "AdamW: added to the root of the second moment"] = 1e-8
+    weight_decay: Annotated[float, "AdamW: decoupled, scaled by the learning rate"] = 0.03
+    clip_norm: Annotated[float, "largest gradient norm of a level; 0: no clipping"] = 0.0
+    ema_decay: Annotated[float, "decay of the moving average of the parameters"] = 0.9999
+    ema_power: Annotated[float, "k > 0: the decay of update s is at most 1 - (1 + s)^-k; 0: constant"] = 0.0
+    groups: Annotated[tuple[Group, ...], "factors by rule on parameter paths: dict(pattern=, learning_rate=, ...)"] = ()
+    total_steps: int | None = None
 
     def __post_init__(self):
-        if self.decay not in DECAYS:
-            raise ValueError(f"optimizer.decay: found {self.decay!r}, expected one of {DECAYS}")
+        if self.decay not in get_args(Decay):
+            raise ValueError(f"optimizer.decay: found {self.decay!r}, expected one of {get_args(Decay)}")
         if self.decay == "constant" and self.total_steps is not None:
             raise ValueError(
                 f"optimizer.total_steps: found {self.total_steps}, which decay='constant' does not use; give None"
@@ -99,25 +107,25 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name}: found {getattr(self, name)}, expected a number in [0, 1)")
 
 
-def learning_rate(config, step):
-    """lr(step) of the module docstring: [] float; `step` [] int, the updates made so far."""
+def learning_rate(config: OptimizerConfig, step: ArrayLike) -> jax.Array:
+    """lr(step) of the module docstring, float []. step: int [], the number of updates made so far."""
     step = jnp.asarray(step, jnp.result_type(float))
     rate = jnp.full_like(step, config.learning_rate)
     if config.warmup_steps:
         rate = rate * jnp.minimum(jnp.maximum(step, config.warmup_start) / config.warmup_steps, 1.0)
-    if config.decay == "cosine":
+    if config.total_steps is not None:  # cosine
         progress = (step - config.warmup_steps) / (config.total_steps - config.warmup_steps)
         rate = rate * 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0.0, 1.0)))
     return rate
 
 
-def path_name(path) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """'x/mapping/blocks_0/norm/gain' for a jax key path."""
     return "/".join(entry.key for entry in path)
 
 
-def factors(config, is_buffer, path) -> tuple[float, float]:
-    """(learning rate, weight decay) factors of the parameter at a jax key path."""
+def group_factors(config: OptimizerConfig, is_buffer: IsBuffer, path: tuple[Any, ...]) -> tuple[float, float]:
+    """(factor on the learning rate, factor on the weight decay) of the parameter at a jax key path."""
     name = path_name(path)
     if is_buffer(name):
         return 0.0, 0.0
@@ -127,8 +135,8 @@ def factors(config, is_buffer, path) -> tuple[float, float]:
     return 1.0, 1.0
 
 
-def check_groups(config, params) -> None:
-    """Raises ValueError where a group's pattern is found in no path of `params`."""
+def check_groups(config: OptimizerConfig, params: Tree) -> None:
+    """Raises ValueError if the pattern of a group matches no path of `params`, {level: parameters or their shapes}."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     for group in config.groups:
         if not any(re.search(group.pattern, name) for name in names):
@@ -138,19 +146,19 @@ def check_groups(config, params) -> None:
             )
 
 
-def make_optimizer(config, is_buffer=lambda path: False):
-    """optax.GradientTransformation for parameters {level: tree}: clip each level, AdamW by groups, the learning rate.
+def make_optimizer(config: OptimizerConfig, is_buffer: IsBuffer = lambda path: False) -> GradientTransformation:
+    """The optimizer for parameters {level: tree}: clipping per level, AdamW by groups, the learning rate.
 
-    is_buffer: whether the parameter with this path is a constant (hierarchy.is_buffer).
+    is_buffer: says which parameters are constants, which are never updated.
     """
 
     def decay(updates, params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, u, p: u + config.weight_decay * factors(config, is_buffer, path)[1] * p, updates, params
+            lambda path, u, p: u + config.weight_decay * group_factors(config, is_buffer, path)[1] * p, updates, params
         )
 
     def rate(updates, params):
-        return jax.tree_util.tree_map_with_path(lambda path, u: factors(config, is_buffer, path)[0] * u, updates)
+        return jax.tree_util.tree_map_with_path(lambda path, u: group_factors(config, is_buffer, path)[0] * u, updates)
 
     steps = [
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
@@ -163,13 +171,13 @@ def make_optimizer(config, is_buffer=lambda path: False):
     return optax.chain(*steps)
 
 
-def gradient_norms(gradients):
-    """{level: tree of gradients} -> {level: [] float32 L2 norm over that level's parameters}."""
+def gradient_norms(gradients: Mapping[str, Tree]) -> dict[str, jax.Array]:
+    """{level: gradients} -> {level: their L2 norm, float32 []}."""
     return {level: optax.tree.norm(tree) for level, tree in gradients.items()}
 
 
-def clip_per_level(max_norm):
-    """GradientTransformation: each level's gradients times min(1, max_norm / (norm + 1e-6)), as torch.nn.utils does."""
+def clip_per_level(max_norm: float) -> GradientTransformation:
+    """Multiplies the gradients of each level by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils does."""
 
     def clip(tree):
         scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(tree) + 1e-6))
@@ -178,16 +186,16 @@ def clip_per_level(max_norm):
     return optax.stateless(lambda updates, params: {level: clip(tree) for level, tree in updates.items()})
 
 
-def ema_decay(config, step):
-    """d of the module docstring at the update that takes the state from `step` to step + 1, [] float."""
+def ema_decay(config: OptimizerConfig, step: ArrayLike) -> jax.Array:
+    """d of the module docstring at the update that takes the state from `step` to step + 1, float []."""
     step = jnp.asarray(step, jnp.result_type(float))
     if not config.ema_power:
         return jnp.full_like(step, config.ema_decay)
     return jnp.minimum(config.ema_decay, 1 - (1 + step) ** -config.ema_power)
 
 
-def ema_update(ema, params, decay, is_buffer=lambda path: False):
-    """decay * ema + (1 - decay) * params, leaf by leaf, in the EMA's own dtype (float32 or better); buffers copied."""
+def ema_update(ema: Tree, params: Tree, decay: ArrayLike, is_buffer: IsBuffer = lambda path: False) -> Tree:
+    """decay * ema + (1 - decay) * params, leaf by leaf, in the dtype of the EMA. Buffers are copied."""
 
     def leaf(path, e, p):
         p = p.astype(e.dtype)

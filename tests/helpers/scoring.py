@@ -6,7 +6,7 @@ import numpy as np
 
 from configs import common
 from nested.build.levels import build_levels
-from nested.sampling import generator as sample
+from nested.sampling import generator as sampling
 
 CLASSES = 3
 
@@ -52,7 +52,7 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
         dataclasses.replace(level, guidance=w) for level, w in zip(build_levels(tiny_config()), guidance, strict=True)
     )
 
-    class Fake(sample.Generator):
+    class Fake(sampling.Generator):
         def with_guidance(self, weights):
             unguided = [dataclasses.replace(level, guidance=w) for level, w in zip(levels, weights, strict=True)]
             return Fake(config, unguided, None, None, lambda *a: self.draw(*a) + np.uint8(50))

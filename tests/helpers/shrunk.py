@@ -6,7 +6,8 @@ import numpy as np
 from input_pipeline.loader import collate
 from nested.build import data as build_data
 from nested.build import sources as build_sources
-from nested.training import loop as train
+from nested.modes import train
+from nested.training import step as training
 
 ROWS = 4
 
@@ -27,11 +28,11 @@ def check_two_steps(config, workdir):
     source, latents = build_data.latents(config, str(workdir))
     run = train.make_run(config, latents)
     config.init_from.phase = ""
-    state = train.fresh_state(run, str(workdir))
+    state = train.initial_state(run, config, str(workdir))
     before = jax.tree.map(np.asarray, state.params)
     # It runs twice: optimising its machine code costs more than it saves.
     options = {"xla_backend_optimization_level": 0}
-    update = jax.jit(lambda *inputs: train.train_step(run.step, *inputs), compiler_options=options)
+    update = jax.jit(lambda *inputs: training.train_step(run.step, *inputs), compiler_options=options)
     raw = collate([source[i] for i in range(ROWS)])
     for _ in range(2):  # networks that give zero at first move only their last layers in the first step
         state, metrics = update(state, raw, run.key)

@@ -5,7 +5,7 @@ import tempfile
 from helpers.tiny import get_config
 from input_pipeline import loader
 from nested.build import data as build_data
-from nested.training import loop as train
+from nested.modes import train
 
 
 def make(changes=(), config=None):

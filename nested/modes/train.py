@@ -1,0 +1,203 @@
+"""The mode `train`: a run from its config to its pictures and scores, going on where an earlier call was stopped.
+
+With config.phases the run is several in turn (Matryoshka's progressive training): each phase is a run of its own in
+WORKDIR/phases/NAME, the last one in WORKDIR; each starts from the EMA of the one before, with a fresh optimizer.
+"""
+
+import contextlib
+import os
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from nested.build import data as build_data
+from nested.build.levels import build_levels, trained_level_names
+from nested.build.options import to_plain
+from nested.build.sources import shard_window
+from nested.build.text import load_text_encoder
+from nested.build.training import (
+    STATE_KEYS,
+    batch_spans,
+    build_optimizer,
+    check_batch_size,
+    check_images_exist,
+    check_init_from,
+    split_phases,
+)
+from nested.evaluation import report as evaluate
+from nested.modes import sample, summary
+from nested.runtime import partition
+from nested.runtime.checkpoint import Checkpoints, Preemption, latest_step
+from nested.runtime.writers import MetricWriter
+from nested.sampling.generator import make_generator
+from nested.training import optimizer as opt
+from nested.training.loop import Run, TrainOptions, feed, fresh_state, train_loop
+from nested.training.meter import NonFiniteError
+from nested.training.step import Step, TrainState, init_state
+from nested.weights import graft as transfer
+
+Tree = Any
+
+
+def abstract_state(config) -> TrainState:
+    """Shapes and dtypes of a config's train state; allocates nothing."""
+    step = Step(build_levels(config), None, build_optimizer(config), trained_level_names(config))
+    return jax.eval_shape(lambda key: init_state(step, key), jax.random.key(0))
+
+
+def make_run(config, latents, text=None) -> Run:
+    """Builds levels, mesh and shardings; allocates nothing."""
+    levels = build_levels(config, text and text.encode_one())
+    mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
+    step = Step(
+        levels=levels,
+        latents=latents,
+        optimizer=build_optimizer(config),
+        trained=trained_level_names(config),
+        accumulate=config.train.accumulate,
+    )
+    check_batch_size(config, mesh.size)
+    check_init_from(config)
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(lambda k: init_state(step, k), key)
+    opt.check_groups(step.optimizer, {name: shapes.params[name] for name in step.trained})
+    shardings = partition.shardings(shapes, mesh, config.train.fsdp_min_bytes)
+    options = TrainOptions(**config.train)
+    features = text and text.with_features
+    return Run(options, step, mesh, partition.abstract(shapes, shardings), shardings, key, features)
+
+
+def initial_state(run: Run, config: ConfigDict, root: str = "") -> TrainState:
+    """A new state on the mesh, with what config.init_from names taken from another run or from a phase of this one.
+
+    root: the run's workdir, which holds its phases."""
+    state = fresh_state(run)
+    source = config.init_from
+    path = phase_dir(root, source.phase) if source.phase else source.path
+    if not path:
+        return state
+    params, ema = state.params, state.ema
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    for place, tree in transfer.load_initial_weights(config, path, run.abstract.params).items():
+        params, ema = transfer.replace_subtree(params, place, tree), transfer.replace_subtree(ema, place, copy(tree))
+    return state.replace(params=params, ema=ema)
+
+
+def training_batches(config: ConfigDict, records: Any, first: int) -> Generator[dict[str, np.ndarray], None, None]:
+    """This process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size."""
+    return feed(
+        records,
+        batch_spans(config),
+        first,
+        seed=config.seed,
+        threads=config.train.threads,
+        workers=config.train.workers,
+        transform=build_data.augmentation(config),
+        shard_window=shard_window(config),
+    )
+
+
+def phase_dir(root: str, name: str) -> str:
+    """The folder of a phase's run; '' is the last one's."""
+    return os.path.join(root, "phases", name) if name else root
+
+
+def run(config, workdir: str) -> None:
+    """Trains the phases of the config in turn, going on where an earlier call was stopped."""
+    phases = split_phases(config)
+    for _, phase in phases:  # what is wrong in a late phase is said before the first one trains
+        build_levels(phase)
+        build_optimizer(phase)
+        check_batch_size(phase, partition.make_mesh(phase.train.mesh_data, phase.train.mesh_fsdp).size)
+        check_init_from(phase)
+        check_images_exist(phase)
+    if len(phases) > 1:
+        shapes = [(name, phase, abstract_state(phase).params) for name, phase in phases]
+        for _, phase, params in shapes:
+            opt.check_groups(build_optimizer(phase), params)
+        transfer.check_phases_fit(shapes)
+    for name, phase in phases:
+        folder = phase_dir(workdir, name)
+        if name and (latest_step(folder) or 0) >= phase.train.steps:
+            logging.info("phase %s: done, in %s", name, folder)
+            continue
+        if name:
+            logging.info("phase %s: %d steps, in %s", name, phase.train.steps, folder)
+            phase.latents_dir = build_data.latents_dir(config, workdir)
+            os.makedirs(folder, exist_ok=True)
+        if not train_phase(phase, folder, workdir):
+            return
+
+
+def train_phase(config, workdir: str, root: str) -> bool:
+    """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores.
+    False where a signal stopped it."""
+    check_images_exist(config)
+    evaluate.check_evaluation(config)
+    text = load_text_encoder(config)
+    source, latents = build_data.latents(config, workdir, text)
+    run = make_run(config, latents, text)
+    training, held_out = build_data.split(config, source)
+    checkpoints = Checkpoints(
+        workdir, to_plain(config), STATE_KEYS, keep=config.train.keep, save_every=config.train.save_every
+    )
+    restored = checkpoints.restore(run.abstract)
+    state = initial_state(run, config, root) if restored is None else restored
+    first = int(state.step)
+    if first:
+        logging.info("resumed at step %d from %s", first, workdir)
+    elif jax.process_index() == 0:
+        logging.info("\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    writer = MetricWriter(workdir, jax.process_index(), first)
+    gen = make_generator(config, run.step.levels, latents, run.mesh, text) if config.train.sample_every else None
+
+    def draw_samples(state: TrainState, step: int) -> np.ndarray:
+        return sample.save_sample_grid(gen, state.ema, os.path.join(workdir, "samples", f"step_{step:08d}.png"))
+
+    macs = sum(level.macs for level in summary.levels(run.step.levels) if level.name in run.step.trained)
+    batches = training_batches(config, training, first)
+    with Preemption() as preemption, contextlib.closing(batches):
+        try:
+            state, stopped = train_loop(
+                run,
+                state,
+                batches,
+                held_out=held_out,
+                checkpoints=checkpoints,
+                preemption=preemption,
+                writer=writer,
+                macs=macs,
+                draw_samples=draw_samples,
+            )
+        except NonFiniteError:
+            checkpoints.close()  # the last good state is on disk before the run ends
+            raise
+        checkpoints.save(int(state.step), state, force=True)
+        checkpoints.close()
+    writer.close()
+    if stopped:
+        logging.info("stopped by a signal at step %d; run the same command again to go on", int(state.step))
+        return False
+    finish(run, config, text, state, source, workdir)
+    return True
+
+
+def finish(run: Run, config: ConfigDict, text: Any, state: TrainState, source: Any, workdir: str) -> None:
+    """After the last step: makes the pictures and scores that the config asks for, and prints where they are."""
+    lines = []
+    if not config.sample.num_samples and not config.evaluate.num_samples:
+        return
+    gen = make_generator(config, run.step.levels, run.step.latents, run.mesh, text)
+    if config.sample.num_samples:
+        lines += [f"picture: {path}" for path in sample.save_run_pictures(gen, state.ema, workdir)]
+    if config.evaluate.num_samples:
+        cache_dir = build_data.latents_dir(config, workdir)
+        lines += evaluate.report_scores(gen, state.ema, source, cache_dir, int(state.step), workdir)
+    if jax.process_index() == 0:
+        print("\n".join(lines))
