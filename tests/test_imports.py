@@ -79,7 +79,7 @@ def test_the_data_pipeline_needs_neither_jax_nor_the_models():
         ("tensorboardX", ("nested.runtime.writers",)),
         ("matplotlib", ("nested.figures",)),
         ("grain", ("input_pipeline",)),
-        ("ml_collections", ("configs", "nested.build", "nested.modes.compare", "main")),
+        ("ml_collections", ("configs", "nested.build", "nested.modes", "main")),
         ("tensorflow", ()),
         ("torch", ()),
         ("jax.pmap", ()),
