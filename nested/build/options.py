@@ -133,11 +133,12 @@ def construct(key: str, kind: Callable, options: Mapping[str, Any], derived: Map
 
 def _parameters(kind: Callable) -> dict[str, Option]:
     """The parameters of a constructor that declares no options."""
-    parameters = inspect.signature(kind).parameters.values()
+    parameters = inspect.signature(kind).parameters
+    own = ("parent", "name") if "parent" in parameters else ()  # flax's, where `kind` is a linen module
     return {
-        one.name: Option(one.name, REQUIRED if one.default is one.empty else one.default, "", one.annotation)
-        for one in parameters
-        if one.name not in ("parent", "name")  # flax's own
+        name: Option(name, REQUIRED if one.default is one.empty else one.default, "", one.annotation)
+        for name, one in parameters.items()
+        if name not in own
     }
 
 
