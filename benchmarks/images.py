@@ -113,7 +113,7 @@ def opening(number: int) -> dict:
         seconds = []
         for _ in range(2):
             begin = time.perf_counter()
-            source = imagenet.ImageNetTar(folder, "train", index_dir=folder)
+            source = imagenet.ImageNetTar(folder, split="train", index_dir=folder).open()
             seconds.append(rounded(time.perf_counter() - begin))
         (index,) = pathlib.Path(folder).glob("*.npz")
         size = index.stat().st_size
@@ -132,7 +132,7 @@ def main(argv):
         folder = pathlib.Path(folder)
         figures["bytes_per_image"] = round(write_jpegs(folder, FLAGS.images))
         figures["alone"] = alone(folder)
-        source = transforms.resized(image_files.ImageFolder(folder), SIZE, "center", 3)
+        source = transforms.resized(image_files.ImageFolder(folder).open(), SIZE, "center", 3)
         figures["loader_by_workers"] = {str(count): through_loader(source, count, FLAGS.batches) for count in workers}
     figures["cpu_cores"] = os.cpu_count()
     report(figures, FLAGS.out)

@@ -1,9 +1,10 @@
 """Folders of short video clips, as sources of images with a time axis: record["image"] is uint8 [T, H, W, C].
 
 Read are animated WebP, GIF and PNG files through Pillow, and .mp4 and .avi files through OpenCV, which is optional
-(pip install opencv-python-headless). Of a clip every `stride`-th frame is taken, `frames` of them from its first one:
-Matryoshka's video model (arXiv 2310.15111, appendix E) has 16 frames, every fourth of WebVid's. The start is not drawn
-at random, so that a record is the same each time it is read. How long a file shows each frame is not looked at.
+(pip install opencv-python-headless). A record has `frames` frames of the clip, every
+`frame_stride`-th from the first one: Matryoshka's video model (arXiv 2310.15111, appendix E) has 16 frames, every
+fourth of WebVid's. The start is not drawn at random, so that a record is the same each time it is read. How long a file
+shows each frame is ignored.
 
 The field is called "image" so that crops, flips and batches are those of images (transforms.py, augment.py, loader.py).
 """
@@ -11,10 +12,12 @@ The field is called "image" so that crops, flips and batches are those of images
 import pathlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from input_pipeline.image_files import Folder
+from input_pipeline.options import ClipOptions
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, open_image, to_array, to_channels
 
 ANIMATION_FORMATS = ("WEBP", "GIF", "PNG")
@@ -60,11 +63,18 @@ def _decode_video(path: pathlib.Path, frames: int, stride: int, channels: int) -
     return np.stack(clip)
 
 
-def check_frames(frames: int, stride: int) -> None:
-    """Raises ValueError unless both are 1 or more."""
-    for name, value in (("frames", frames), ("stride", stride)):
+def check_clips(options: ClipOptions) -> tuple[int, int, int]:
+    """(frames, stride, channels). Raises: ValueError for other channels than 1 and 3, frames or a stride below 1."""
+    check_channels(options.channels)
+    for name, value in (("frames", options.frames), ("frame_stride", options.frame_stride)):
         if value < 1:
             raise ValueError(f"clips: {name} must be at least 1, found {value}")
+    return options.frames, options.frame_stride, options.channels
+
+
+def fingerprint_parts(options: ClipOptions) -> tuple[str, ...]:
+    """What the decoding of clips depends on, for the fingerprints of their sources."""
+    return ("clips", str(options.frames), str(options.frame_stride), str(options.channels))
 
 
 def require_opencv(files: Sequence[str], root: pathlib.Path) -> None:
@@ -89,36 +99,29 @@ def _too_short(found: int, frames: int, stride: int) -> ValueError:
     return ValueError(f"{found} frames, {_length(frames, stride)} are needed for {frames} at stride {stride}")
 
 
-class ClipFolder(Folder):
+@dataclass(frozen=True, kw_only=True)
+class ClipFolder(ClipOptions):
     """The clips below a directory, in one of the layouts of image_files.Folder: with captions, plain, or in classes.
 
-    A file that is damaged or has fewer than (frames - 1) * stride + 1 frames is bad: see decoded.py.
+    A file that is damaged or has fewer than (frames - 1) * frame_stride + 1 frames is bad: see decoded.py.
 
-    Args:
-      path: the directory. frames: T of a record, at least 1. stride: 1 takes successive frames, 4 every fourth.
-      channels: 3 (RGB) or 1 (grey), whatever the files hold. max_bad_clips: how many bad files are passed over.
-
-    Raises: as Folder; ValueError for other channels, frames or strides; ImportError (one line) where there are .mp4 or
-      .avi files but OpenCV is not installed.
+    open() raises: as Folder; ValueError for other channels, frames or strides; ImportError (one line) where there are
+      .mp4 or .avi files but OpenCV is not installed.
     """
+
+    def open(self) -> "ClipFolderSource":
+        return ClipFolderSource(self)
+
+
+class ClipFolderSource(Folder):
+    """An opened ClipFolder."""
 
     NOUN, A_NOUN = "clip", "a clip"
     ERRORS = CLIP_ERRORS
 
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        *,
-        frames: int = 16,
-        stride: int = 4,
-        channels: int = 3,
-        max_bad_clips: int = 0,
-    ):
-        check_channels(channels)
-        check_frames(frames, stride)
-        self.frames, self.stride, self.channels = frames, stride, channels
-        reading = ("clips", str(frames), str(stride), str(channels))
-        super().__init__(path, max_bad=max_bad_clips, reading=reading)
+    def __init__(self, options: ClipFolder):
+        self.frames, self.stride, self.channels = check_clips(options)
+        super().__init__(options, fingerprint_parts(options))
         require_opencv(self._files, self.root)
 
     @property

@@ -8,34 +8,42 @@ recipe.
 import json
 import os
 import pathlib
+from dataclasses import dataclass
 
 import numpy as np
 
 from input_pipeline.decoded import JSON_ERRORS, Decoded, is_text, read_file, some
+from input_pipeline.options import FileOptions, SplitOptions
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
 
-class Coco(Decoded):
+@dataclass(frozen=True, kw_only=True)
+class Coco(FileOptions, SplitOptions):
     """A split of COCO captions.
 
-    Args:
-      path: the folder of annotations/ and of the splits' folders. split: "train2014", "val2014" or another.
-      channels: 3 (RGB) or 1 (grey). max_bad_images: files that cannot be decoded, see decoded.py.
+    path: the folder of annotations/ and of the splits' folders. split: "train2014", "val2014" or another.
 
-    Raises: FileNotFoundError for an absent file or folder; ValueError, one line that counts and names them, for a file
-      that is not JSON of this form, ids that come twice, captions of no listed image, images without a caption, and
-      images that are listed but not in the folder.
+    open() raises: FileNotFoundError for an absent file or folder; ValueError, one line that counts and names them, for
+      a file that is not JSON of this form, ids that come twice, captions of no listed image, images without a caption,
+      and images that are listed but not in the folder.
     """
+
+    def open(self) -> "CocoSource":
+        return CocoSource(self)
+
+
+class CocoSource(Decoded):
+    """An opened Coco."""
 
     NOUN, A_NOUN = "image", "an image"
     ERRORS = DECODE_ERRORS
 
-    def __init__(self, path: str | pathlib.Path, split: str, *, channels: int = 3, max_bad_images: int = 0):
-        check_channels(channels)
-        root = pathlib.Path(path).expanduser().absolute()
+    def __init__(self, options: Coco):
+        check_channels(options.channels)
+        root, split = pathlib.Path(options.path).expanduser().absolute(), options.split
         self.file, self.folder = root / "annotations" / f"captions_{split}.json", root / split
-        self.channels, self.split = channels, split
+        self.channels, self.split = options.channels, split
         for place, found in ((self.file, self.file.is_file()), (self.folder, self.folder.is_dir())):
             if not found:
                 raise FileNotFoundError(
@@ -49,8 +57,8 @@ class Coco(Decoded):
         texts = [tuple(captions[number]) for number in sorted(images)]
         sizes = (f"{file}:{there[file]}" for file in self._files)
         said = (text for of_image in texts for text in (str(len(of_image)), *of_image))
-        self.fingerprint = fingerprint_of((str(channels), *sizes, *said))
-        super().__init__(f"images in {self.folder}", len(self._files), max_bad=max_bad_images, captions=texts)
+        self.fingerprint = fingerprint_of((str(self.channels), *sizes, *said))
+        super().__init__(f"images in {self.folder}", len(self._files), max_bad=options.max_bad_images, captions=texts)
 
     @property
     def image_shape(self) -> tuple[None, None, int]:

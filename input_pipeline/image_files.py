@@ -8,11 +8,13 @@ import json
 import os
 import pathlib
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
 from input_pipeline.decoded import JSON_ERRORS, Decoded, choose_classes, is_text, read_file, some
-from input_pipeline.sources import fingerprint_of
+from input_pipeline.options import ClassOptions, FileOptions, IndexOptions, SplitOptions
+from input_pipeline.sources import Record, fingerprint_of
 from input_pipeline.tars import kept
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
@@ -88,18 +90,17 @@ class Folder(Decoded):
     is a bad one.
 
     Args:
-      path: the directory. max_bad: see decoded.py. reading: what decode() depends on, for the fingerprint.
+      options: where the directory is, and how many bad files are allowed.
+      reading: what decode() depends on, for the fingerprint.
       classes: names of the class folders to read; () for all of them.
 
     Raises: FileNotFoundError where there is no such directory, ValueError where there are no files, or files beside
       class folders, or captions that are not as above, or no such classes; when reading, ValueError for bad files.
     """
 
-    def __init__(
-        self, path: str | pathlib.Path, *, max_bad: int, reading: tuple[str, ...], classes: tuple[str, ...] = ()
-    ):
+    def __init__(self, options: FileOptions, reading: tuple[str, ...], classes: tuple[str, ...] = ()):
         where = f"set config.data.path to the directory of the {self.NOUN}s"
-        self.root = pathlib.Path(path).expanduser().absolute()
+        self.root = pathlib.Path(options.path).expanduser().absolute()
         if not self.root.is_dir():
             raise FileNotFoundError(f"no directory {self.root}: {where}")
         captions, labels, class_names = None, None, ()
@@ -119,9 +120,10 @@ class Folder(Decoded):
         sizes = [_size(self.root / file) for file in self._files]
         named = (f"{file}:{size}" for file, size in zip(self._files, sizes, strict=True))
         self.fingerprint = fingerprint_of((*reading, *named, *(captions or ())))
+        absent = {i: "no such file" for i, size in enumerate(sizes) if size < 0}
         super().__init__(
-            f"files in {self.root}", len(self._files), max_bad=max_bad, labels=labels, class_names=class_names,
-            captions=captions, bad={i: "no such file" for i, size in enumerate(sizes) if size < 0},
+            f"files in {self.root}", len(self._files), max_bad=options.max_bad_images, labels=labels,
+            class_names=class_names, captions=captions, bad=absent,
         )  # fmt: skip
 
     def _read_classes(self) -> tuple[list[int] | None, tuple[str, ...]]:
@@ -148,27 +150,29 @@ class Folder(Decoded):
         return f"{self.NOUN} folder {self.root}: {len(self)} files, {self.kind}"
 
 
-class ImageFolder(Folder):
-    """The image files below a directory, in one of the layouts of Folder, decoded as decode_image does.
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(FileOptions, ClassOptions):
+    """The image files below a directory, in one of the layouts of Folder.
 
-    check() reads some 500 to 1,000 JPEGs of 500x375 a second and core.
+    classes names class folders. check() reads some 500 to 1,000 JPEGs of 500x375 a second and core.
 
-    Args:
-      path: the directory. channels: 3 (RGB) or 1 (grey), whatever the files hold. max_bad_images: see decoded.py.
-      classes: see Folder.
-
-    Raises: as Folder; ValueError for other channels.
+    open() raises: as Folder; ValueError for other channels.
     """
+
+    def open(self) -> "ImageFolderSource":
+        return ImageFolderSource(self)
+
+
+class ImageFolderSource(Folder):
+    """An opened ImageFolder, whose files are decoded as decode_image does."""
 
     NOUN, A_NOUN = "image", "an image"
     ERRORS = DECODE_ERRORS
 
-    def __init__(
-        self, path: str | pathlib.Path, *, channels: int = 3, max_bad_images: int = 0, classes: tuple[str, ...] = ()
-    ):
-        check_channels(channels)
-        self.channels = channels
-        super().__init__(path, max_bad=max_bad_images, reading=(str(channels),), classes=classes)
+    def __init__(self, options: ImageFolder):
+        check_channels(options.channels)
+        self.channels = options.channels
+        super().__init__(options, (str(options.channels),), options.class_names())
 
     @property
     def image_shape(self) -> tuple[None, None, int]:
@@ -178,35 +182,39 @@ class ImageFolder(Folder):
         return decode_image(data, self.channels)
 
 
-class Tfds:
+@dataclass(frozen=True, kw_only=True)
+class Tfds(SplitOptions, ClassOptions, IndexOptions):
     """A split of a data set prepared by TFDS as ArrayRecord files, read without TensorFlow.
 
-    Its feature "image" is a tfds.features.Image, "label" a ClassLabel or absent (num_classes 0). Images are decoded as
-    those of an ImageFolder are. check() does nothing: TFDS validated the records when it wrote them.
+    Its feature "image" is a tfds.features.Image, "label" a ClassLabel or absent (num_classes 0).
 
-    Args:
-      path: of the prepared version, DATA_DIR/NAME[/CONFIG]/VERSION. split: as TFDS spells it: "train", "train[:10%]".
-      channels: 3 (RGB) or 1 (grey), whatever the files hold. classes: names of a subset, whose labels are then 0, 1,
-      ... in sorted order; () for all. For these every record is read once, for its label. index_dir: where those
-      labels are kept (tars.py).
+    path: of the prepared version, DATA_DIR/NAME[/CONFIG]/VERSION.
+    split: as TFDS spells it: "train", "train[:10%]".
+    classes: the chosen classes have the labels 0, 1, ... in sorted order. To find them every record is read once.
+    index_dir: where the labels are kept then (tars.py).
+    channels: 3 (RGB) or 1 (grey), whatever the files hold.
 
-    Raises: FileNotFoundError where path is no prepared data set; ValueError for another file format, other features
-      and an unknown split or class; when reading, ValueError for an example without a label (-1, as in test splits).
+    open() raises: FileNotFoundError where path is no prepared data set; ValueError for another file format, other
+      features and an unknown split or class; when reading, ValueError for an example without a label (-1, as in test
+      splits).
     """
 
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        split: str,
-        *,
-        channels: int = 3,
-        classes: tuple[str, ...] = (),
-        index_dir: str = "",
-    ):
+    channels: int = 3
+
+    def open(self) -> "TfdsSource":
+        return TfdsSource(self)
+
+
+class TfdsSource:
+    """An opened Tfds. Images are decoded as those of an ImageFolder are. check() does nothing, because TFDS validated
+    the records when it wrote them."""
+
+    def __init__(self, options: Tfds):
         import tensorflow_datasets as tfds  # slow to import
 
-        check_channels(channels)
-        root = tfds.core.Path(path).expanduser()
+        check_channels(options.channels)
+        split, classes = options.split, options.class_names()
+        root = tfds.core.Path(options.path).expanduser()
         if not (root / "dataset_info.json").exists():
             raise FileNotFoundError(
                 f"{root} is not a data set prepared by TFDS (it has no dataset_info.json): set config.data.path to its "
@@ -226,7 +234,7 @@ class Tfds:
                 raise ValueError(f"{root}: feature {name!r} must be of type {kind.__name__}, found {found}")
         self.class_names = tuple(features["label"].names) if "label" in features else ()
         height, width, _ = features["image"].shape
-        self.image_shape = (height, width, channels)
+        self.image_shape = (height, width, options.channels)
         self.name = f"{builder.info.full_name} ({split})"
         self._data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         files = [f"{file.name}:{file.stat().length}" for file in builder.info.splits[split].filepaths]
@@ -234,7 +242,7 @@ class Tfds:
         self._numbers = self._labels = None  # of the chosen classes
         if classes:
             made_from = ("tfds", self.name, str(root), *files)
-            labels = kept(index_dir, made_from, self._all_labels)["labels"]
+            labels = kept(options.index_dir, made_from, self._all_labels)["labels"]
             chosen = choose_classes(self.class_names, labels, classes, self.name)
             self._numbers, self._labels, self.class_names = chosen
 
@@ -248,7 +256,7 @@ class Tfds:
     def __len__(self) -> int:
         return len(self._data) if self._numbers is None else len(self._numbers)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         if self._numbers is None:
             record = self._data[index]
             label = record["label"] if self.num_classes else 0
@@ -269,4 +277,4 @@ class Tfds:
         return f"TFDS {self.name}: {len(self)} images, {self.num_classes} classes"
 
     def check(self) -> None:
-        pass
+        """TFDS validated the records."""

@@ -10,11 +10,13 @@ A label is the place of the class' WordNet id among the sorted ids, as in TFDS a
 
 import pathlib
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
 from input_pipeline import devkit, tars
 from input_pipeline.decoded import Decoded, choose_classes, some
+from input_pipeline.options import ClassOptions, FileOptions, IndexOptions, SplitOptions
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
@@ -23,43 +25,44 @@ LABELS_FILE, KIT = "val_labels.txt", "ILSVRC2012_devkit_t12.tar.gz"
 WNID = re.compile(r"n\d{8}")
 
 
-class ImageNetTar(Decoded):
+@dataclass(frozen=True, kw_only=True)
+class ImageNetTar(FileOptions, SplitOptions, ClassOptions, IndexOptions):
     """A split of ImageNet-1k, read at its place in the tar; sorted by class, then by file name.
 
-    Args:
-      path: the folder of the tars. split: "train" or "validation".
-      classes: WordNet ids of a subset, whose labels are then 0, 1, ... in sorted order; () for all.
-      channels: 3 (RGB) or 1 (grey). max_bad_images: see decoded.py. index_dir: where the index is kept (tars.py).
+    path: the folder of the tars. split: "train" or "validation".
+    classes: WordNet ids of a subset, whose labels are then 0, 1, ... in sorted order.
+
+    open() raises: ValueError for another split, damaged tars, members that are not as above, images without a label,
+      unknown classes; FileNotFoundError for an absent tar or the labels of the validation split.
+    """
+
+    def open(self) -> "ImageNetTarSource":
+        return ImageNetTarSource(self)
+
+
+class ImageNetTarSource(Decoded):
+    """An opened ImageNetTar.
 
     shard_ends: where each class' examples end: the classes are the shards.
-
-    Raises: ValueError for another split, damaged tars, members that are not as above, images without a label, unknown
-      classes; FileNotFoundError for an absent tar or the labels of the validation split.
     """
 
     NOUN, A_NOUN = "image", "an image"
     ERRORS = DECODE_ERRORS
 
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        split: str,
-        *,
-        classes: tuple[str, ...] = (),
-        channels: int = 3,
-        max_bad_images: int = 0,
-        index_dir: str = "",
-    ):
-        check_channels(channels)
+    def __init__(self, options: ImageNetTar):
+        check_channels(options.channels)
+        split, channels, classes = options.split, options.channels, options.class_names()
         if split not in TARS:
             raise ValueError(f"split must be one of {sorted(TARS)}, found {split!r}")
-        root = pathlib.Path(path).expanduser().absolute()
+        root = pathlib.Path(options.path).expanduser().absolute()
         self.tar, self.channels, self.split = root / TARS[split], channels, split
         if not self.tar.is_file():
             raise FileNotFoundError(f"no {self.tar.name} in {root}: set config.data.path to the folder of the tars")
         walk = _training if split == "train" else _validation
         index = tars.kept(
-            index_dir, ("imagenet", split, tars.state_of(self.tar), *_states(root, split)), lambda: walk(self.tar)
+            options.index_dir,
+            ("imagenet", split, tars.state_of(self.tar), *_states(root, split)),
+            lambda: walk(self.tar),
         )
         names = tuple(index["classes"].astype(str).tolist())
         numbers, labels = slice(None), index["labels"]
@@ -70,7 +73,7 @@ class ImageNetTar(Decoded):
         found = (self._files, self._sizes, np.asarray(labels, np.int32))
         self.fingerprint = fingerprint_of((self.tar.name, str(channels), *names, *(array.tobytes() for array in found)))
         super().__init__(
-            f"images in {self.tar}", len(self._files), max_bad=max_bad_images, labels=labels, class_names=names
+            f"images in {self.tar}", len(self._files), max_bad=options.max_bad_images, labels=labels, class_names=names
         )
 
     @property

@@ -14,49 +14,51 @@ import json
 import pathlib
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from input_pipeline.decoded import JSON_ERRORS, Decoded, Texts, choose_classes
+from input_pipeline.options import CaptionKeyOptions, ClassOptions, FileOptions
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
 GROUPS_KEPT = 4  # per process, at least: hundreds of MB where a group has 1,000 images
 
 
-class Parquet(Decoded):
-    """Images, with captions or labels or both, of Parquet files.
+@dataclass(frozen=True, kw_only=True)
+class Parquet(FileOptions, ClassOptions, CaptionKeyOptions):
+    """Images, with captions or labels or both, of the Parquet files in a folder.
 
-    Args:
-      path: the folder. image_key, caption_key, label_key: names of columns; of the last two, one may be absent.
-      classes: names (or numbers, where labels have no names) of the classes to read; () for all of them.
-      channels: 3 (RGB) or 1 (grey). max_bad_images: see decoded.py; an image without bytes is a bad one.
-      window: how many images in the order of shards are read in any order (loader.ShardOrder); 0: one after the other.
+    Of the columns caption_key and label_key one may be absent. An image without bytes is a bad one.
+    classes: names (or numbers, where labels have no names) of the classes to read.
+    window: how many images in the order of shards are read in any order (loader.ShardOrder); 0: one after the other.
 
-    shard_ends: where each row group's examples end. A caption that is null is ''.
-
-    Raises: FileNotFoundError for no folder; ValueError for one without *.parquet, damaged files, absent columns or ones
-      of another type, labels out of range; ImportError (one line) without pyarrow. When reading, OSError, which names
-      the file, for a row group that cannot be read.
+    open() raises: FileNotFoundError for no folder; ValueError for one without *.parquet, damaged files, absent columns
+      or ones of another type, labels out of range; ImportError (one line) without pyarrow. When reading, OSError, which
+      names the file, for a row group that cannot be read.
     """
+
+    image_key: Annotated[str, "the column of images"] = "image"
+    label_key: Annotated[str, "the column of labels"] = "label"
+    window: int = 0
+
+    def open(self) -> "ParquetSource":
+        return ParquetSource(self)
+
+
+class ParquetSource(Decoded):
+    """An opened Parquet. shard_ends: where each row group's examples end. A caption that is null is ''."""
 
     NOUN, A_NOUN = "image", "an image"
     ERRORS = DECODE_ERRORS
 
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        *,
-        image_key: str = "image",
-        caption_key: str = "caption",
-        label_key: str = "label",
-        classes: tuple[str, ...] = (),
-        channels: int = 3,
-        max_bad_images: int = 0,
-        window: int = 0,
-    ):
-        check_channels(channels)
-        self.root, self.image_key, self.channels = pathlib.Path(path).expanduser().absolute(), image_key, channels
+    def __init__(self, options: Parquet):
+        check_channels(options.channels)
+        self.root, self.channels = pathlib.Path(options.path).expanduser().absolute(), options.channels
+        self.image_key = image_key = options.image_key
+        caption_key, label_key, classes = options.caption_key, options.label_key, options.class_names()
         if not self.root.is_dir():
             raise FileNotFoundError(f"no directory {self.root}: set config.data.path to the folder of *.parquet")
         self._files = sorted(self.root.rglob("*.parquet"))
@@ -79,15 +81,15 @@ class Parquet(Decoded):
             captions = captions and [captions[i] for i in self._numbers]
         captions = captions and _packed(captions)
         self.shard_ends = np.searchsorted(self._numbers, self._group_ends)
-        self._groups_kept = _groups_of(np.diff(self.shard_ends, prepend=0), window)
+        self._groups_kept = _groups_of(np.diff(self.shard_ends, prepend=0), options.window)
         sizes = (f"{file.relative_to(self.root)}:{file.stat().st_size}" for file in self._files)
-        reading = (str(channels), image_key, caption_key, label_key, *class_names)
+        reading = (str(self.channels), image_key, caption_key, label_key, *class_names)
         self.fingerprint = fingerprint_of((*reading, *sizes))
         self._kept: OrderedDict[int, list] = OrderedDict()
         self._lock = threading.Lock()
         super().__init__(
-            f"rows in {self.root}", len(self._numbers), max_bad=max_bad_images, labels=labels, class_names=class_names,
-            captions=captions,
+            f"rows in {self.root}", len(self._numbers), max_bad=options.max_bad_images, labels=labels,
+            class_names=class_names, captions=captions,
         )  # fmt: skip
 
     @property

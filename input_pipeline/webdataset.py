@@ -15,12 +15,14 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from absl import logging
 
 from input_pipeline import clips, tars
 from input_pipeline.decoded import JSON_ERRORS, Decoded, Texts, is_text, some
+from input_pipeline.options import CaptionKeyOptions, ClipOptions, FileOptions, IndexOptions
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
@@ -35,8 +37,8 @@ class _Shards(Decoded):
     error, which counts and names them. Those that cannot be decoded have the same limit, see decoded.py.
 
     Args:
-      path: the folder; tars are found in it, not below it. caption_key: of the .json. max_bad: as above. index_dir:
-      where the index is kept (tars.py). reading: what decode() depends on, for the fingerprint.
+      options: of the data; tars are found in the folder itself, not below it.
+      reading: what decode() depends on, for the fingerprint.
 
     shard_ends: where each tar's examples end. captions: without decoding.
 
@@ -46,10 +48,9 @@ class _Shards(Decoded):
 
     SUFFIXES: tuple[str, ...]
 
-    def __init__(
-        self, path: str | pathlib.Path, *, caption_key: str, max_bad: int, index_dir: str, reading: tuple[str, ...]
-    ):
-        self.root = pathlib.Path(path).expanduser().absolute()
+    def __init__(self, options: "WebDataset | WebDatasetClips", reading: tuple[str, ...]):
+        caption_key, max_bad = options.caption_key, options.max_bad_images
+        self.root = pathlib.Path(options.path).expanduser().absolute()
         where = "set config.data.path to the folder of the tars"
         if not self.root.is_dir():
             raise FileNotFoundError(f"no directory {self.root}: {where}")
@@ -58,7 +59,7 @@ class _Shards(Decoded):
             raise ValueError(f"no *.tar in {self.root}: {where}")
         self._shards = [shard.name for shard in shards]
         made_from = ("webdataset", caption_key, *self.SUFFIXES, *map(tars.state_of, shards))
-        index = tars.kept(index_dir, made_from, lambda: _walk(shards, self.SUFFIXES, caption_key))
+        index = tars.kept(options.index_dir, made_from, lambda: _walk(shards, self.SUFFIXES, caption_key))
         self._places = index["places"]  # int64 [N, 3]: shard, offset, size
         self._names = Texts(index["names"], index["name_ends"])
         self._refuse_incomplete(index["incomplete"].astype(str).tolist(), max_bad)
@@ -91,27 +92,25 @@ class _Shards(Decoded):
         return f"{self.NOUN}s of {len(self._shards)} tars in {self.root}: {len(self)} samples, {self.kind}"
 
 
-class WebDataset(_Shards):
-    """Images with captions. channels: 3 (RGB) or 1 (grey). The others, and errors: _Shards."""
+@dataclass(frozen=True, kw_only=True)
+class WebDataset(FileOptions, IndexOptions, CaptionKeyOptions):
+    """Images with captions, of the tars in a folder. open() raises: as _Shards; ValueError for other channels."""
+
+    def open(self) -> "WebDatasetSource":
+        return WebDatasetSource(self)
+
+
+class WebDatasetSource(_Shards):
+    """An opened WebDataset."""
 
     NOUN, A_NOUN = "image", "an image"
     ERRORS = DECODE_ERRORS
     SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        *,
-        caption_key: str = "caption",
-        channels: int = 3,
-        max_bad_images: int = 0,
-        index_dir: str = "",
-    ):
-        check_channels(channels)
-        self.channels = channels
-        super().__init__(
-            path, caption_key=caption_key, max_bad=max_bad_images, index_dir=index_dir, reading=(str(channels),)
-        )
+    def __init__(self, options: WebDataset):
+        check_channels(options.channels)
+        self.channels = options.channels
+        super().__init__(options, (str(options.channels),))
 
     @property
     def image_shape(self) -> tuple[None, None, int]:
@@ -121,32 +120,24 @@ class WebDataset(_Shards):
         return decode_image(data, self.channels)
 
 
-class WebDatasetClips(_Shards):
-    """Clips with captions, as ClipFolder reads them (clips.py): frames 0, stride, ... of each.
+@dataclass(frozen=True, kw_only=True)
+class WebDatasetClips(ClipOptions, IndexOptions, CaptionKeyOptions):
+    """Clips with captions, of the tars in a folder. open() raises: as _Shards and ClipFolder."""
 
-    OpenCV reads files only: an .mp4 is written to a temporary one. The others, and errors: _Shards, ClipFolder.
-    """
+    def open(self) -> "WebDatasetClipsSource":
+        return WebDatasetClipsSource(self)
+
+
+class WebDatasetClipsSource(_Shards):
+    """An opened WebDatasetClips. OpenCV reads files only: an .mp4 is written to a temporary one."""
 
     NOUN, A_NOUN = "clip", "a clip"
     ERRORS = clips.CLIP_ERRORS
     SUFFIXES = ("mp4", "avi", "webp", "gif")
 
-    def __init__(
-        self,
-        path: str | pathlib.Path,
-        *,
-        frames: int = 16,
-        stride: int = 4,
-        caption_key: str = "caption",
-        channels: int = 3,
-        max_bad_clips: int = 0,
-        index_dir: str = "",
-    ):
-        check_channels(channels)
-        clips.check_frames(frames, stride)
-        self.frames, self.stride, self.channels = frames, stride, channels
-        reading = ("clips", str(frames), str(stride), str(channels))
-        super().__init__(path, caption_key=caption_key, max_bad=max_bad_clips, index_dir=index_dir, reading=reading)
+    def __init__(self, options: WebDatasetClips):
+        self.frames, self.stride, self.channels = clips.check_clips(options)
+        super().__init__(options, clips.fingerprint_parts(options))
         clips.require_opencv(self._names, self.root)
 
     @property

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from helpers import tiny
+from helpers.data_sets import source_kind
 from helpers.refusals import refused
 from helpers.text_encoders import Lengths
 from helpers.tiny import with_changes
@@ -13,7 +14,7 @@ from helpers.toy_encoding import Source, Toy
 
 from configs import common, imagenet
 from nested.build import data as build_data
-from nested.build import sources as build_sources
+from nested.build.parts import SOURCES
 from nested.build.training import check_images_exist
 from nested.encoders import vit
 from nested.spaces import codecs
@@ -96,7 +97,7 @@ class Colours(Source):
 def toy(monkeypatch):
     """config.encoder 'toy' on 44 colour images of 8 x 8 in 4 classes: a config that encodes in a moment."""
     made = dict(source=Colours(), encoder=Toy())
-    monkeypatch.setitem(build_sources.SOURCES, "toy", lambda data: made["source"])
+    monkeypatch.setitem(SOURCES, "toy", source_kind(lambda: made["source"]))
     monkeypatch.setitem(build_data.ENCODERS, "toy", lambda *args, **kwargs: made["encoder"])
     config = with_changes(
         ("data.source", "toy"), ("data.num_classes", 4), ("encoder.name", "toy"), ("encoder.components", (4,)),

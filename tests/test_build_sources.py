@@ -12,22 +12,25 @@ from helpers.tiny import with_changes
 
 from configs import coco, common, imagenet, mdm
 from input_pipeline import captions as text
+from input_pipeline.options import DataOptions
 from nested.build import data as build_data
 from nested.build import sources as build_sources
+from nested.build.options import declared, default_values
+from nested.build.parts import SOURCES
 from nested.evaluation import report as evaluate
 
 
 def with_source(source, path, **data):
     data = {"path": str(path), "index_dir": "", **data}
-    if source in (*build_sources.TARS, "tfds"):
+    if "index_dir" in declared(SOURCES[source]):
         data["index_dir"] = str(path / "index")
     return with_changes(("data.source", source), ("data.num_classes", 0), *((f"data.{k}", v) for k, v in data.items()))
 
 
-def test_the_table_has_the_defaults_of_the_configs():
-    defaults = common.data_options()
-    for name, (unset, readers) in build_sources.SOME_READ.items():
-        assert defaults[name] == unset and set(readers) <= {*build_sources.SOURCES, "synthetic"}
+def test_the_defaults_of_the_configs_are_those_declared():
+    declared_by_sources = build_sources.unset_source_options()
+    assert common.data_options() == {"source": "digits"} | default_values(DataOptions) | declared_by_sources
+    assert set(declared_by_sources).isdisjoint(default_values(DataOptions))
 
 
 def test_imagenet_tars(tmp_path):
@@ -101,7 +104,7 @@ def test_samples_are_scored_against_another_split(tmp_path):
 @pytest.mark.parametrize(
     "source, option, value, readers",
     [
-        ("digits", "path", "/data", "idx, tfds, image_folder"),
+        ("digits", "path", "/data", "idx, image_folder, clip_folder, tfds"),
         ("image_folder", "split", "val", "idx, tfds, imagenet_tar, coco"),
         ("clip_folder", "classes", "names.txt", "image_folder, tfds, imagenet_tar, parquet"),
         ("image_folder", "frames", 1, "clip_folder, webdataset_clips"),
@@ -116,17 +119,18 @@ def test_samples_are_scored_against_another_split(tmp_path):
 )
 def test_options_that_a_source_does_not_read_are_refused(source, option, value, readers):
     config = with_changes(("data.source", source), (f"data.{option}", value))
-    message = f"config.data.{option} is {value!r}, which data.source {source!r} does not read, only {readers}"
+    message = f"config.data.{option} is {value!r}, but {source!r} does not read it, only {readers}"
     refused(build_data.images, config, match=message)
 
 
 def test_options_that_random_latents_do_not_read_are_refused():
-    data = with_changes(("data.source", "synthetic"), ("data.num_examples", 5)).data
-    build_sources.check_options(data)
-    data.path = "/data"
-    refused(build_sources.check_options, data, match="config.data.path is '/data', which data.source 'synthetic' does")
+    config = with_changes(("data.source", "synthetic"), ("data.num_examples", 5))
+    assert build_sources.build_source(config).num_examples == 5
+    refused(build_sources.build_images, config, match="config.data.source 'synthetic' has no images")
+    config.data.path = "/data"
+    refused(build_sources.build_source, config, match="config.data.path is '/data', but 'synthetic' does not read it")
     for module in (coco, imagenet, mdm):
-        build_sources.check_options(module.get_config("synthetic").data)
+        assert build_sources.build_source(module.get_config("synthetic")).synthetic
 
 
 def test_the_window_of_parquet_is_the_buffer(tmp_path):
@@ -139,9 +143,9 @@ def test_the_window_of_parquet_is_the_buffer(tmp_path):
 
 def test_crops():
     config = with_changes(("data.crop", "stretch"))
-    refused(build_data.images, config, match="config.data.crop is 'stretch' but data.image_size is 0, so that nothing")
+    refused(build_data.images, config, match="config.data: crop is 'stretch' but image_size is 0, so that nothing")
     small = with_changes(("data.small_images", "refuse"))
-    refused(build_data.images, small, match="config.data.small_images is 'refuse' but data.image_size is 0, so that")
+    refused(build_data.images, small, match="config.data: small_images is 'refuse' but image_size is 0, so that")
     config.data.image_size = small.data.image_size = 4
     (stretch,), (refuse,) = build_data.images(config).maps, build_data.images(small).maps
     assert stretch.crop == "stretch" and refuse.small == "refuse"

@@ -25,7 +25,7 @@ def image_folder(path, captions):
     Image.new("RGB", (4, 4), "red").save(path / "a.png")
     lines = [json.dumps({"file": "a.png", "caption": caption}) for caption in captions]
     (path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return ImageFolder(path)
+    return ImageFolder(path).open()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def test_captions_come_without_decoding(tmp_path):
     assert text.captions(source) == text.captions(transformed) == list(CAPTIONS)
     assert text.captions(Subset(transformed, (1, 2))) == list(CAPTIONS[1:3])
     (tmp_path / "images" / "captions.jsonl").unlink()
-    assert ImageFolder(tmp_path / "images").captions is None
+    assert ImageFolder(tmp_path / "images").open().captions is None
     assert Subset(Records(CAPTIONS), (0, 1)).captions is None
     assert text.captions(Subset(Records(CAPTIONS), (1, 2))) == list(CAPTIONS[1:3])
 

@@ -15,7 +15,7 @@ from input_pipeline.transforms import resized
 
 
 def test_records(tmp_path):
-    source = Coco(write_coco(tmp_path), "train2014")
+    source = Coco(write_coco(tmp_path), split="train2014").open()
     assert np.abs(np.array(levels(source)) - [10, 20, 30]).max() <= 1  # by the image's id
     assert (
         source.captions == (COCO_CAPTIONS[10], COCO_CAPTIONS[20], COCO_CAPTIONS[30])
@@ -23,10 +23,10 @@ def test_records(tmp_path):
     )
     assert source.num_classes == 0 and source[0]["label"] == 0 and source.image_shape == (None, None, 3)
     assert source.describe() == f"COCO (train2014) {tmp_path}: 3 images, 6 captions" and source.check() is None
-    grey = pickle.loads(pickle.dumps(Coco(tmp_path, "train2014", channels=1)))
+    grey = pickle.loads(pickle.dumps(Coco(tmp_path, split="train2014", channels=1).open()))
     assert grey[0]["image"].shape == (4, 5, 1) and grey.fingerprint != source.fingerprint
     write_coco(tmp_path, annotations=COCO_ANNOTATIONS[:-1])
-    assert Coco(tmp_path, "train2014").fingerprint != source.fingerprint
+    assert Coco(tmp_path, split="train2014").open().fingerprint != source.fingerprint
 
 
 class Letters:
@@ -49,7 +49,7 @@ ENDS = {said[-2:]: image for image, texts in COCO_CAPTIONS.items() for said in t
 
 
 def test_training_draws_one_caption_and_everything_else_takes_the_first(tmp_path):
-    source = resized(Coco(write_coco(tmp_path), "train2014"), 4, "center_lanczos", 3)
+    source = resized(Coco(write_coco(tmp_path), split="train2014").open(), 4, "center_lanczos", 3)
     tokenized = select_fields(text.tokenized(source, Letters()), ("image", "text_ids"))
     first = ["".join(map(chr, tokenized[i]["text_ids"])) for i in range(3)]
     assert first == ["og", "at", "ow"]
@@ -64,7 +64,7 @@ def test_training_draws_one_caption_and_everything_else_takes_the_first(tmp_path
 
 
 def test_the_draw_is_a_function_of_seed_and_position(tmp_path):
-    tokenized = text.tokenized(resized(Coco(write_coco(tmp_path), "train2014"), 4, "center", 3), Letters())
+    tokenized = text.tokenized(resized(Coco(write_coco(tmp_path), split="train2014").open(), 4, "center", 3), Letters())
     rows = drawn(tokenized, 40)
     assert drawn(tokenized, 24, start_step=2) == rows[16:]
     hosts = [drawn(tokenized, 40, process_index=index, process_count=2) for index in range(2)]
@@ -104,7 +104,7 @@ def test_the_draw_is_a_function_of_seed_and_position(tmp_path):
 def test_files_that_do_not_fit(tmp_path, changes, message):
     write_coco(tmp_path, **changes)
     with pytest.raises(ValueError, match=f"captions_train2014.json {message}") as error:
-        Coco(tmp_path, "train2014")
+        Coco(tmp_path, split="train2014").open()
     assert "\n" not in str(error.value)
 
 
@@ -114,37 +114,37 @@ def test_absent_images_are_counted_and_named(tmp_path):
     write_coco(tmp_path, images, annotations)
     message = f"names 2 images that are not in {tmp_path}/train2014: ../train2014/a.jpg, e.jpg; copy them there"
     with pytest.raises(ValueError, match=message):
-        Coco(tmp_path, "train2014")
+        Coco(tmp_path, split="train2014").open()
 
 
 def test_dangling_links(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "train2014" / "other.jpg").symlink_to(tmp_path / "nowhere")
-    assert len(Coco(tmp_path, "train2014")) == 3
+    assert len(Coco(tmp_path, split="train2014").open()) == 3
     (tmp_path / "train2014" / "a.jpg").unlink()
     (tmp_path / "train2014" / "a.jpg").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"names 1 images that are not in {tmp_path}/train2014: a.jpg; copy them"):
-        Coco(tmp_path, "train2014")
+        Coco(tmp_path, split="train2014").open()
 
 
 def test_what_is_not_there(tmp_path):
     write_coco(tmp_path)
     with pytest.raises(FileNotFoundError, match="no .*/annotations/captions_val2014.json: set .*, and data.split"):
-        Coco(tmp_path, "val2014")
+        Coco(tmp_path, split="val2014").open()
     (tmp_path / "annotations" / "captions_val2014.json").write_text("{")
     with pytest.raises(FileNotFoundError, match=f"no {tmp_path}/val2014: set config.data.path"):
-        Coco(tmp_path, "val2014")
+        Coco(tmp_path, split="val2014").open()
     (tmp_path / "val2014").mkdir()
     with pytest.raises(ValueError, match="is not a file of COCO captions .JSONDecodeError"):
-        Coco(tmp_path, "val2014")
+        Coco(tmp_path, split="val2014").open()
     (tmp_path / "annotations" / "captions_val2014.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is not a file of COCO captions .RecursionError"):
-        Coco(tmp_path, "val2014")
+        Coco(tmp_path, split="val2014").open()
 
 
 def test_bad_images(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "train2014" / "b.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 of 3 images in .*/train2014 are not whole images, .*: b.jpg \("):
-        Coco(tmp_path, "train2014").check()
-    assert Coco(tmp_path, "train2014", max_bad_images=1)[1]["caption"] == COCO_CAPTIONS[30]
+        Coco(tmp_path, split="train2014").open().check()
+    assert Coco(tmp_path, split="train2014", max_bad_images=1).open()[1]["caption"] == COCO_CAPTIONS[30]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import tiny, toy_encoding
+from helpers.data_sets import source_kind
 from helpers.refusals import refused
 from helpers.scoring import Pooler
 from helpers.text_encoders import Lengths
@@ -17,7 +18,7 @@ from helpers.toy_encoding import Source, Toy
 from configs import imagenet
 from input_pipeline import loader
 from nested.build import data as build_data
-from nested.build import sources as build_sources
+from nested.build.parts import SOURCES
 from nested.evaluation import memorization
 from nested.evaluation import report as evaluate
 from nested.latents import job as encoding
@@ -65,7 +66,7 @@ def make_config(path, features=("map",), **codec):
 def toy():
     """The data set and the encoder of make_config, and a stand-in for the scores' features."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build_sources.SOURCES, "toy", lambda data: Colours())
+        patch.setitem(SOURCES, "toy", source_kind(Colours))
         patch.setitem(build_data.ENCODERS, "toy", lambda *args, features, **options: Toy(feature_names=features))
         patch.setattr(build_data, "score_encoder", lambda config: Pooler())
         yield

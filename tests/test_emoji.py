@@ -57,7 +57,7 @@ def test_class_folders_that_image_folder_reads(tmp_path):
         "people-body/1f44b.png",
         "symbols/23-fe0f-20e3.webp",
     ]
-    folder = ImageFolder(tmp_path / "out")
+    folder = ImageFolder(tmp_path / "out").open()
     assert folder.class_names == ("people-body", "symbols") and [folder[i]["label"] for i in range(3)] == [0, 0, 1]
     for i in range(3):
         expected = np.array([[[255, 0, 0], [255] * 3], [[255] * 3, [255] * 3]])  # transparent is white
@@ -85,7 +85,7 @@ def test_captions_are_the_names(tmp_path):
     names = ("1f600.webp", "1f44b.png", "1f44b-1f3fb.png", "1f44b-1f3fb-200d-1f3fe.png", "logo.png")
     counts = emoji.collect([write(tmp_path / "set", *names)], tmp_path / "out", captions=True)
     assert counts == {"people-body": 3, "smileys-emotion": 1, "": 1}
-    folder = ImageFolder(tmp_path / "out")
+    folder = ImageFolder(tmp_path / "out").open()
     assert [str(folder[i]["caption"]) for i in range(4)] == [
         "waving hand sign: light skin tone, medium-dark skin tone",
         "waving hand sign: light skin tone",
@@ -109,7 +109,7 @@ def test_of_several_folders_the_first_long_enough_is_taken(tmp_path, capsys):
         f"     2 in {out}; 0 files of no known emoji left out, 3 of fewer than 3 frames",
     ]
     assert (out / "1f600.webp").read_bytes() == (moving / "deep" / "1f600.webp").read_bytes()
-    clips = ClipFolder(out, frames=2, stride=2)
+    clips = ClipFolder(out, frames=2, frame_stride=2).open()
     clips.check()
     assert [clips[i]["caption"] for i in range(2)] == ["hash key", "grinning face"]  # by path
     emoji.main([sources[0], sources[2], str(tmp_path / "stills")])  # frames do not matter then

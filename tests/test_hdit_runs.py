@@ -13,8 +13,8 @@ from helpers.tiny import get_config, run_main
 from helpers.trees import assert_equal, copied
 
 from configs import common
-from input_pipeline import sources
 from input_pipeline.composition import Mapped, select_fields
+from input_pipeline.digits import Digits
 from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.build.training import batch_spans, build_optimizer, check_batch_size
@@ -27,7 +27,7 @@ from nested.spaces.pixels import normalise
 from nested.training import loop as training_loop
 
 GROUPS = common.hdit_groups()
-DIGITS = select_fields(sources.Digits(), ("label", "image"))
+DIGITS = select_fields(Digits().open(), ("label", "image"))
 
 
 def config_of(*changes, arg="L1,hdit"):

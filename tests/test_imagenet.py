@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import scipy.io
-from helpers.data_sets import IMAGENET_TRAIN, write_imagenet_train
+from helpers.data_sets import IMAGENET_TRAIN, class_file, write_imagenet_train
 from helpers.tar_files import jpeg, levels, tar
 
 from input_pipeline import devkit, loader, tars
@@ -48,7 +48,7 @@ def write_validation(folder, numbers=(1, 3, 2), mat=None):
 
 
 def opened(folder, split="train", **options):
-    return ImageNetTar(folder, split, index_dir=str(folder / "index"), **options)
+    return ImageNetTar(folder, split=split, index_dir=str(folder / "index"), **options).open()
 
 
 def close(found, expected):
@@ -82,12 +82,12 @@ def test_a_changed_tar_is_walked_again(tmp_path):
 
 def test_subsets_of_the_classes(tmp_path):
     write_imagenet_train(tmp_path)
-    source = opened(tmp_path, classes=("n02119789", "n01440764"))
+    source = opened(tmp_path, classes=class_file(tmp_path, "n02119789", "n01440764"))
     assert close(levels(source), [10, 40, 30]) and source.class_names == ("n01440764", "n02119789")
     assert [int(source[i]["label"]) for i in range(3)] == [0, 1, 1] and source.shard_ends.tolist() == [1, 3]
     assert source.fingerprint != opened(tmp_path).fingerprint
     with pytest.raises(ValueError, match="2 of 3 chosen classes are none of its 3: n00000001, n00000002; correct"):
-        opened(tmp_path, classes=("n00000002", "n01440764", "n00000001"))
+        opened(tmp_path, classes=class_file(tmp_path, "n00000002", "n01440764", "n00000001"))
 
 
 @pytest.mark.parametrize("labels", ["kit", "file"])

@@ -9,7 +9,9 @@ import pytest
 from input_pipeline import loader
 from input_pipeline.augment import Augmentation
 from input_pipeline.composition import Subset, select_fields
-from input_pipeline.sources import ImagesInMemory, SyntheticLatents, shard_ends
+from input_pipeline.in_memory import ImagesInMemory
+from input_pipeline.sources import shard_ends
+from input_pipeline.synthetic import SyntheticLatents
 
 
 class Numbers:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import common
-from input_pipeline import sources
+from input_pipeline.in_memory import ImagesInMemory
 from nested.build import data as build_data
 from nested.evaluation import memorization
 from nested.latents import store as latents
@@ -60,7 +60,7 @@ def report(images, samples, config, made, tmp_path):
     """Of records among which the last HOLDOUT of `images` are those held out."""
     order = build_data.held_out(config, len(images))
     order = np.concatenate([np.setdiff1d(np.arange(len(images)), order), order])
-    source = sources.ImagesInMemory(images[order.argsort()], np.zeros(len(images), np.int32), 0, (), "toy")
+    source = ImagesInMemory(images[order.argsort()], np.zeros(len(images), np.int32), 0, (), "toy")
     lines = memorization.report_memorization(
         Generator(config, made, samples), "ema", source, features, 7, str(tmp_path)
     )

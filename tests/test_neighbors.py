@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs import common
 from input_pipeline import latent_records as records
-from input_pipeline import sources
+from input_pipeline.in_memory import ImagesInMemory
 from nested.build import data as build_data
 from nested.latents import store as latents
 from nested.modes import neighbors
@@ -89,7 +89,7 @@ def test_the_picture_has_a_block_of_rows_for_each_query(encoded, monkeypatch, tm
 def test_resolutions_are_compared_one_by_one_and_whole_images_once(monkeypatch, tmp_path):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
-    source = sources.ImagesInMemory(images, random.integers(0, 2, 50), 2, (), "toy")
+    source = ImagesInMemory(images, random.integers(0, 2, 50), 2, (), "toy")
     levels = (latents.LevelSource("y", "pixels", (2, 2, 1)), latents.LevelSource("x", "pixels", ((4, 4, 1), (8, 8, 1))))
     made = latents.of_images(levels, (8, 8, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir: (source, made))

@@ -7,18 +7,15 @@ import numpy as np
 import pytest
 
 from input_pipeline.composition import Cached, Subset
-from input_pipeline.sources import (
-    FASHION_MNIST_CLASSES,
-    Digits,
-    Idx,
-    ImagesInMemory,
-    SyntheticLatents,
-    fingerprint_of,
-)
+from input_pipeline.digits import Digits
+from input_pipeline.idx import FASHION_MNIST_CLASSES, Idx
+from input_pipeline.in_memory import ImagesInMemory
+from input_pipeline.sources import fingerprint_of
+from input_pipeline.synthetic import SyntheticLatents
 
 
 def test_digits():
-    digits = Digits()
+    digits = Digits().open()
     assert len(digits) == 1797 and digits.image_shape == (8, 8, 1) and digits.num_classes == 10
     assert digits.images_NHWC.min() == 0 and digits.images_NHWC.max() == 255 and digits.images_NHWC.dtype == np.uint8
     # The first digit of the set is a zero; grey level 5 of 16 is round(79.7) = 80.
@@ -80,11 +77,11 @@ def idx_directory(tmp_path):
 
 
 def test_idx(idx_directory):
-    train = Idx(idx_directory, "train", class_names=FASHION_MNIST_CLASSES)
+    train = Idx(idx_directory, split="train", class_names=FASHION_MNIST_CLASSES).open()
     np.testing.assert_array_equal(train.images_NHWC, IMAGES[..., None])
     assert [int(train[i]["label"]) for i in range(4)] == LABELS.tolist()
     assert train.image_shape == (3, 5, 1) and train.class_names[9] == "Ankle boot"
-    test = Idx(str(idx_directory), "test")
+    test = Idx(str(idx_directory), split="test").open()
     np.testing.assert_array_equal(test[1]["image"], IMAGES[1, ..., None])
     assert len(test) == 2 and test.class_names == () and test.fingerprint != train.fingerprint
     assert pickle.loads(pickle.dumps(test))[0]["label"] == 9
@@ -106,7 +103,7 @@ def test_idx(idx_directory):
 def test_damaged_idx(idx_directory, data, message):
     (idx_directory / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(data))
     with pytest.raises(ValueError, match=message) as error:
-        Idx(idx_directory, "train")
+        Idx(idx_directory, split="train").open()
     assert str(idx_directory) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -116,23 +113,23 @@ def test_damaged_gzip(idx_directory):
     for damaged in (whole[:-9], b"<html>", whole[:15] + b"\xff\xff\xff" + whole[18:]):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="train-labels-idx1-ubyte.gz is not a whole gzip file .* copy it again"):
-            Idx(idx_directory, "train")
+            Idx(idx_directory, split="train").open()
 
 
 def test_idx_that_is_not_there(idx_directory):
     (idx_directory / "t10k-labels-idx1-ubyte").unlink()
     for directory, name in ((idx_directory, "t10k-labels-idx1-ubyte"), (idx_directory / "no", "t10k-images")):
         with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist.*/usr/share") as error:
-            Idx(directory, "test")
+            Idx(directory, split="test").open()
         message = str(error.value)
         assert f"no {name}" in message and f" in {directory}: set config.data.path" in message and "\n" not in message
     with pytest.raises(ValueError, match=r"split must be one of \['test', 'train'\], found 'val'"):
-        Idx(idx_directory, "val")
+        Idx(idx_directory, split="val").open()
 
 
 def test_idx_labels_out_of_range(idx_directory):
     with pytest.raises(ValueError, match=r"label 9 of example 0 is out of range 0..4 \(1 such labels\)"):
-        Idx(idx_directory, "train", num_classes=5)
+        Idx(idx_directory, split="train", num_classes=5).open()
 
 
 def synthetic(**options):
@@ -157,7 +154,7 @@ def test_synthetic_latents():
     with pytest.raises(IndexError):
         source[500]
     with pytest.raises(ValueError, match="num_examples must be at least 1, found 0"):
-        synthetic(num_examples=0)
+        synthetic(num_examples=0).open()
 
 
 def test_subset():

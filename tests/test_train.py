@@ -13,7 +13,7 @@ from helpers.tiny import get_config
 from helpers.trees import assert_close, assert_equal, copied
 
 from configs import common
-from input_pipeline import loader, sources
+from input_pipeline.synthetic import SyntheticLatents
 from nested.diffusion import hierarchy
 from nested.modes import summary, train
 from nested.runtime import checkpoint
@@ -218,7 +218,7 @@ def test_meter_averages_good_steps_and_gives_up_on_bad_ones():
 class Spoilt:
     """Batches of `source`, all NaN from the given step on."""
 
-    source: sources.SyntheticLatents
+    source: SyntheticLatents
     step: int
 
     def batches(self, *args, start_step, batch_size, **options):

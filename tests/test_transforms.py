@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from input_pipeline import transforms
-from input_pipeline.sources import ImagesInMemory
+from input_pipeline.in_memory import ImagesInMemory
 
 
 def noise(height, width, channels=3):

@@ -33,7 +33,7 @@ SHARDS = {
 
 
 def opened(folder, kind=WebDataset, **options):
-    return kind(folder, index_dir=str(folder / "index"), **options)
+    return kind(folder, index_dir=str(folder / "index"), **options).open()
 
 
 def close(found, expected):
@@ -152,13 +152,13 @@ def test_a_long_walk_is_reported(monkeypatch):
 
 def test_clips_with_captions(tmp_path):
     shard = {"1.webp": animation(10), "1.txt": b"first", "2.webp": animation(50, 4), "2.json": b'{"caption": "second"}'}
-    source = opened(write(tmp_path, {"0": shard}), WebDatasetClips, frames=3, stride=4, max_bad_clips=1)
+    source = opened(write(tmp_path, {"0": shard}), WebDatasetClips, frames=3, frame_stride=4, max_bad_images=1)
     assert source[0]["image"][:, 0, 0, 0].tolist() == [10, 14, 18] and source[0]["caption"] == "first"
     assert source.image_shape == (3, None, None, 3) and source.captions == ("first", "second")
     assert source[1]["caption"] == "first"  # too short: the next one
     assert source.describe() == f"clips of 1 tars in {tmp_path}: 2 samples, captions, 3 frames at stride 4"
     with pytest.raises(ValueError, match="0.tar/2.webp .4 frames, 9 are needed for 3 at stride 4"):
-        opened(tmp_path, WebDatasetClips, frames=3, stride=4).check()
+        opened(tmp_path, WebDatasetClips, frames=3, frame_stride=4).check()
     with pytest.raises(ValueError, match="clips: frames must be at least 1, found 0"):
         opened(tmp_path, WebDatasetClips, frames=0)
     fingerprints = {opened(tmp_path, WebDatasetClips, frames=frames).fingerprint for frames in (2, 3)}
@@ -180,7 +180,7 @@ def test_videos_go_through_opencv(tmp_path, monkeypatch):
 
     monkeypatch.setattr(clips, "require_opencv", lambda *args: None)
     monkeypatch.setattr(clips, "decode_clip", decode)
-    assert opened(tmp_path, WebDatasetClips, frames=2, stride=3)[0]["image"].shape == (2, 2, 2, 3)
+    assert opened(tmp_path, WebDatasetClips, frames=2, frame_stride=3)[0]["image"].shape == (2, 2, 2, 3)
     assert seen == [(".mp4", b"bytes of a video", 2, 3, 3)] and len(temporary) == 1 and not temporary[0].exists()
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from input_pipeline import augment, captions, loader, sources
+from input_pipeline import augment, captions, loader
 from input_pipeline import latent_records as records
 from input_pipeline.composition import Subset, select_fields
 from nested.build.levels import as_shape
 from nested.build.options import choose, construct
 from nested.build.process import is_joint
-from nested.build.sources import check_options, images, shard_window
+from nested.build.sources import build_source, images, shard_window, source_kind
 from nested.build.text import load_text_encoder
 from nested.encoders import efficientnet, grids, vit
 from nested.encoders.text_encoder import TextEncoder
@@ -138,13 +138,10 @@ def latents(config, workdir: str, text: TextEncoder | None = None):
     codec(config)  # its options are checked also where it has nothing to do
     shard_window(config)
     check_augmentation(config)
-    if config.data.source == "synthetic":
-        check_options(config.data)
+    if source_kind(config).synthetic:
         made = SyntheticVariables({level.name: as_shape(level.shape) for level in config.levels})
         tokens = (config.text.max_tokens, config.text.width) if config.text.encoder else ()
-        data = config.data
-        source = sources.SyntheticLatents(made.fields, data.num_examples, data.num_classes, config.seed, tokens)
-        return source, made
+        return build_source(config, made.fields, tokens).open(), made
     if images_only(config):
         logging.info("the variables are the images themselves: nothing is encoded")
         source = images(config)
@@ -193,7 +190,7 @@ def check_once(config, source, workdir: str) -> None:
 def decoder(config, workdir: str):
     """The Latents for sampling, which needs no data where the variables are the images themselves, or where an
     autoencoder decodes and config.codec.scale is given."""
-    if config.data.source == "synthetic":
+    if source_kind(config).synthetic:
         return latents(config, workdir)[1]
     if images_only(config):
         return latents_.of_images(wanted(config), finest_shape(config))
@@ -313,7 +310,7 @@ def encoding_job(config, directory: str) -> encoding.Job:
 
 def plan_encoding(config, workdir: str, out: str) -> None:
     """The mode `encode` with --plan: what it would cost, printed; as JSON to `out`, where it is not ''."""
-    if images_only(config) or config.data.source == "synthetic":
+    if images_only(config) or source_kind(config).synthetic:
         raise ValueError("--plan: this config encodes nothing, its variables are the images themselves or random")
     encode_cost.plan(encoding_job(config, latents_dir(config, workdir)), out)
     if config.text.encoder and config.text.stored and jax.process_index() == 0:
@@ -325,7 +322,7 @@ def plan_encoding(config, workdir: str, out: str) -> None:
 def encode_data(config, workdir: str) -> None:
     """The mode `encode`: as latents(); prints the scale that an autoencoder's latents turned out to need."""
     latents(config, workdir)
-    encoded_here = config.codec.name == "sd_vae" and config.data.source != "synthetic" and not images_only(config)
+    encoded_here = config.codec.name == "sd_vae" and not source_kind(config).synthetic and not images_only(config)
     if encoded_here and jax.process_index() == 0:
         scale = records.read_index(latents_dir(config, workdir))["sd_vae"]["measured_scale"]
         print(

@@ -6,6 +6,15 @@ which of them was chosen.
 
 import functools
 
+from input_pipeline.clips import ClipFolder
+from input_pipeline.coco import Coco
+from input_pipeline.digits import Digits
+from input_pipeline.idx import Idx
+from input_pipeline.image_files import ImageFolder, Tfds
+from input_pipeline.imagenet import ImageNetTar
+from input_pipeline.parquet import Parquet
+from input_pipeline.synthetic import SyntheticLatents
+from input_pipeline.webdataset import WebDataset, WebDatasetClips
 from nested.diffusion import denoiser, schedules
 from nested.diffusion.samplers import dpm_solver, k_diffusion
 from nested.models.dit import DiT
@@ -56,4 +65,17 @@ THRESHOLDS = {
     "dynamic": functools.partial(denoiser.thresholded, percentile=0.995),
     "dynamic_100": functools.partial(denoiser.thresholded, percentile=0.995, maximum=100.0),
     "deepfloyd": functools.partial(denoiser.thresholded, percentile=0.95, maximum=1.5),
+}
+SOURCES = {
+    "digits": Digits,
+    "idx": Idx,
+    "image_folder": ImageFolder,
+    "clip_folder": ClipFolder,
+    "tfds": Tfds,
+    "imagenet_tar": ImageNetTar,
+    "coco": Coco,
+    "webdataset": WebDataset,
+    "webdataset_clips": WebDatasetClips,
+    "parquet": Parquet,
+    "synthetic": SyntheticLatents,
 }

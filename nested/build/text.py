@@ -3,7 +3,8 @@ it."""
 
 from ml_collections import ConfigDict
 
-from nested.build.process import choose
+from nested.build.options import choose
+from nested.build.sources import source_kind
 from nested.encoders import clip_text, minilm, t5, text_encoder
 from nested.encoders.text_encoder import TextEncoder
 
@@ -14,7 +15,7 @@ def load_text_encoder(config: ConfigDict) -> TextEncoder | None:
     """The text encoder of a run, its parameters on the device; None if config.text.encoder is '' or the data are
     random. Raises ValueError if it gives features of another width than config.text.width."""
     options = config.text
-    if not options.encoder or config.data.source == "synthetic":
+    if not options.encoder or source_kind(config).synthetic:
         return None
     network = choose("text.encoder", options.encoder, TEXT_ENCODERS)
     encoder = text_encoder.load_text_encoder(network, options.weights, options.max_tokens, options.dtype)

@@ -6,6 +6,7 @@ import re
 from ml_collections import ConfigDict
 
 from nested.build.options import choose, construct, override
+from nested.build.sources import source_kind
 from nested.training import optimizer as opt
 from nested.training.loop import BatchSpan
 
@@ -105,7 +106,7 @@ def check_init_from(config) -> None:
 def check_images_exist(config) -> None:
     """Random latents have no images to draw or score; better said before training than after it."""
     asked = config.sample.num_samples or config.evaluate.num_samples or config.train.sample_every
-    if config.data.source == "synthetic" and asked:
+    if source_kind(config).synthetic and asked:
         raise ValueError(
             "config.data.source is 'synthetic', whose latents have no images: set config.sample.num_samples, "
             "config.evaluate.num_samples and config.train.sample_every to 0"

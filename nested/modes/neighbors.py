@@ -16,7 +16,7 @@ import numpy as np
 from input_pipeline import loader
 from nested import figures as pictures
 from nested.build import data as build_data
-from nested.build.sources import CLIPS
+from nested.build.sources import source_kind
 from nested.evaluation import nearest
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
@@ -112,7 +112,8 @@ def describe(result: Neighbors, k: int) -> str:
 def check(config) -> None:
     """ValueError, before anything is encoded, for data and options that this mode has no picture of."""
     options, number = config.evaluate.neighbors, config.evaluate.num_reference
-    if config.data.source in ("synthetic", *CLIPS):
+    source = source_kind(config)
+    if source.synthetic or source.clips:
         raise ValueError(
             f"config.data.source {config.data.source!r}: --mode=neighbors compares still images; use another source"
         )

@@ -1,5 +1,6 @@
 """Small data sets in the formats of the large ones: COCO, ImageNet's training tar, Parquet, animations."""
 
+import dataclasses
 import io
 import json
 
@@ -8,6 +9,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from helpers.tar_files import jpeg, tar
+from input_pipeline.options import ImageSourceOptions
 
 COCO_IMAGES = [{"id": 30, "file_name": "c.jpg"}, {"id": 10, "file_name": "a.jpg"}, {"id": 20, "file_name": "b.jpg"}]
 COCO_CAPTIONS = {10: ("a dog", "ein Hund", "some dog"), 20: ("a cat",), 30: ("a cow", "eine Kuh")}
@@ -61,3 +63,21 @@ def animation(base, frames=9):
     file = io.BytesIO()
     first.save(file, "WEBP", save_all=True, append_images=others, lossless=True)
     return file.getvalue()
+
+
+def class_file(folder, *names):
+    """A file for config.data.classes, beside the folder."""
+    path = folder.with_name(f"{folder.name}-classes.txt")
+    path.write_text("\n".join(names))
+    return str(path)
+
+
+def source_kind(open_source):
+    """A source for the table nested.build.parts.SOURCES, which opens to what open_source() returns."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Kind(ImageSourceOptions):
+        def open(self):
+            return open_source()
+
+    return Kind

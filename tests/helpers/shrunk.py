@@ -14,7 +14,7 @@ ROWS = 4
 
 def on_random_data(config):
     """The config with batches of four random latents and three tokens of text, if any."""
-    config.data.update({name: unset for name, (unset, _) in build_sources.SOME_READ.items()})
+    config.data.update(build_sources.unset_source_options())
     config.data.update(source="synthetic", num_examples=ROWS, flip=False)
     config.text.update(max_tokens=3, width=8)
     config.train.update(batch_size=ROWS, remat=False)

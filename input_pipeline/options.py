@@ -1,0 +1,163 @@
+"""The options of data: what a source reads (SourceOptions), and what is done to the images of any source (DataOptions).
+
+A source is described by a frozen dataclass, and opened by its open(): the description reads no file, so that a config
+can be turned into objects, and checked, on a machine without the data. A field annotated with a comment,
+
+    path: Annotated[str, "folder or file of the data"] = ""
+
+is an option of config.data by that name. A field without a comment is decided by other options or by the model. What
+several sources read is declared once, in a class here that they derive from.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, ClassVar, Literal
+
+from input_pipeline.composition import Cached
+from input_pipeline.decoded import read_class_names
+from input_pipeline.sources import ImageSource, Source
+from input_pipeline.transforms import resized
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where data come from. A source derives a frozen dataclass from this, with its options and open().
+
+    clips: whether its images have a time axis. synthetic: whether its records are random latents, without images.
+    """
+
+    clips: ClassVar[bool] = False
+    synthetic: ClassVar[bool] = False
+
+    def open(self) -> Source:
+        """Lists the files, or reads the index, and returns the records. Raises: as the class says."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ImageSourceOptions(SourceOptions):
+    """Where images, or clips, come from."""
+
+    def open(self) -> ImageSource:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PathOptions(ImageSourceOptions):
+    path: Annotated[str, "the folder of the data"] = ""
+    _: KW_ONLY
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(PathOptions):
+    """What sources read whose images or clips are decoded from files, see decoded.py."""
+
+    max_bad_images: Annotated[int, "files that cannot be decoded; more than this number are an error"] = 0
+    channels: int = 3  # 1 (grey) or 3 (RGB), whatever the files hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions(PathOptions):
+    split: Annotated[
+        str, "idx: train | test; imagenet_tar: train | validation; coco: train2014 | val2014; tfds: its own"
+    ] = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassOptions(PathOptions):
+    classes: Annotated[str, "a text file of class names, one per line, to read only those classes; '': all"] = ""
+
+    def class_names(self) -> tuple[str, ...]:
+        """The names in the file, () for all classes. Raises: as read_class_names."""
+        return read_class_names(self.classes) if self.classes else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions(PathOptions):
+    index_dir: Annotated[
+        str, "where indexes of tars and of labels are kept; '': nested/ in the user's cache folder"
+    ] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionKeyOptions(PathOptions):
+    caption_key: Annotated[
+        str, "parquet: the column of captions; webdataset: the key in a sample's .json, which is preferred to its .txt"
+    ] = "caption"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(FileOptions):
+    """What sources of clips read: frames 0, frame_stride, ... of each file."""
+
+    clips: ClassVar[bool] = True
+
+    frames: Annotated[int, "frames of a clip, every frame_stride-th of the file"] = 16
+    frame_stride: Annotated[int, "1 takes successive frames, 4 every fourth"] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What config.data says about the images of any source."""
+
+    num_classes: Annotated[int, "number of labels, checked against the data; 0: unlabelled"] = 0
+    image_size: Annotated[int, "images are cropped and resized to this square; 0: left as they are"] = 0
+    crop: Annotated[
+        Literal["center", "center_lanczos", "stretch"], "ADM's | U-ViT's on COCO | the whole image, stretched"
+    ] = "center"
+    small_images: Annotated[Literal["resize", "refuse"], "what happens to images with a side below image_size"] = (
+        "resize"
+    )
+    channels: Annotated[Literal[0, 1, 3], "1 grey, 3 RGB, 0: as the data are"] = 0
+    cache: Annotated[bool, "keep images in memory once read (each process its own): for small folders"] = False
+    shuffle: Annotated[
+        Literal["global", "shards"], "of all records | shards in random order, then among shuffle_buffer records"
+    ] = "global"
+    shuffle_buffer: Annotated[int, "with shuffle 'shards': how many successive records are shuffled, say 10_000"] = 0
+    check: Annotated[bool, "read every file of a folder once before training; set it to False for millions"] = True
+    flip: Annotated[bool, "mirror training images with probability 1/2 (encoded data hold both flips)"] = False
+    augment_prob: Annotated[float, "non-leaking augmentation of training images; the backbone is told of it"] = 0.0
+    downsampling: Annotated[Literal["average", "bilinear"], "how coarser resolutions of pixels are made"] = "average"
+    holdout: Annotated[int, "records, evenly spaced, kept out of training for the validation loss"] = 0
+
+    def __post_init__(self) -> None:
+        for name, unset in (("crop", "center"), ("small_images", "resize")):
+            if getattr(self, name) != unset and not self.image_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} but image_size is 0, so that nothing is cropped: set both"
+                )
+        if (self.shuffle == "shards") != (self.shuffle_buffer > 0):
+            raise ValueError(
+                f"shuffle {self.shuffle!r} with shuffle_buffer {self.shuffle_buffer}: 'shards' needs a number of "
+                "records to shuffle among, such as 10_000, and 'global' 0"
+            )
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images of a source, brought to one size; nothing is read before open()."""
+
+    source: ImageSourceOptions
+    options: DataOptions
+
+    def open(self) -> ImageSource:
+        """Opens the source, checks its number of classes and channels, and applies image_size and cache.
+
+        Raises: as the source; ValueError (one line) for another number of classes, or channels that are not the data's
+          and cannot be converted without image_size.
+        """
+        options, source = self.options, self.source.open()
+        if source.num_classes != options.num_classes:
+            raise ValueError(
+                f"config.data.num_classes is {options.num_classes} but {source.describe()}; set it to "
+                f"{source.num_classes}"
+            )
+        found = source.image_shape[-1]
+        if options.image_size:
+            channels = options.channels or found or 0
+            source = resized(source, options.image_size, options.crop, channels, small=options.small_images)
+        elif options.channels not in (0, found):
+            raise ValueError(
+                f"config.data.channels is {options.channels} but {source.describe()}; set data.image_size as well to "
+                "convert the images, or data.channels to 0"
+            )
+        return Cached(source) if options.cache else source
