@@ -13,6 +13,7 @@ from helpers.tiny import get_config
 from helpers.trees import assert_close, assert_equal, copied
 
 from configs import common
+from input_pipeline import loader
 from input_pipeline.synthetic import SyntheticLatents
 from nested.diffusion import hierarchy
 from nested.modes import summary, train
