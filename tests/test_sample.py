@@ -170,13 +170,13 @@ def fake_generator(batch_size, names=("z3", "z2", "x")):
     """Its images say which sample each level was given and which label: z3, z2, x (mod 251) and the label."""
     config = tiny_config(batch_size)
 
-    def draw(params, indices, context):
+    def draw_variables(params, indices, context, fixed):
         assert all(of_level.shape == (batch_size,) for of_level in indices.values())
         parts = [indices[name] % 251 for name in names] + [context["label"]]
-        return np.stack(parts, axis=1).astype(np.uint8).reshape(batch_size, 2, 2, 1)
+        return {names[-1]: np.stack(parts, axis=1).astype(np.uint8).reshape(batch_size, 2, 2, 1)}
 
     levels = tuple(types.SimpleNamespace(name=name) for name in names)
-    return sampling.Generator(config, levels, None, None, draw)
+    return sampling.Generator(config, levels, None, None, draw_variables, lambda z: z)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
@@ -217,7 +217,13 @@ def test_show_writes_the_pictures_of_a_run(drawn, params, tmp_path):
     config = tiny_config()
     config.train_levels = ("x",)  # the level that is not trained has no loss to draw
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/x": 1.0}\n{"step": 2, "loss/x": 0.5}\n')
-    single = dataclasses.replace(generator, config=config, levels=generator.levels[1:], draw=lambda *a: images[:4])
+    single = dataclasses.replace(
+        generator,
+        config=config,
+        levels=generator.levels[1:],
+        draw_variables=lambda *a: {"x": images[:4]},
+        decode=lambda z: z,
+    )
     assert sample.save_run_pictures(single, params, str(tmp_path)) == [
         expected[0],
         expected[2],

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,27 +54,50 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A hierarchy ready to draw images: `draw` is (params, {level: sample indices [B]}, context) -> uint8 images
-    [B, H, W, C], or clips [B, T, H, W, C]; rows are split over the mesh inside, whole on every host outside. One shape,
+    """A hierarchy ready to draw images. Rows are split over the mesh inside and whole on every host outside. One shape,
     config.sample.batch_size, is compiled for all uses, a program per level in `programs`.
 
+    draw_variables: (params, {level: sample indices [B]}, context, {level: fixed variable}) -> {level: variable}; fixed
+    variables are taken as they are, all other levels are sampled.
+    decode: the finest level's variable -> uint8 images [B, H, W, C], or clips [B, T, H, W, C].
     text, prompts: the encoder of the prompts, which the samples have in turn; None and () where no level sees text."""
 
     config: Any
     levels: tuple[hierarchy.Level, ...]
     latents: Any
     mesh: Any
-    draw: Callable
+    draw_variables: Callable
+    decode: Callable
     text: Any = None
     prompts: tuple[str, ...] = ()
     programs: Programs = dataclasses.field(default_factory=Programs)
 
-    def context(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """The label, and the text, of the samples with these indices."""
-        labels = {"label": sample_labels(self.config.data.num_classes, indices)}
+    def draw(self, params: Tree, indices: Mapping[str, Sequence[int]], context: Mapping[str, Any]) -> np.ndarray:
+        """The images or clips with these indices, {level: [B]}."""
+        return self.decode(self.draw_variables(params, indices, context, {})[self.levels[-1].name])
+
+    def context(
+        self, indices: Sequence[int], labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The label, and the text, of the samples with these indices: those given, else the classes and the prompts in
+        turn.
+
+        Raises ValueError for a label that is no class, and for prompts that no level sees."""
+        classes = self.config.data.num_classes
+        if labels is None:
+            labels = sample_labels(classes, indices)
+        elif not classes:
+            raise ValueError("labels given, but this hierarchy has no classes")
+        elif wrong := [int(label) for label in labels if not 0 <= label < classes]:
+            raise ValueError(f"label {wrong[0]} given; the classes are 0 to {classes - 1}")
+        context = {"label": np.asarray(labels, np.int32)}
         if self.text is None:
-            return labels
-        return labels | self.text.encode([self.prompts[int(i) % len(self.prompts)] for i in indices])
+            if prompts is not None:
+                raise ValueError("prompts given, but this hierarchy takes no text")
+            return context
+        if prompts is None:
+            prompts = [self.prompts[int(i) % len(self.prompts)] for i in indices]
+        return context | self.text.encode(prompts)
 
     def batches(self, params: Tree, number: int, what: str) -> Iterator[np.ndarray]:
         """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time, with a progress
@@ -124,6 +147,12 @@ class Generator:
         """The same with levels that are sampled differently; programs that stay the same are not compiled again."""
         return make_generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
 
+    def with_seed(self, seed: int) -> "Generator":
+        """The same with other samples."""
+        config = self.config.copy_and_resolve_references()
+        config.seed = seed
+        return make_generator(config, self.levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
+
     def steps(self, params: Tree, index: int, number: int) -> list[tuple[np.ndarray, ...]]:
         """What the finest level makes of sample `index` at `number` of its evaluations, evenly spaced, the first and
         the last among them: for each, uint8 images (of clips the first frame) of every resolution, coarse to fine."""
@@ -167,12 +196,15 @@ def make_generator(
     programs = Programs() if programs is None else programs
     if latents.params:
         latents = dataclasses.replace(latents, params=jax.device_put(latents.params, partition.replicated(mesh)))
-    draw = make_draw(config.seed, tuple(levels), latents, mesh, programs)
-    return Generator(config, tuple(levels), latents, mesh, draw, text, prompts, programs)
+    draw_variables, decode = make_draw(config.seed, tuple(levels), latents, mesh, programs)
+    return Generator(config, tuple(levels), latents, mesh, draw_variables, decode, text, prompts, programs)
 
 
-def make_draw(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, programs: Programs) -> Callable:
-    """Generator.draw: what hierarchy.sample does, a program per level, and one that decodes."""
+def make_draw(
+    seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, programs: Programs
+) -> tuple[Callable, Callable]:
+    """Generator.draw_variables and Generator.decode: what hierarchy.sample does, a program per level, and one that
+    decodes."""
     split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
     ready = {}
 
@@ -182,16 +214,17 @@ def make_draw(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, pro
         return ready[name](*arguments)
 
     @functools.partial(jax.jit, out_shardings=split)
-    def prepare(indices, context):
+    def prepare(indices, context, fixed):
         keys = {
             level.name: hierarchy.fold_rows(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)
         }
-        return keys, context
+        return keys, context, fixed
 
-    def draw(params, indices, context):
-        keys, context = prepare(indices, context)
-        variables = {}
+    def draw_variables(params, indices, context, fixed):
+        keys, context, variables = prepare(indices, context, dict(fixed))
         for level in levels:
+            if level.name in variables:
+                continue
 
             def sample_level(params, seen, context, keys, level=level):
                 return hierarchy.sample_level(level, params, hierarchy.conditions(level, seen, context), keys)
@@ -199,17 +232,17 @@ def make_draw(seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, pro
             seen = {name: variables[name] for name in level.conditions}
             arguments = (params[level.name], seen, context, keys[level.name])
             variables[level.name] = run(level.name, sample_level, *arguments, out_shardings=split)
-        return decoded(variables[levels[-1].name])
+        return variables
 
     @functools.partial(jax.jit, static_argnames="rows", out_shardings=split)
     def part(z, start, rows):
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows), z)
 
-    def decoded(z):
+    def decode(z):
         images = []
         for at in latents.slices(len(jax.tree.leaves(z)[0]), mesh.size):
             rows = part(z, at.start, at.stop - at.start)
             images.append(run("", latents.decode, rows, latents.params, out_shardings=whole))
         return np.concatenate([np.asarray(some) for some in images])
 
-    return draw
+    return draw_variables, decode

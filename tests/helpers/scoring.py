@@ -55,10 +55,14 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
     class Fake(sampling.Generator):
         def with_guidance(self, weights):
             unguided = [dataclasses.replace(level, guidance=w) for level, w in zip(levels, weights, strict=True)]
-            return Fake(config, unguided, None, None, lambda *a: self.draw(*a) + np.uint8(50))
+            return Fake(config, unguided, None, None, self.draw_variables, lambda z: self.decode(z) + np.uint8(50))
 
     class Images(list):
         fingerprint = "fedcba9876543210"
 
     source = Images({"image": image} for image in images)
-    return Fake(config, levels, None, None, lambda params, keys, given: images[given["label"]]), source
+
+    def draw_variables(params, indices, context, fixed):
+        return {levels[-1].name: images[context["label"]]}
+
+    return Fake(config, levels, None, None, draw_variables, lambda z: z), source
