@@ -183,7 +183,10 @@ def test_batches_grow_and_go_on_with_the_data():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (("optimizer.groups", (dict(pattern="mapping/", rate=2.0),)), "config.optimizer.groups[0]: Group.__init__()"),
+        (
+            ("optimizer.groups", (dict(pattern="mapping/", rate=2.0),)),
+            "config.optimizer.groups[0]: unknown option rate",
+        ),
         (("levels[0].process.density.name", "normal"), "process.density.name: 'normal' given; choose from 'logn"),
         (("levels[0].process.density.sigma_min", 5e3), "config.levels[0].process.density: process.density: sigma_min"),
         (("levels[0].process.discrete_steps", 10), "config.levels[0].process: process.density draws the noise levels"),

@@ -14,6 +14,7 @@ from helpers.refusals import refused
 from helpers.tiny_mdm import get_config
 from helpers.trees import assert_equal
 
+from input_pipeline import loader
 from nested.build import data as build_data
 from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy, schedules
@@ -143,7 +144,7 @@ def test_the_text_of_a_batch_reaches_the_network():
     config.hierarchy.text_levels = ("x",)
     source, made = build_data.latents(config, "unused")
     run = train.make_run(config, made, load_text_encoder(config))
-    raw = training_loop.to_device(run, train.loader.collate([source[i] for i in range(8)]))
+    raw = training_loop.to_device(run, loader.collate([source[i] for i in range(8)]))
     context = hierarchy.select_context(run.step.levels, raw)
     np.testing.assert_array_equal(context["text"][5], source[5]["text"])
     assert context["text_mask"].shape == (8, 3) and run.step.levels[0].null_text["text"].shape == (3, 6)
