@@ -149,6 +149,13 @@ def to_plain(config: Any) -> Any:
     return [to_plain(value) for value in config] if isinstance(config, (tuple, list)) else config
 
 
+def from_plain(value: Any) -> Any:
+    """The config that `to_plain` was given, back from JSON: dicts become ConfigDict, lists become tuples."""
+    if isinstance(value, dict):
+        return ConfigDict({key: from_plain(one) for key, one in value.items()})
+    return tuple(from_plain(one) for one in value) if isinstance(value, list) else value
+
+
 def override(config: ConfigDict, changes: Mapping[str, Any], key: str) -> None:
     """Sets in `config` what a nested dict of changes says.
 

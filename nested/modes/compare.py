@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nested import figures as pictures
+from nested.build.options import from_plain
 from nested.modes import sample
 from nested.runtime.checkpoint import read_config
 from nested.runtime.files import atomic_write
@@ -27,7 +28,7 @@ def config_of(path: str, config) -> ConfigDict:
     """The config of the run in `path`, with the seed and config.sample of `config`.
 
     Raises FileNotFoundError where there is no run, ValueError where an option of today's is not in its config."""
-    saved = thawed(read_config(path))
+    saved = from_plain(read_config(path))
     if missing := absent(saved, config):
         raise ValueError(
             f"{path}/config.json: has no {', '.join(missing)}; an earlier version made it: train it again, or add "
@@ -35,13 +36,6 @@ def config_of(path: str, config) -> ConfigDict:
         )
     saved.seed, saved.sample = config.seed, config.sample
     return saved
-
-
-def thawed(value):
-    """What JSON made of a config as a config again: dicts as ConfigDict, lists as tuples."""
-    if isinstance(value, dict):
-        return ConfigDict({key: thawed(one) for key, one in value.items()})
-    return tuple(thawed(one) for one in value) if isinstance(value, list) else value
 
 
 def absent(saved, config) -> list[str]:
