@@ -7,6 +7,8 @@ Any value can be overridden on the command line: --config.train.steps=100, --con
 from ml_collections import ConfigDict
 
 from configs.backbones import dit, hdit, nested_unet, net, res_mlp, uvit  # noqa: F401  configs use them as common.uvit(...)
+from nested.build.options import default_values
+from nested.build.sections import LevelOptions, default_options
 
 # U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
 
@@ -80,10 +82,9 @@ def text_options() -> dict:
 def default() -> ConfigDict:
     """A config with every option; `levels` is left for the caller."""
     return ConfigDict(
-        dict(
-            seed=0,
+        default_options()
+        | dict(
             data=data_options(),
-            latents_dir="",  # "": WORKDIR/latents
             encoder=encoder_options(),
             text=text_options(),
             codec=dict(  # the finest level's space
@@ -97,28 +98,6 @@ def default() -> ConfigDict:
                 batch_size=16,  # images at a time on each device: memory does not grow with the samples
                 dtype="float32",  # of decoding: float32 | bfloat16; encoding is float32
             ),
-            hierarchy=dict(
-                preset="",  # cvpr | iclr: the options must be those of that paper (nested/build/presets.py); "": any
-                conditioning="all_higher",  # all_higher (CVPR) | next_higher (Markovian)
-                cond_drop=0.1,
-                drop_mode="joint",  # joint | independent
-                # Sampling shows finer levels z + (t/T)^(gamma/2) sigma n: infinity is no noise (CVPR Sec. 4.2).
-                noise_gamma=float("inf"),
-                noise_scale="variance",  # variance: as above | std: z + (t/T)^gamma sigma n (Table 3's caption)
-                noise_resample=False,  # n drawn anew at every evaluation, not once per sample
-                # sigma: finer levels see z + sigma n. diffused: a cascade's noise augmentation, at a level uniform in
-                # 0 ... 1000 of the level's own schedule; in sampling at cond_level (Saharia et al., Imagen).
-                cond_noise="sigma",
-                cond_level=0,
-                label_levels=(),  # names of the levels that see the label; () is unconditional
-                text_levels=(),  # names of the levels that see the text
-            ),
-            levels=(),  # coarse to fine: level(...)
-            train_levels=(),  # names; () trains all of them
-            # Another run's levels, or (phase) those of a phase of this run; () takes every level that fits, whole or as
-            # a part of a larger network. path: the --workdir of a run, or a weight file, whose levels are taken whole.
-            init_from=dict(path="", phase="", levels=(), weights="ema"),
-            phases=(),  # dict(name=, levels=, train=dict(steps=), ...): what trains before, each from the one before it
             train=dict(
                 batch_size=128,
                 accumulate=1,
@@ -153,28 +132,6 @@ def default() -> ConfigDict:
                 ema_decay=0.9999,
                 ema_power=0.0,  # k > 0: the decay of update s is at most 1 - (1 + s)^-k
             ),
-            sample=dict(
-                num_samples=64,
-                batch_size=64,
-                columns=8,
-                scale=1,
-                prompts=(),  # captions of the samples, in turn; (): the data's
-                negative_prompt="",  # what guidance leads away from
-                steps_shown=0,  # so many steps of sampling in steps.png, every resolution of the finest level
-                fps=8,  # of the animations, where the samples are clips
-            ),
-            evaluate=dict(
-                num_samples=0,
-                num_reference=10000,
-                split="",  # of the images that samples are scored against, and of the captions; "": data.split
-                input_size=64,
-                unguided=True,
-                sweep=(),  # (option, values) pairs: every combination is scored, as (("guidance", (0, 1)),)
-                memorization=0,  # so many samples beside their nearest training images; 0: none
-                clip=dict(name="clip_vitb16", weights=""),  # of the CLIP score: a folder of transformers; "": none
-                neighbors=dict(queries=4, nearest=8, k=20),  # of the mode neighbors; k: of its k-NN accuracy
-            ),
-            search=dict(sigmas=(0.0, 0.5, 1.0)),  # of the mode search: tried at every level (nested/modes/search.py)
         )
     )
 
@@ -203,13 +160,13 @@ def level(
     shape: tuple,
     patch_size: int | tuple[int, int] | None,
     *,
-    sigma: float = 0.0,
-    guidance: float = 0.0,
+    sigma: float = LevelOptions.sigma,
+    guidance: float = LevelOptions.guidance,
     backbone: ConfigDict | dict,
     process: dict | None = None,
     sampler: dict | None = None,
-    threshold: str = "none",
-    standardize: str = "channel",
+    threshold: str = LevelOptions.threshold,
+    standardize: str = LevelOptions.standardize,
 ) -> ConfigDict:
     """One level. source: where its variable comes from: pixels | patch_pca | sd_vae | map | mapN (pooled to N x N
     before the SVD) | crops1 | crops2 | crops4 | codec | codecN (of the codec's latents, not the encoder's).
@@ -220,17 +177,15 @@ def level(
     standardize: channel (over the data set) | sample (over each image's own numbers, RCG) | none.
     """
     return ConfigDict(
-        dict(
+        default_values(LevelOptions)
+        | dict(
             name=name,
             source=source,
             shape=shape,
             sigma=sigma,
             standardize=standardize,
             guidance=guidance,
-            threshold=threshold,  # none | static | dynamic | dynamic_100 | deepfloyd: limit on x0 while sampling
-            loss_weight=1.0,
-            leaf_weights=(),  # of the resolutions' losses; () is 1 each
-            mixed=(),  # (4, 2, 1): of every 4 training rows 2 have the second resolution and 1 the third; () is all
+            threshold=threshold,
             backbone=dict(backbone) if patch_size is None else dict(backbone, patch_size=patch_size),
             process=process or sd_process(),
             sampler=sampler or dpm_solver(),

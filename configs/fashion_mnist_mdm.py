@@ -38,7 +38,7 @@ def get_config(arg: str = "progressive"):
             for depth, steps in ((1, 230), (2, 277))
         )  # fmt: skip
     if kind == "cascade":
-        config.hierarchy.update(cond_noise="diffused", cond_level=100)
+        config.hierarchy.update(cond_noise="diffused", cond_noise_step=100)
     config.sample.update(num_samples=100, batch_size=100, columns=10, scale=2, steps_shown=8)
     config.evaluate.update(num_samples=500, num_reference=10000)
     return config

@@ -6,9 +6,9 @@ simple          one UNet at 256 px, as large as the nest: channels 64 to 768, at
 simple_nested   S64S256 with the loss at 256 px alone; the inner net sees features only (low_res_inputs False), as its
                 own outputs are not trained: the paper does not say what its inputs were
 cascaded        S64, then that UNet given the 64 px image, enlarged, noised at a random level of the same schedule and
-                told which (Saharia 2022): two levels of a hierarchy. --config.hierarchy.cond_level is the level in
+                told which (Saharia 2022): two levels of a hierarchy. --config.hierarchy.cond_noise_step is the level in
                 sampling; the paper's comparison (500 to 700 were best) is --mode=evaluate
-                --config.evaluate.sweep='(("hierarchy.cond_level", (1, 100, 500, 700, 1000)),)'
+                --config.evaluate.sweep='(("hierarchy.cond_noise_step", (1, 100, 500, 700, 1000)),)'
 latent_f4       S64 on the 64x64x3 latents of an f4 autoencoder
 latent_f8       S64 on 32x32x4 latents, whose first resampling does not halve (resolutions 32, 32, 16), FLAN-T5 text
 
@@ -41,7 +41,7 @@ def get_config(arg: str = "simple"):
         config.levels = (
             low, common.level("x256", "pixels", (256, 256, 3), None, guidance=0.2, backbone=unet256(), **how)
         )  # fmt: skip
-        config.hierarchy.update(label_levels=("x64", "x256"), cond_noise="diffused", cond_level=600)
+        config.hierarchy.update(label_levels=("x64", "x256"), cond_noise="diffused", cond_noise_step=600)
     else:
         config.levels = (latent_level(kind),)
         config.codec.update(name="sd_vae", patch=int(kind[-1]), channels=3 if kind == "latent_f4" else 4)

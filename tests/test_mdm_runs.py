@@ -54,15 +54,15 @@ def test_a_cascade_trains_both_nets(cascade):
 
 def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, capsys):
     config = config_of("cascade", ("evaluate.num_samples", 8))
-    config.evaluate.sweep = (("hierarchy.cond_level", (0, 900)),)
+    config.evaluate.sweep = (("hierarchy.cond_noise_step", (0, 900)),)
     evaluate.evaluate(config, str(cascade))
     paths = [cascade / f"sweep.{kind}" for kind in ("json", "md", "png")]
     assert capsys.readouterr().out.splitlines() == [f"sweep:   {path}" for path in paths]
     clean, noisy = json.loads(paths[0].read_text())["rows"]
-    assert [row["values"] for row in (clean, noisy)] == [{"hierarchy.cond_level": level} for level in (0, 900)]
+    assert [row["values"] for row in (clean, noisy)] == [{"hierarchy.cond_noise_step": level} for level in (0, 900)]
     assert clean["fd"] != noisy["fd"] and clean["num_samples"] == 8 and clean["guidance"] == [0.5, 0.5]
     head, _, *rows = paths[1].read_text().splitlines()
-    assert head == "| hierarchy.cond_level | FD-EffLite0 | KID |"
+    assert head == "| hierarchy.cond_noise_step | FD-EffLite0 | KID |"
     expected = [f"| {level} | {row['fd']:.2f} | {row['kid']:.4f} |" for level, row in ((0, clean), (900, noisy))]
     assert rows == expected
     assert min(Image.open(paths[2]).size) > 100
@@ -70,7 +70,7 @@ def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, c
 
 
 def test_a_noise_level_that_there_is_not_is_refused():
-    config = config_of("cascade", ("evaluate.sweep", (("hierarchy.cond_level", (0, 2000)),)))
+    config = config_of("cascade", ("evaluate.sweep", (("hierarchy.cond_noise_step", (0, 2000)),)))
     gen = sampling.make_generator(
         config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
     )

@@ -146,7 +146,7 @@ def test_noise_options_reach_the_levels():
         ((("x8.guidance", (0.5, (1.0, 0.0))),), "config.evaluate.sweep: (1.0, 0.0) given for x8.guidance, expected f"),
         ((("guidance", (0, 1)), ("x8.guidance", (0, 1))), "guidance and x8.guidance both set a level's guidance; give"),
         ((("x9.guidance", (0, 1)),), "config.evaluate.sweep: 'x9.guidance' given; choose from guidance, hierarchy.con"),
-        ((("sampler.stesp", (2, 3)),), "'sampler.stesp' given; choose from guidance, hierarchy.cond_level, "),
+        ((("sampler.stesp", (2, 3)),), "'sampler.stesp' given; choose from guidance, hierarchy.cond_noise_step, "),
         ((("sampler.name", ("ddpm", "ddim")),), "config.evaluate.sweep: 'sampler.name' given"),
         ((("x8.sampler.name", ("ddpm", "ddim")),), "config.evaluate.sweep: 'x8.sampler.name' given"),
         ((("x8.hierarchy.noise_gamma", (0, 1)),), "config.evaluate.sweep: 'x8.hierarchy.noise_gamma' given"),

@@ -154,12 +154,12 @@ def mixed(options, key: str) -> tuple[int, ...]:
 
 def condition_noise(config, process, network, coarser, key: str) -> hierarchy.ConditionNoise | None:
     """The diffusion of the conditions, by the level's own schedule, where config.hierarchy.cond_noise asks for it."""
-    kind, noise_step = config.hierarchy.cond_noise, config.hierarchy.cond_level
+    kind, noise_step = config.hierarchy.cond_noise, config.hierarchy.cond_noise_step
     choose("hierarchy.cond_noise", kind, ("sigma", "diffused"))
     if kind == "sigma":
         if noise_step:
             raise ValueError(
-                f"config.hierarchy.cond_level {noise_step} has no effect with cond_noise 'sigma': set it to 0"
+                f"config.hierarchy.cond_noise_step {noise_step} has no effect with cond_noise 'sigma': set it to 0"
             )
         return None
     sigmas = [name for name, options in coarser.items() if options.sigma]

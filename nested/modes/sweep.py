@@ -3,7 +3,7 @@
 config.evaluate.sweep is a tuple of pairs (option, values), in the order of the table's columns. Options:
 
     guidance                     of every level that something conditions, the others keep 0; or a tuple, one per level
-    hierarchy.cond_level, hierarchy.noise_gamma, hierarchy.noise_scale, hierarchy.noise_resample
+    hierarchy.cond_noise_step, hierarchy.noise_gamma, hierarchy.noise_scale, hierarchy.noise_resample
     sampler.OPTION               of every level whose sampler has it, as sampler.steps
     LEVEL.guidance, LEVEL.sampler.OPTION      of the one level of that name
 
@@ -41,7 +41,7 @@ from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
 from nested.sampling import generator as sampling
 
-HIERARCHY = ("cond_level", "noise_gamma", "noise_scale", "noise_resample")
+HIERARCHY = ("cond_noise_step", "noise_gamma", "noise_scale", "noise_resample")
 CHOICES = (
     f"choose from guidance, {', '.join(f'hierarchy.{name}' for name in HIERARCHY)}, sampler.OPTION, LEVEL.guidance and "
     "LEVEL.sampler.OPTION, with an option that the level's sampler has"

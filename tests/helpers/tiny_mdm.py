@@ -18,7 +18,7 @@ def get_config(arg=""):
     config.levels = (nest(3 if kind == "deep" else 2),)
     if kind == "cascade":
         config.levels = (level("x2", (2, 2, 1), net(1)), level("x4", (4, 4, 1), net(1)))
-        config.hierarchy.update(cond_noise="diffused", cond_level=100)
+        config.hierarchy.update(cond_noise="diffused", cond_noise_step=100)
     if kind == "progressive":
         config.phases = (dict(name="s2", levels=(nest(1),)), dict(name="s4", train=dict(steps=3)))
     config.hierarchy.label_levels = tuple(level.name for level in config.levels)
