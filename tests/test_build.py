@@ -90,7 +90,7 @@ REFUSED_NESTS = [
     ("cascade", [("hierarchy.noise_gamma", 1.0)], "'diffused' with sigma of no level and noise_gamma 1.0: both belong"),
     ("cascade", [("hierarchy.cond_noise", "sigma")], "config.hierarchy.cond_noise_step 100 has no effect with"),
     ("cascade", [("hierarchy.cond_noise", "both")], "config.hierarchy.cond_noise: 'both' given; choose from 'sigma', "),
-    ("cascade", [("hierarchy.cond_noise_step", 1001)], "config.hierarchy: condition noise: noise_step 1001 is outside 0"),
+    ("cascade", [("hierarchy.cond_noise_step", 1001)], "config.hierarchy: condition noise: noise_step 1001 is out"),
     ("cascade", [("levels[0].shape", ((2, 2, 1), (4, 4, 1))), ("levels[0].backbone", tiny_mdm.nest(2).backbone)],
      "config.levels[1]: sees x2, whose variable is several resolutions; only one can be seen"),
 ]  # fmt: skip

@@ -17,39 +17,19 @@ from ml_collections import ConfigDict
 
 from nested import figures as pictures
 from nested.build.options import from_plain
+from nested.build.saved import upgrade_saved_config
 from nested.modes import sample
 from nested.runtime.checkpoint import read_config
 from nested.runtime.files import atomic_write
-
-UNREAD = ("seed", "sample", "evaluate", "search")  # parts of a run's config that are replaced, or that nothing reads
 
 
 def config_of(path: str, config) -> ConfigDict:
     """The config of the run in `path`, with the seed and config.sample of `config`.
 
-    Raises FileNotFoundError where there is no run, ValueError where an option of today's is not in its config."""
-    saved = from_plain(read_config(path))
-    if missing := absent(saved, config):
-        raise ValueError(
-            f"{path}/config.json: has no {', '.join(missing)}; an earlier version made it: train it again, or add "
-            "to the file what repeats it"
-        )
+    What an earlier version wrote is brought up to date. Raises FileNotFoundError where there is no run."""
+    saved = from_plain(upgrade_saved_config(read_config(path)))
     saved.seed, saved.sample = config.seed, config.sample
     return saved
-
-
-def absent(saved, config) -> list[str]:
-    """Names of options that `config` has and `saved` has not: those that sampling does not read aside, and what is
-    within a level's options, which differs from network to network."""
-    names = []
-    for part, options in config.items():
-        if part not in saved and part not in UNREAD:
-            names.append(part)
-        elif isinstance(options, ConfigDict) and part not in UNREAD:
-            names += [f"{part}.{key}" for key in options if key not in saved[part]]
-    for i, level in enumerate(saved.levels):
-        names += [f"levels[{i}].{key}" for key in config.levels[0] if key not in level]
-    return names
 
 
 def caption(path: str, levels: int, step: int, scores: Sequence[dict]) -> str:

@@ -58,14 +58,16 @@ class Checkpoints:
 
     config: the resolved config, a dict of plain values (JSON). compare: the top-level keys of it that define the run's
     state; a checkpoint that differs there is refused, other keys (logging, number of steps) may change.
-    keep: how many of the newest checkpoints stay. save_every: steps between checkpoints.
+    keep: how many of the newest checkpoints stay. save_every: steps between checkpoints. upgrade: brings the config of
+    a checkpoint that an earlier version made up to date before the two are compared (nested/build/saved.py).
     """
 
-    def __init__(self, workdir, config, compare, keep, save_every):
+    def __init__(self, workdir, config, compare, keep, save_every, upgrade=None):
         self._workdir = check_writable(workdir)
         self._config = json.loads(json.dumps(config))
         self._compare = tuple(compare)
         self._save_every = save_every
+        self._upgrade = upgrade or (lambda saved: saved)
         self._writing = None
         missing = [key for key in self._compare if key not in self._config]
         if missing:
@@ -128,6 +130,7 @@ class Checkpoints:
             self._manager.close()
 
     def _check_config(self, step, saved):
+        saved = self._upgrade(saved)
         differences = [
             line for key in self._compare for line in config_differences(saved.get(key), self._config[key], key)
         ]
