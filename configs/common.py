@@ -98,40 +98,6 @@ def default() -> ConfigDict:
                 batch_size=16,  # images at a time on each device: memory does not grow with the samples
                 dtype="float32",  # of decoding: float32 | bfloat16; encoding is float32
             ),
-            train=dict(
-                batch_size=128,
-                accumulate=1,
-                steps=1000,
-                batch_growth=(),  # (step, batch size) pairs: from that step on, that batch size
-                log_every=50,
-                eval_every=0,  # validation loss on the held-out records; 0: never
-                eval_times=(0.1, 0.3, 0.5, 0.7, 0.9),
-                sample_every=0,  # grid of EMA samples; 0: only at the end
-                save_every=1000,
-                keep=2,
-                max_bad_steps=10,  # consecutive non-finite steps before the run stops
-                mesh_data=-1,
-                mesh_fsdp=1,
-                fsdp_min_bytes=2**22,
-                dtype="float32",  # of matmuls: float32 | bfloat16
-                remat=False,
-                threads=2,  # reading threads of the loader
-                workers=0,  # reading processes of the loader
-            ),
-            optimizer=dict(
-                groups=(),  # factors by rule on parameter paths: dict(pattern=, learning_rate=1.0, weight_decay=1.0)
-                learning_rate=2e-4,
-                warmup_steps=0,
-                warmup_start=0,  # 1: the first update is that of step 1, not of learning rate 0 (ml-mdm)
-                decay="constant",
-                b1=0.9,
-                b2=0.999,
-                eps=1e-8,
-                weight_decay=0.03,
-                clip_norm=0.0,
-                ema_decay=0.9999,
-                ema_power=0.0,  # k > 0: the decay of update s is at most 1 - (1 + s)^-k
-            ),
         )
     )
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from nested.build import options
 from nested.build.options import REQUIRED, Option
+from nested.training.optimizer import OptimizerConfig
+from nested.training.options import TrainOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +184,8 @@ class Section:
 SECTIONS = {
     "hierarchy": Section(HierarchyOptions),
     "init_from": Section(InitFromOptions),
+    "train": Section(TrainOptions),
+    "optimizer": Section(OptimizerConfig),
     "sample": Section(SampleOptions),
     "evaluate": Section(EvaluateOptions),
     "search": Section(SearchOptions),

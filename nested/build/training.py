@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from nested.build.options import choose, construct, override
 from nested.build.sources import source_kind
 from nested.training import optimizer as opt
-from nested.training.loop import BatchSpan
+from nested.training.options import BatchSpan
 
 # Parts of a config that decide what a train state is: a checkpoint made with others is refused.
 STATE_KEYS = (

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels, trained_level_names
-from nested.build.options import to_plain
+from nested.build.options import construct, to_plain
+from nested.build.saved import upgrade_saved_config
 from nested.build.sources import shard_window
 from nested.build.text import load_text_encoder
 from nested.build.training import (
@@ -37,8 +38,9 @@ from nested.runtime.checkpoint import Checkpoints, Preemption, latest_step
 from nested.runtime.writers import MetricWriter
 from nested.sampling.generator import make_generator
 from nested.training import optimizer as opt
-from nested.training.loop import Run, TrainOptions, feed, fresh_state, train_loop
+from nested.training.loop import Run, feed, fresh_state, train_loop
 from nested.training.meter import NonFiniteError
+from nested.training.options import TrainOptions
 from nested.training.step import Step, TrainState, init_state
 from nested.weights import graft as transfer
 
@@ -68,7 +70,7 @@ def make_run(config, latents, text=None) -> Run:
     shapes = jax.eval_shape(lambda k: init_state(step, k), key)
     opt.check_groups(step.optimizer, {name: shapes.params[name] for name in step.trained})
     shardings = partition.shardings(shapes, mesh, config.train.fsdp_min_bytes)
-    options = TrainOptions(**config.train)
+    options = construct("train", TrainOptions, config.train, {})
     features = text and text.with_features
     return Run(options, step, mesh, partition.abstract(shapes, shardings), shardings, key, features)
 
@@ -145,7 +147,12 @@ def train_phase(config, workdir: str, root: str) -> bool:
     run = make_run(config, latents, text)
     training, held_out = build_data.split(config, source)
     checkpoints = Checkpoints(
-        workdir, to_plain(config), STATE_KEYS, keep=config.train.keep, save_every=config.train.save_every
+        workdir,
+        to_plain(config),
+        STATE_KEYS,
+        keep=config.train.keep,
+        save_every=config.train.save_every,
+        upgrade=upgrade_saved_config,
     )
     restored = checkpoints.restore(run.abstract)
     state = initial_state(run, config, root) if restored is None else restored
