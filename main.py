@@ -61,9 +61,8 @@ def run() -> None:
     from nested.build import data as build_data
     from nested.build.levels import build_levels
     from nested.evaluation import report as evaluate
-    from nested.modes import compare, neighbors, sample, search, summary, train
+    from nested.modes import compare, export, neighbors, sample, search, summary, train
     from nested.runtime.files import check_writable
-    from nested.weights import exchange as export
 
     config, mode = FLAGS.config, FLAGS.mode
     if FLAGS.runs and mode != "compare":
@@ -86,7 +85,7 @@ def run() -> None:
     elif FLAGS.plan:
         build_data.plan_encoding(config, workdir, FLAGS.out)
     elif mode == "export":
-        export.export(config, workdir, FLAGS.out)
+        export.export_weights(config, workdir, FLAGS.out)
     elif mode == "compare":
         compare.compare(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
     else:

@@ -13,10 +13,11 @@ from helpers.weight_files import write_safetensors, write_state
 from safetensors.numpy import load_file
 
 from nested.build import data as build_data
+from nested.build.options import to_plain
 from nested.evaluation import report as evaluate
-from nested.modes import sample, train
+from nested.modes import export, sample, train
 from nested.runtime import checkpoint, partition
-from nested.weights import exchange as export
+from nested.weights import exchange
 from nested.weights import files as weights
 
 NUMBER = 8
@@ -39,7 +40,7 @@ def run(tmp_path_factory):
 def exported(run):
     """Its EMA weights in out/weights.safetensors, and level by level."""
     path = run / "out" / "weights.safetensors"
-    export.export(config_of(), str(run), str(path))
+    export.export_weights(config_of(), str(run), str(path))
     return path
 
 
@@ -60,7 +61,7 @@ def test_what_is_written(run, exported):
     notes, ema = weights.read_metadata(exported), ema_of(run)
     assert json.loads(notes["nested_config"]) == checkpoint.read_config(run) and notes["step"] == "1"
     tensors = load_file(exported)  # by the public library
-    assert tensors.keys() == export.flatten_by_name(ema).keys()
+    assert tensors.keys() == exchange.flatten_by_name(ema).keys()
     attention = ema["x8"]["mid_block"]["attn"]
     np.testing.assert_array_equal(tensors["x8.mid_block.attn.qkv.kernel"], attention["qkv"]["kernel"])
 
@@ -102,7 +103,7 @@ def test_a_file_is_scored_as_step_0(exported, tmp_path, monkeypatch, capsys):
 
 def refused(message, path, config, shapes=None):
     with pytest.raises(ValueError, match=message) as error:
-        export.load_parameters(str(path), config, abstract(config) if shapes is None else shapes)
+        exchange.load_parameters(str(path), to_plain(config), abstract(config) if shapes is None else shapes)
     assert "\n" not in str(error.value)
 
 
@@ -125,9 +126,9 @@ def test_the_file_must_be_of_the_configs_networks(exported, run, tmp_path):
     refused("holds one network, by its authors' names, and the config has the levels x2, x8: give", one, config_of())
     for out in ("weights.npz", "", "weights"):
         with pytest.raises(ValueError, match=f"--out={out}: give the name of a .safetensors file"):
-            export.export(config_of(), str(run), out)
+            export.export_weights(config_of(), str(run), out)
     with pytest.raises(FileNotFoundError, match="no checkpoint found"):
-        export.export(config_of(), str(tmp_path), str(tmp_path / "w.safetensors"))
+        export.export_weights(config_of(), str(tmp_path), str(tmp_path / "w.safetensors"))
     with pytest.raises(FileNotFoundError, match="no checkpoint found; .* or --weights=FILE"):
         sample.restore_generator(config_of(), str(tmp_path))
 
@@ -143,7 +144,7 @@ def test_a_file_of_another_process_is_not_sampled_from(exported):
         config = config_of()
         config.levels[1].update(change)
         refused(f"its networks mean something else .{message}.; give the config of its run", exported, config)
-        export.load_parameters(str(exported), config, abstract(config), trained_on=True)
+        exchange.load_parameters(str(exported), to_plain(config), abstract(config), trained_on=True)
     config = config_of(codec__scale=0.5)
     config.levels[0].process.parameterization = "v"
     refused("x2.process.parameterization: .*; codec.scale: checkpoint 0.0, config 0.5.; give", exported, config)
@@ -154,7 +155,7 @@ def test_the_step_noted_is_the_one_that_was_restored(run, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
     newest = shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "2")
     shutil.rmtree(newest / "meta")
-    export.export(config_of(), str(workdir), str(tmp_path / "w.safetensors"))
+    export.export_weights(config_of(), str(workdir), str(tmp_path / "w.safetensors"))
     assert [weights.read_metadata(tmp_path / name)["step"] for name in ("w.safetensors", "w.x2.safetensors")] == [
         "1",
         "1",
@@ -187,7 +188,7 @@ def test_the_authors_names_load_from_all_that_they_save(state, tmp_path):
     weights.write_safetensors(tmp_path / "f.safetensors", state, kdiffusion)
     config = single()
     for name in ("a.npz", "b.safetensors", "nnet_ema.pth", "c.pth", "d.pth", "e.pth", "f.safetensors"):
-        loaded = export.load_parameters(str(tmp_path / name), config, abstract(config))
+        loaded = exchange.load_parameters(str(tmp_path / name), to_plain(config), abstract(config))
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
         for key, array in weights.to_torch(loaded["x8"]).items():
             np.testing.assert_array_equal(array, state[key], f"{name} {key}")

@@ -15,12 +15,13 @@ from safetensors.numpy import save_file
 
 from configs import uvit_release
 from nested.build.levels import build_levels
+from nested.build.options import to_plain
 from nested.diffusion import schedules
 from nested.diffusion.samplers import dpm_solver as samplers
 from nested.modes import sample, summary, train
 from nested.runtime import partition
-from nested.weights import exchange as export
 from nested.weights import files as weights
+from nested.weights.exchange import load_parameters
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ def test_ml_mdm_files_load(name, tmp_path):
     )  # fmt: skip
     args = Call("argparse Namespace", Call("models.nested_unet NestedUNetConfig", "x"))
     params = released(config, tmp_path / "w.pth", lambda content: {"state_dict": content, "args": args, "loss": 0.1})
-    loaded = export.load_parameters(str(tmp_path / "w.pth"), config, abstract(config))
+    loaded = load_parameters(str(tmp_path / "w.pth"), to_plain(config), abstract(config))
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert {"lm_proj.weight", "cond_emb.weight", "cond_layers.scale.0.weight"} <= {
         name.removeprefix("inner_unet.") for name in weights.to_torch(params["x"])

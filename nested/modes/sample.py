@@ -10,6 +10,7 @@ from absl import logging
 from nested import figures as pictures
 from nested.build import data as build_data
 from nested.build.levels import build_levels, trained_level_names
+from nested.build.options import to_plain
 from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy
 from nested.runtime import partition
@@ -17,7 +18,7 @@ from nested.runtime.checkpoint import latest_step, restore_part
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import read_metrics
 from nested.sampling.generator import Generator, make_generator
-from nested.weights import exchange as export
+from nested.weights.exchange import load_parameters
 
 Tree = Any
 
@@ -40,7 +41,7 @@ def open_generator(config, workdir: str, weights: str) -> tuple[Generator, Tree,
     if not weights:
         return restore_generator(config, workdir)
     made, abstract = prepare_generator(config, workdir)
-    return made, export.load_parameters(weights, config, abstract), 0
+    return made, load_parameters(weights, to_plain(config), abstract), 0
 
 
 def prepare_generator(config, workdir: str) -> tuple[Generator, Tree]:

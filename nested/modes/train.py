@@ -86,7 +86,7 @@ def initial_state(run: Run, config: ConfigDict, root: str = "") -> TrainState:
         return state
     params, ema = state.params, state.ema
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    for place, tree in transfer.load_initial_weights(config, path, run.abstract.params).items():
+    for place, tree in transfer.load_initial_weights(to_plain(config), path, run.abstract.params).items():
         params, ema = transfer.replace_subtree(params, place, tree), transfer.replace_subtree(ema, place, copy(tree))
     return state.replace(params=params, ema=ema)
 
@@ -123,7 +123,7 @@ def run(config, workdir: str) -> None:
         shapes = [(name, phase, abstract_state(phase).params) for name, phase in phases]
         for _, phase, params in shapes:
             opt.check_groups(build_optimizer(phase), params)
-        transfer.check_phases_fit(shapes)
+        transfer.check_phases_fit([(name, to_plain(phase), params) for name, phase, params in shapes])
     for name, phase in phases:
         folder = phase_dir(workdir, name)
         if name and (latest_step(folder) or 0) >= phase.train.steps:

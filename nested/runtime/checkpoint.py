@@ -22,10 +22,12 @@ leave the others waiting; the processes agree afterwards.
 import contextlib
 import json
 import logging as python_logging
+import os
 import pathlib
 import signal
 import sys
 import traceback
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ from jax.experimental import multihost_utils
 
 from nested.runtime.files import atomic_write, check_writable
 
+Tree = Any
 _LISTED = 64  # a run keeps a few checkpoints; at most this many are looked at
 _SHOWN = 12  # differing config keys named in an error
 
@@ -152,12 +155,12 @@ class Checkpoints:
             raise OSError(f"checkpoint step {self._writing} not written: {reason}; {good}") from error
 
 
-def latest_step(workdir):
+def latest_step(workdir: str | os.PathLike) -> int | None:
     """The newest step with a checkpoint folder in `workdir`, or None."""
     return max(_steps(workdir), default=None)
 
 
-def read_config(workdir):
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """The resolved config of the run in `workdir`, a dict. Raises FileNotFoundError where there is no run."""
     path = _config_path(pathlib.Path(workdir))
     if not path.exists():
@@ -165,7 +168,7 @@ def read_config(workdir):
     return json.loads(path.read_text())
 
 
-def restore_part(workdir, abstract):
+def restore_part(workdir: str | os.PathLike, abstract: Tree) -> tuple[Tree, int]:
     """(part of the newest whole checkpoint of the run in `workdir`, its step); of {'ema': {'z3': tree}} level z3's EMA.
 
     abstract: the part wanted, nested dicts from the top of the train state, leaves jax.ShapeDtypeStruct with shardings.
@@ -178,12 +181,12 @@ def restore_part(workdir, abstract):
     return state, steps[len(damaged)]
 
 
-def restore_subtree(workdir, abstract):
+def restore_subtree(workdir: str | os.PathLike, abstract: Tree) -> Tree:
     """The tree of restore_part alone."""
     return restore_part(workdir, abstract)[0]
 
 
-def saved_shapes(workdir):
+def saved_shapes(workdir: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """{leaf name: shape} of the newest checkpoint in `workdir` whose index can be read."""
     for step in _agreed_steps(workdir):
         try:
@@ -194,14 +197,14 @@ def saved_shapes(workdir):
     raise FileNotFoundError(f"{_folder(workdir)}: no checkpoint found; give the --workdir of a run that has saved")
 
 
-def fingerprints(state):
+def fingerprints(state: Tree) -> dict[str, int]:
     """{leaf name: fingerprint of the module docstring} for every array of a tree; equal for every sharding.
 
     One after the other: many small collectives under way at once can wait for each other's threads on a CPU."""
     return {name: int(_fingerprint(leaf)) for name, leaf in _by_name(state).items()}
 
 
-def config_differences(saved, config, key):
+def config_differences(saved: Any, config: Any, key: str) -> list[str]:
     """['levels[0].width: checkpoint 384, config 512', ...]: where two trees of dicts, lists and values differ."""
     if isinstance(saved, dict) and isinstance(config, dict):
         pairs = [(f"{key}.{k}", saved.get(k), config.get(k)) for k in sorted({*saved, *config})]

@@ -1,71 +1,84 @@
-"""The networks of a run as weight files, and networks out of weight files: --mode=export and --weights.
+"""The networks of a run as weight files, and weight files as parameters: what --mode=export writes, --weights reads.
 
-FILE.safetensors holds the EMA weights of every level as this code has them, 'LEVEL.module.leaf' in linen's layouts,
-with the run's config and step in its metadata. FILE.LEVEL.safetensors beside it holds those of one level in torch's
-layouts by the authors' names, so that a U-ViT, HDiT, DiT, ResMLP or NestedUNet loads into their code: what is not in it
-(coarser levels as tokens, classes of a NestedUNet) has names of ours.
-Read are the first kind, for any hierarchy, and the authors' names, for a config of one level.
+`write_levels` writes FILE.safetensors with the weights of every level as this code names them, 'LEVEL.module.leaf' in
+linen's layouts; its metadata hold the run's config and step. Beside it, FILE.LEVEL.safetensors holds one level each, in
+torch's layouts and by the names of the authors' code, so that a U-ViT, HDiT, DiT, ResMLP or NestedUNet loads there.
+Tensors that the authors' networks do not have (coarser levels as tokens, classes of a NestedUNet) keep our names.
+
+`load_parameters` reads the first kind for any hierarchy, and the authors' names for a config of one level. Configs are
+plain dicts here, as they are stored beside a checkpoint.
 """
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
-from nested.build.levels import build_levels
-from nested.build.options import to_plain
-from nested.diffusion import hierarchy
-from nested.runtime import partition
-from nested.runtime.checkpoint import config_differences, read_config, restore_part
-from nested.weights import files as weights
+from nested.runtime.checkpoint import config_differences
+from nested.weights.files import (
+    check_tensors,
+    find_weight_files,
+    from_torch,
+    load_network,
+    read_metadata,
+    read_tensors,
+    to_torch,
+    torch_names,
+    write_safetensors,
+)
 from nested.weights.fit import shared_levels
 
+Tree = Any
 SUFFIX = ".safetensors"
-CONFIG = "nested_config"  # the key of a run's config in a file's metadata: others have a "config" there, as k-diffusion
-CONSTANTS = ("t_emb",)  # what a network's code computes, by its last name: ml-mdm's frequencies of the time
+CONFIG = "nested_config"  # the metadata key of a run's config; k-diffusion's files have a "config" of their own
+CONSTANTS = ("t_emb",)  # last names of tensors that a network's code computes: ml-mdm's frequencies of the time
 
 
-def export(config, workdir: str, out: str) -> None:
-    """The mode `export`: writes OUT and OUT's name with each level before the suffix, by process 0.
+def write_levels(path: str, params: Mapping[str, Tree], config: Mapping[str, Any], step: int) -> list[str]:
+    """Writes the parameters of a run's levels as weight files.
 
-    Raises ValueError where `out` is no .safetensors; FileNotFoundError where the run has no checkpoint."""
-    base, suffix = os.path.splitext(os.path.expanduser(out))
-    if suffix != SUFFIX:
-        raise ValueError(f"--out={out}: give the name of a {SUFFIX} file to export to")
-    levels, mesh = build_levels(config), partition.make_mesh(-1, 1)
-    shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))
-    whole = jax.tree.map(lambda _: partition.replicated(mesh), shapes)
-    state, step = restore_part(workdir, {"ema": partition.abstract(shapes, whole)})
-    if jax.process_index():
-        return
-    ema, notes = state["ema"], {"step": str(step), CONFIG: json.dumps(read_config(workdir))}
-    weights.write_safetensors(
-        base + suffix, {name: np.asarray(leaf) for name, leaf in flatten_by_name(ema).items()}, notes
-    )
-    for name, params in ema.items():
-        path = f"{base}.{name}{suffix}"
-        weights.write_safetensors(path, weights.to_torch(params), {"step": notes["step"], "level": name})
-        logging.info("export: level %s by its authors' names in %s", name, path)
-    logging.info("export: step %s of %s in %s", notes["step"], workdir, base + suffix)
-
-
-def load_parameters(path: str, config, abstract, trained_on: bool = False):
-    """The parameters of every level of `config` from the weight file or folder `path`.
-
-    abstract: {level: parameters} as shapes and shardings. trained_on: they are only where training starts; else they
-    are sampled from, and a file of ours must be of the config's processes, variables and codec too. Raises, in one
-    line: as find_weight_files and load_network; ValueError where the file's networks are not those of the config (the
-    options that differ, or the tensors that are missing, left over or of another shape, are named), or of a file by an
-    author's names where there are levels.
+    Args:
+      path: the .safetensors file that gets every level; one file for each level is written beside it.
+      params: {level: parameters}, arrays that this process holds whole.
+      config: the run's config as a plain dict; it goes into the metadata, with `step`.
+    Returns: the paths written: `path`, then one per level.
+    Raises: OSError, in one line, if a file cannot be written.
     """
-    files = weights.find_weight_files(path)
-    notes = weights.read_metadata(files[0]) if files[0].endswith(SUFFIX) else {}
+    base, suffix = os.path.splitext(path)
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten_by_name(params).items()}
+    write_safetensors(path, arrays, {"step": str(step), CONFIG: json.dumps(config)})
+    paths = [path]
+    for name, tree in params.items():
+        paths.append(f"{base}.{name}{suffix}")
+        write_safetensors(paths[-1], to_torch(tree), {"step": str(step), "level": name})
+    return paths
+
+
+def load_parameters(
+    path: str, config: Mapping[str, Any], abstract: Mapping[str, Tree], trained_on: bool = False
+) -> Tree:
+    """Loads the parameters of every level of a config from a weight file, or from a folder of weight files.
+
+    Args:
+      path: the file or folder.
+      config: the config that will use the parameters, as a plain dict.
+      abstract: {level: parameters} as jax.ShapeDtypeStruct with shardings.
+      trained_on: whether training only starts from the parameters. Otherwise they are sampled from, and an exported
+        file must also agree with the config in its processes, variables and codec.
+    Returns: a tree like `abstract`, of arrays on the devices.
+    Raises: what find_weight_files and load_network raise; ValueError, in one line, if the networks in the file are not
+      those of the config (naming the options that differ, or the tensors that are missing, unknown or of another
+      shape), or if a file with the authors' names is given for several levels.
+    """
+    files = find_weight_files(path)
+    notes = read_metadata(files[0]) if files[0].endswith(SUFFIX) else {}
     if CONFIG in notes:
         saved = json.loads(notes[CONFIG])
         if not trained_on:
-            check_same_process_and_space(files[0], saved, to_plain(config), abstract)
+            check_same_process_and_space(files[0], saved, config, abstract)
         filled = read_exported_file(files[0], saved, config, abstract)
     elif len(abstract) > 1:
         raise ValueError(
@@ -77,18 +90,26 @@ def load_parameters(path: str, config, abstract, trained_on: bool = False):
     return jax.tree.map(place_on_devices, filled, abstract)
 
 
-def option_differences(saved: dict, config: dict, keys: tuple[str, ...], name: str) -> list[str]:
-    """Where these options of two dicts differ, as config_differences says it."""
-    return config_differences(*({key: some.get(key) for key in keys} for some in (saved, config)), name)
+def option_differences(
+    saved: Mapping[str, Any], config: Mapping[str, Any], keys: Sequence[str], name: str
+) -> list[str]:
+    """The differences between two dicts in the options `keys`, in the words of config_differences."""
+    there, here = ({key: some.get(key) for key in keys} for some in (saved, config))
+    return config_differences(there, here, name)
 
 
-def levels_by_name(config: dict) -> dict[str, dict]:
+def levels_by_name(config: Mapping[str, Any]) -> dict[str, dict]:
+    """{level: its options} of a config."""
     return {level["name"]: level for level in config["levels"]}
 
 
-def check_same_process_and_space(path: str, saved: dict, config: dict, names) -> None:
-    """ValueError where what the networks of these levels compute is something else in the config `saved`: the process
-    that they were trained in, the variable, the codec. All that differs is named."""
+def check_same_process_and_space(
+    path: str, saved: Mapping[str, Any], config: Mapping[str, Any], names: Iterable[str]
+) -> None:
+    """Checks that the networks of these levels compute the same thing in the config `saved` as in `config`.
+
+    Raises ValueError, naming all differences, if the process that they were trained in, their variable or the codec
+    is another one."""
     there, here, found = levels_by_name(saved), levels_by_name(config), []
     for name in names:
         if name in there:
@@ -98,41 +119,47 @@ def check_same_process_and_space(path: str, saved: dict, config: dict, names) ->
         raise ValueError(f"{path}: its networks mean something else ({'; '.join(found)}); give the config of its run")
 
 
-def read_exported_file(path: str, saved: dict, config, abstract):
-    """Of a file of the first kind, whose run had the config `saved`."""
-    fitting = shared_levels(saved, to_plain(config))
+def read_exported_file(
+    path: str, saved: Mapping[str, Any], config: Mapping[str, Any], abstract: Mapping[str, Tree]
+) -> Tree:
+    """The parameters in a file that --mode=export wrote for a run with the config `saved`, as host arrays.
+
+    Raises ValueError if a level of `abstract` is not in the file, or not with the network that `config` gives it."""
+    fitting = shared_levels(saved, config)
     for name in abstract:
         if name not in fitting:
-            there, here = levels_by_name(saved).get(name, {}), levels_by_name(to_plain(config))[name]
+            there, here = levels_by_name(saved).get(name, {}), levels_by_name(config)[name]
             found = option_differences(there, here, ("shape", "backbone"), name) or ["its conditions, classes or text"]
             raise ValueError(f"{path}: no level {name} like this config's ({'; '.join(found)}); give the config of its "
                              "run")  # fmt: skip
-    tensors, leaves = weights.read_tensors(path), flatten_by_name(abstract)
+    tensors, leaves = read_tensors(path), flatten_by_name(abstract)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     chosen = {name: tensors[name] for name in tensors if name in leaves or name.partition(".")[0] in abstract}
-    chosen = weights.check_tensors(chosen, shapes, path)
+    chosen = check_tensors(chosen, shapes, path)
     filled = [np.array(chosen[name], leaf.dtype) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
 
 
-def read_authors_file(path: str, files: list[str], template):
-    """Of one network by its authors' names, whatever wraps it in the file; averaged weights where there are others."""
-    names = weights.torch_names(template)
-    # The longest names first: 'conv_in.weight' is also the end of what an inner net has.
-    tensors = weights.load_network(files, sorted(names, key=len, reverse=True))
+def read_authors_file(path: str, files: Sequence[str], template: Tree) -> Tree:
+    """The parameters of one network from `files` with its authors' names, whatever wraps it there, as host arrays.
+
+    If a file holds several such networks, the averaged weights are taken. Errors name `path`."""
+    names = torch_names(template)
+    # The longest names come first: 'conv_in.weight' is also the end of a name in an inner net.
+    tensors = load_network(files, sorted(names, key=len, reverse=True))
     tensors = {name: array for name, array in tensors.items() if name.rpartition(".")[2] not in CONSTANTS}
     try:
-        return weights.from_torch(tensors, template)
+        return from_torch(tensors, template)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def flatten_by_name(tree) -> dict:
+def flatten_by_name(tree: Tree) -> dict[str, Any]:
     """{'level.module.leaf': leaf} of {level: parameters}."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {".".join(entry.key for entry in path): leaf for path, leaf in leaves}
 
 
 def place_on_devices(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A host array, the same in every process, with the sharding of `like`."""
+    """Places a host array, the same in every process, with the sharding of `like`."""
     return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])

@@ -23,7 +23,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -32,6 +33,8 @@ from absl import logging
 from nested.runtime.files import atomic_write
 from nested.weights import torch_pickle
 
+Tree = Any
+KeyPath = tuple[Any, ...]  # of jax.tree_util.tree_flatten_with_path through nested dicts
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .tar: MoCo-v3's .pth.tar, which is no archive
 SAVED_NAMES = (  # of a folder that a library saved a model to, the preferred first
     ("model", ".safetensors"), ("diffusion_pytorch_model", ".safetensors"), ("pytorch_model", ".bin"),
@@ -203,12 +206,12 @@ def _existing(path: str | os.PathLike) -> str:
     return path
 
 
-def _some(names, limit: int = 5) -> str:
+def _some(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
-def _read_npz(stream) -> dict[str, np.ndarray]:
+def _read_npz(stream: BinaryIO) -> dict[str, np.ndarray]:
     start = stream.read(24)
     stream.seek(0)
     if not start.startswith(b"PK\x03\x04"):
@@ -224,7 +227,7 @@ def _read_npz(stream) -> dict[str, np.ndarray]:
         raise ValueError(f"cannot read {name!r} of the .npz ({reason}); it is truncated, damaged or pickled") from error
 
 
-def _safetensors_header(stream) -> tuple[dict[str, dict], dict[str, str], int, int]:
+def _safetensors_header(stream: BinaryIO) -> tuple[dict[str, dict], dict[str, str], int, int]:
     """(entries by name, metadata, where the data starts, the file's size) with the lengths checked."""
     size = os.fstat(stream.fileno()).st_size
     length = int.from_bytes(stream.read(8), "little")
@@ -247,7 +250,7 @@ def _safetensors_header(stream) -> tuple[dict[str, dict], dict[str, str], int, i
     return header, notes, 8 + length, size
 
 
-def _read_safetensors(stream) -> dict[str, np.ndarray]:
+def _read_safetensors(stream: BinaryIO) -> dict[str, np.ndarray]:
     entries, _, start, size = _safetensors_header(stream)
     data, found, end = torch_pickle.map_file(stream), {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
@@ -271,7 +274,8 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
     """A .safetensors of host arrays, whole or not at all; metadata: strings under '__metadata__'.
 
     Raises OSError, in one line, where the file cannot be written."""
-    header, end = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
     for name, array in tensors.items():
         start, end = end, end + array.nbytes
         dtype = _WRITTEN_DTYPES[array.dtype]
@@ -295,25 +299,25 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "gain": "scale"}
 
 
-def _torch_name(path) -> str:
+def _torch_name(path: KeyPath) -> str:
     """'in_blocks.0.attn.qkv.weight' for the linen path (in_blocks_0, attn, qkv, kernel)."""
-    *modules, leaf = [entry.key for entry in path]
+    *modules, leaf = [str(entry.key) for entry in path]
     modules = [re.sub(r"(_\d+)+$", lambda indices: indices[0].replace("_", "."), module) for module in modules]
     return ".".join([*modules, _LEAVES.get(leaf, leaf)])
 
 
-def _to_torch_layout(path, array):
+def _to_torch_layout(path: KeyPath, array: np.ndarray) -> np.ndarray:
     """(*window, in, out) -> (out, in, *window) for kernels; everything else as it is."""
     window = range(array.ndim - 2)
     return array.transpose(array.ndim - 1, array.ndim - 2, *window) if path[-1].key == "kernel" else array
 
 
-def _from_torch_layout(path, array):
+def _from_torch_layout(path: KeyPath, array: np.ndarray) -> np.ndarray:
     window = range(2, array.ndim)
     return array.transpose(*window, 1, 0) if path[-1].key == "kernel" and array.ndim >= 2 else array
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], template) -> dict:
+def from_torch(tensors: Mapping[str, np.ndarray], template: Tree) -> dict:
     """The tree of `template` (linen params as nested dicts of arrays or jax.ShapeDtypeStruct) filled from a state dict.
 
     Arrays are cast to the template's dtypes and stay on the host. A tensor that is missing, left over or of another
@@ -338,12 +342,12 @@ def from_torch(tensors: Mapping[str, np.ndarray], template) -> dict:
     return jax.tree.unflatten(treedef, filled)
 
 
-def torch_names(template) -> list[str]:
+def torch_names(template: Tree) -> list[str]:
     """The names in torch of linen params, in the order of the tree's leaves."""
     return [_torch_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(template)[0]]
 
 
-def to_torch(params) -> dict[str, np.ndarray]:
+def to_torch(params: Tree) -> dict[str, np.ndarray]:
     """The state dict (torch names and layouts, host arrays) of linen params, or of gradients with the same tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {_torch_name(path): _to_torch_layout(path, np.asarray(leaf)) for path, leaf in leaves}

@@ -22,6 +22,7 @@ import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -164,12 +165,12 @@ class _Unpickler(pickle.Unpickler):
         return data
 
 
-def _unpickle(stream) -> tuple[object, dict[str, Storage]]:
+def _unpickle(stream: IO[bytes]) -> tuple[object, dict[str, Storage]]:
     """(the object, the storages it refers to by key) of one pickle."""
     unpickler, start = _Unpickler(stream), stream.tell()
     try:
         for opcode, index, position in pickletools.genops(stream):
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and index > position:
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (index or 0) > (position or 0):
                 raise _Refused(f"its pickle gives an object the number {index} at byte {position}; the file is hostile")
         stream.seek(start)
         return unpickler.load(), unpickler.storages
@@ -228,7 +229,7 @@ def _require_little_endian(little: bool) -> None:
         raise ValueError("its numbers are big-endian, expected little-endian; re-save it on a little-endian machine")
 
 
-def map_file(stream) -> np.ndarray:
+def map_file(stream: IO[bytes]) -> np.ndarray:
     """The bytes of an open file, uint8 [size]: memory that the system fills when it is looked at and may take back. The
     file must stay as it is while arrays made of it are in use."""
     return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -257,7 +258,7 @@ def _member(archive: zipfile.ZipFile, name: str, file_bytes: np.ndarray, limit: 
     return file_bytes[start : start + info.file_size]
 
 
-def _zip_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
+def _zip_parts(stream: IO[bytes]) -> tuple[object, Callable[[Storage], np.ndarray]]:
     try:
         archive = zipfile.ZipFile(stream)
     except Exception as error:  # mostly zipfile.BadZipFile; a damaged directory fails in other ways too
@@ -280,7 +281,7 @@ def _zip_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     return content, lambda storage: member(f"data/{storage.key}", storage.nbytes)
 
 
-def _legacy_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
+def _legacy_parts(stream: IO[bytes]) -> tuple[object, Callable[[Storage], np.ndarray]]:
     if _unpickle(stream)[0] != MAGIC or _unpickle(stream)[0] != PROTOCOL:
         raise ValueError("a pickle, but not torch's: the magic number or the protocol 1001 is missing")
     facts, _ = _unpickle(stream)
@@ -301,7 +302,7 @@ def _legacy_parts(stream) -> tuple[object, Callable[[Storage], np.ndarray]]:
     return content, lambda storage: raw[storage.key]
 
 
-def read_stream(stream) -> dict[str, np.ndarray]:
+def read_stream(stream: IO[bytes]) -> dict[str, np.ndarray]:
     """The tensors of an open binary .pth file by their dotted names."""
     start = stream.read(4)
     stream.seek(0)
