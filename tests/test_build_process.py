@@ -11,8 +11,7 @@ from configs import common
 from nested.build.levels import build_levels
 from nested.build.parts import SAMPLERS, SCHEDULES
 from nested.build.process import build_process, build_sampler, side_ratios
-from nested.diffusion import denoiser, schedules
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import denoiser, samplers, schedules
 from nested.diffusion.samplers import k_diffusion as sigma_samplers
 
 
@@ -20,7 +19,7 @@ from nested.diffusion.samplers import k_diffusion as sigma_samplers
     "options, expected",
     [
         (dict(name="ddpm", steps=7), samplers.DDPM(7)),
-        (dict(name="ddim", steps=7, eta=0.5), samplers.DDIM(7, 0.5)),
+        (dict(name="ddim", steps=7, eta=0.5), samplers.DDIM(7, eta=0.5)),
         (common.dpm_solver(6), samplers.DPMSolver(6)),
         (dict(name="euler_in_time", steps=7), samplers.EulerInTime(7)),
         (dict(name="heun", steps=7, t_end=0.01), sigma_samplers.Heun(7, t_end=0.01)),

@@ -14,7 +14,7 @@ from configs import common, imagenet
 from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.build.training import build_optimizer, check_batch_size, split_phases
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import samplers
 from nested.encoders import grids, vit
 from nested.modes import train
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested.diffusion.denoiser import denoiser, guided, interleave, thresholded
+from nested.diffusion.denoiser import denoiser, thresholded
+from nested.diffusion.guidance import guided, interleave
 from nested.diffusion.process import Process
 from nested.diffusion.schedules import LinearVP, cosine, sd_scaled_linear
 

@@ -16,6 +16,7 @@ from configs import common, hdit
 from nested.build.levels import build_levels
 from nested.build.training import build_optimizer
 from nested.diffusion import hierarchy, schedules
+from nested.diffusion.level import buffer_predicate
 from nested.diffusion.process import Process
 from nested.training import optimizer
 from nested.weights import files as weights
@@ -193,7 +194,7 @@ def test_six_training_steps_of_the_authors_code(golden, x64):
     level, params, options = golden_level(data)
     assert (options.learning_rate, options.weight_decay, options.clip_norm) == (5e-4, 0.01, 1.0) == (
         meta["lr"], meta["weight_decay"], meta["clip"])  # fmt: skip
-    is_buffer = hierarchy.is_buffer((level,))
+    is_buffer = buffer_predicate((level,))
     transform = optimizer.make_optimizer(options, is_buffer)
 
     def loss(params, x0, noise, sigma, augment, label):
@@ -232,7 +233,7 @@ def test_six_training_steps_of_the_authors_code(golden, x64):
 def test_groups_are_those_of_the_authors(golden, x64):
     data = golden("hdit_train_steps.npz")
     level, params, options = golden_level(data)
-    is_buffer = hierarchy.is_buffer((level,))
+    is_buffer = buffer_predicate((level,))
     found = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
         (name,) = weights.to_torch(_nest(path[1:]))
@@ -248,7 +249,7 @@ def test_the_groups_of_hdit_e_have_the_authors_sizes():
     config = hdit.get_config("E")
     levels, options = build_levels(config), build_optimizer(config)
     params = jax.eval_shape(lambda: hierarchy.init(levels, jax.random.key(0)))
-    sizes, is_buffer = collections.Counter(), hierarchy.is_buffer(levels)
+    sizes, is_buffer = collections.Counter(), buffer_predicate(levels)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         sizes[optimizer.group_factors(options, is_buffer, path)] += math.prod(leaf.shape)
     del sizes[0.0, 0.0]

@@ -18,6 +18,7 @@ from nested.build.levels import as_shape, build_levels
 from nested.build.options import to_plain
 from nested.build.training import split_phases
 from nested.diffusion import hierarchy
+from nested.diffusion.level import row_keys
 from nested.modes import train
 from nested.runtime import checkpoint
 from nested.runtime.writers import read_metrics
@@ -241,7 +242,7 @@ def drawn(config, params, sampler, options):
     config = config.copy_and_resolve_references()
     config.levels[0].sampler = sampler
     levels = build_levels(config)
-    keys = {"x": hierarchy.row_keys(jax.random.key(5), 4)}
+    keys = {"x": row_keys(jax.random.key(5), 4)}
 
     def draw(params):
         return hierarchy.sample(levels, {"x": params}, keys, {"label": jnp.arange(4)})["x"]

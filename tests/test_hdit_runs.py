@@ -18,7 +18,8 @@ from input_pipeline.digits import Digits
 from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.build.training import batch_spans, build_optimizer, check_batch_size
-from nested.diffusion import hierarchy
+from nested.diffusion import conditioning, hierarchy
+from nested.diffusion.level import buffer_predicate, row_keys, select_context
 from nested.modes import train
 from nested.runtime import checkpoint
 from nested.spaces import svd
@@ -86,12 +87,12 @@ def test_the_network_is_told_of_the_augmentation_and_of_none_in_validation_and_s
     (plain,), (level,) = (build_levels(config_of(("data.augment_prob", p))) for p in (0.0, 0.5))
     assert (plain.inputs, level.inputs) == ((), ("augment",))
     batch = next(train.training_batches(config_of(("data.augment_prob", 0.9)), DIGITS, 0))
-    context = hierarchy.select_context((level,), batch)
-    assert set(context) == {"label", "augment"} and set(hierarchy.select_context((plain,), batch)) == {"label"}
+    context = select_context((level,), batch)
+    assert set(context) == {"label", "augment"} and set(select_context((plain,), batch)) == {"label"}
     assert batch["image"].dtype == np.float32 and np.abs(context["augment"]).max() > 0.5
-    cond = hierarchy.conditions(level, {}, context)
+    cond = conditioning.conditions(level, {}, context)
     assert np.array_equal(cond["augment"], batch["augment"])
-    null = hierarchy.null_cond(level, cond)  # guidance changes the label alone
+    null = conditioning.null_cond(level, cond)  # guidance changes the label alone
     assert np.array_equal(null["augment"], batch["augment"]) and set(np.asarray(null["label"])) == {10}
 
 
@@ -118,7 +119,7 @@ def trained():
 def test_constants_stay_and_the_average_warms_up(trained):
     run, states, metrics = trained
     assert all(values["finite"] and np.isfinite(values["loss"]) for values in metrics)
-    is_buffer = hierarchy.is_buffer(run.step.levels)
+    is_buffer = buffer_predicate(run.step.levels)
     flat = [jax.tree_util.tree_flatten_with_path(state.params)[0] for state in states]
     ema = [jax.tree.leaves(state.ema) for state in states]
     constants = 0
@@ -140,7 +141,7 @@ def test_dropout_is_drawn_from_the_rows_keys_in_training_only(trained):
     (level,), params = run.step.levels, states[7].params
     variables = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)}
     context, times = {"label": jnp.arange(4)}, {"x": jnp.linspace(0.4, 0.6, 4)}
-    keys = hierarchy.row_keys(jax.random.key(0), 4)
+    keys = row_keys(jax.random.key(0), 4)
 
     @jax.jit
     def both(variables, context, times, keys):

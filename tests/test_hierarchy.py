@@ -11,8 +11,8 @@ from helpers import tiny
 from helpers.probes import Probe, draw, make_levels
 
 from nested.build.levels import build_levels
-from nested.diffusion import hierarchy, process, schedules
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import conditioning, hierarchy, process, samplers, schedules
+from nested.diffusion.level import Level, row_keys
 from nested.diffusion.samplers import k_diffusion as sigma_samplers
 
 
@@ -23,7 +23,7 @@ def every(keys):
 def test_training_conditions_have_the_levels_sigma():
     _, _, bottom = make_levels()
     keys, variables, labels = draw(4096)
-    cond = hierarchy.train_conditions(bottom, variables, {"label": labels}, keys)
+    cond = conditioning.train_conditions(bottom, variables, {"label": labels}, keys)
     noise = np.asarray(cond["top"] - variables["top"])
     assert abs(noise.std() - 0.5) < 0.02 and abs(noise.mean()) < 0.02
     np.testing.assert_array_equal(cond["middle"], variables["middle"])
@@ -33,7 +33,7 @@ def test_training_conditions_have_the_levels_sigma():
 def test_joint_drop_loses_everything_at_once():
     _, _, bottom = make_levels(cond_drop=0.25)
     keys, variables, labels = draw(8192)
-    cond = hierarchy.train_conditions(bottom, variables, {"label": labels}, keys)
+    cond = conditioning.train_conditions(bottom, variables, {"label": labels}, keys)
     dropped = ~np.asarray(cond["keep_top"])
     assert abs(dropped.mean() - 0.25) < 0.02
     np.testing.assert_array_equal(dropped, ~np.asarray(cond["keep_middle"]))
@@ -43,7 +43,7 @@ def test_joint_drop_loses_everything_at_once():
 def test_independent_drop_tosses_a_coin_each():
     _, _, bottom = make_levels(cond_drop=0.5, drop_mode="independent")
     keys, variables, labels = draw(8192)
-    cond = hierarchy.train_conditions(bottom, variables, {"label": labels}, keys)
+    cond = conditioning.train_conditions(bottom, variables, {"label": labels}, keys)
     coins = np.stack([~np.asarray(cond["keep_top"]), ~np.asarray(cond["keep_middle"]), np.asarray(cond["label"]) == 10])
     np.testing.assert_allclose(coins.mean(1), 0.5, atol=0.03)
     np.testing.assert_allclose(np.corrcoef(coins), np.eye(3), atol=0.05)
@@ -52,7 +52,7 @@ def test_independent_drop_tosses_a_coin_each():
 def test_null_conditions_are_all_absent():
     _, _, bottom = make_levels()
     _, variables, labels = draw(3)
-    null = hierarchy.null_cond(bottom, hierarchy.conditions(bottom, variables, {"label": labels}))
+    null = conditioning.null_cond(bottom, conditioning.conditions(bottom, variables, {"label": labels}))
     assert not null["keep_top"].any() and not null["keep_middle"].any() and (null["label"] == 10).all()
 
 
@@ -115,7 +115,7 @@ def test_guidance_subtracts_the_null_conditions():
 def shown(level, *times, batch=2048):
     """What `level` sees of zeros at these times, one after the other."""
     seen = []
-    denoise = hierarchy.noised_conditions(level, lambda x, t, cond: seen.append(cond["top"]), draw(batch)[0])
+    denoise = conditioning.noised_conditions(level, lambda x, t, cond: seen.append(cond["top"]), draw(batch)[0])
     for t in times:
         denoise(None, jnp.full(batch, t), {"top": jnp.zeros((batch, 1, 1, 2)), "keep_top": jnp.ones(batch, bool)})
     return seen
@@ -167,26 +167,26 @@ def test_noise_on_conditions_of_an_edm_level_falls_over_the_samplers_own_range()
     _, middle, _ = make_levels(noise_gamma=1.0)
     level = dataclasses.replace(middle, process=edm, sampler=sampler)
     t = schedules.ExponentialVE().inverse_log_snr(-np.log([80.0, 0.2, 5e-4, 1e-4]))
-    np.testing.assert_allclose(hierarchy.time_fraction(level, jnp.asarray(t)), [1.0, 0.5, 0.0, 0.0], atol=1e-5)
-    assert float(hierarchy.time_fraction(middle, jnp.asarray(0.3))) == pytest.approx(0.3)
+    np.testing.assert_allclose(conditioning.time_fraction(level, jnp.asarray(t)), [1.0, 0.5, 0.0, 0.0], atol=1e-5)
+    assert float(conditioning.time_fraction(middle, jnp.asarray(0.3))) == pytest.approx(0.3)
 
 
 def test_a_missing_label_names_the_level():
     _, _, bottom = make_levels()
     _, variables, _ = draw(2)
     with pytest.raises(ValueError, match=r"level bottom has num_classes 10 but no 'label' \[B\] is given"):
-        hierarchy.conditions(bottom, variables, {})
+        conditioning.conditions(bottom, variables, {})
 
 
 def test_a_tuple_variable_goes_through_the_same_code():
     """Two leaves of different shape with a schedule each (Matryoshka's form): loss, sampling and conditioning."""
     proc = process.Process(schedules=(schedules.sd_scaled_linear(), schedules.LinearVP()), parameterization="x0")
     sampler = samplers.DDIM(steps=4, eta=0.0)
-    pair = hierarchy.Level("pair", ((4, 4, 1), (8, 8, 1)), Probe(), proc, sampler, leaf_weights=(1.0, 0.5))
-    fine = hierarchy.Level("fine", (2, 2, 1), Probe(("pair",)), make_levels()[0].process, sampler, ("pair",), (0.3,))
+    pair = Level("pair", ((4, 4, 1), (8, 8, 1)), Probe(), proc, sampler, leaf_weights=(1.0, 0.5))
+    fine = Level("fine", (2, 2, 1), Probe(("pair",)), make_levels()[0].process, sampler, ("pair",), (0.3,))
     levels = (pair, fine)
     params = jax.tree.map(jnp.zeros_like, hierarchy.init(levels, jax.random.key(0)))
-    keys = hierarchy.row_keys(jax.random.key(0), 3)
+    keys = row_keys(jax.random.key(0), 3)
     result = hierarchy.sample(levels, params, every(keys))
     assert [leaf.shape for leaf in result["pair"]] == [(3, 4, 4, 1), (3, 8, 8, 1)]
     variables = {"pair": (jnp.ones((3, 4, 4, 1)), jnp.full((3, 8, 8, 1), 2.0)), "fine": jnp.zeros((3, 2, 2, 1))}

@@ -74,7 +74,7 @@ def test_the_data_pipeline_needs_neither_jax_nor_the_models():
     "library, places",
     [
         ("orbax", ("nested.runtime.checkpoint",)),
-        ("flax.linen", ("nested.models", "nested.encoders", "nested.diffusion.hierarchy", "nested.modes.summary")),
+        ("flax.linen", ("nested.models", "nested.encoders", "nested.modes.summary")),
         ("optax", ("nested.training.optimizer",)),
         ("tensorboardX", ("nested.runtime.writers",)),
         ("matplotlib", ("nested.figures",)),

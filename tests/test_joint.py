@@ -17,7 +17,8 @@ from helpers.trees import assert_equal
 from input_pipeline import loader
 from nested.build import data as build_data
 from nested.build.text import load_text_encoder
-from nested.diffusion import hierarchy, schedules
+from nested.diffusion import conditioning, hierarchy, schedules
+from nested.diffusion.level import ConditionNoise, row_keys, select_context
 from nested.latents import store as latents
 from nested.modes import train
 from nested.runtime import partition
@@ -93,7 +94,7 @@ def test_what_is_diffused_is_divided_by_the_signal_scales_and_samples_are_not():
     variables = {"x": tuple(jnp.full((4, *shape), 8.0) for shape in SHAPES)}
     np.testing.assert_allclose(losses(told_nothing, params, 4, variables), 8.0**2 + 2.0**2, rtol=1e-6)
     params["x"]["bias_0"] = params["x"]["bias_1"] = jnp.full(1, 3.0)
-    keys = hierarchy.row_keys(jax.random.key(0), 2)
+    keys = row_keys(jax.random.key(0), 2)
     drawn, shown = hierarchy.sample_level(told_nothing, params["x"], {}, keys, shown=(3,))
     for leaves in (drawn, jax.tree.map(lambda leaf: leaf[0], shown)):
         np.testing.assert_allclose(leaves[0], 3.0, rtol=1e-5)
@@ -114,7 +115,7 @@ def texts(batch):
 @pytest.mark.parametrize("mode", ["joint", "independent"])
 def test_a_dropped_text_is_the_null_text_with_its_mask(mode):
     level = text_level(cond_drop=0.5, drop_mode=mode, num_classes=10)
-    cond = hierarchy.train_conditions(level, {}, texts(4096), hierarchy.row_keys(jax.random.key(0), 4096))
+    cond = conditioning.train_conditions(level, {}, texts(4096), row_keys(jax.random.key(0), 4096))
     dropped = ~np.asarray(cond["text_mask"][:, 1])
     assert abs(dropped.mean() - 0.5) < 0.03
     np.testing.assert_array_equal(cond["text"], np.where(dropped[:, None, None], -5.0, 1.0) * np.ones((1, 3, 2)))
@@ -125,7 +126,7 @@ def test_a_dropped_text_is_the_null_text_with_its_mask(mode):
 
 def test_guidance_leads_away_from_the_null_text(params):
     level = text_level(guidance=0.5)
-    x = hierarchy.sample_level(level, params["x"], hierarchy.conditions(level, {}, texts(2)), draw(2)[0])
+    x = hierarchy.sample_level(level, params["x"], conditioning.conditions(level, {}, texts(2)), draw(2)[0])
     np.testing.assert_allclose(x[1], 6.0 + 0.5 * (6.0 - -10.0), rtol=1e-5)  # 3 tokens of (1, 1); 1 of (-5, -5)
 
 
@@ -133,7 +134,7 @@ def test_missing_text_names_the_level():
     only_text = {"text": texts(2)["text"]}
     for context, name in (({}, "text"), (only_text, "text_mask")):
         message = f"level x sees text but no '{name}' [B, tokens, ...] is given"
-        refused(hierarchy.conditions, text_level(), {}, context, match=message)
+        refused(conditioning.conditions, text_level(), {}, context, match=message)
 
 
 def test_the_text_of_a_batch_reaches_the_network():
@@ -145,7 +146,7 @@ def test_the_text_of_a_batch_reaches_the_network():
     source, made = build_data.latents(config, "unused")
     run = train.make_run(config, made, load_text_encoder(config))
     raw = training_loop.to_device(run, loader.collate([source[i] for i in range(8)]))
-    context = hierarchy.select_context(run.step.levels, raw)
+    context = select_context(run.step.levels, raw)
     np.testing.assert_array_equal(context["text"][5], source[5]["text"])
     assert context["text_mask"].shape == (8, 3) and run.step.levels[0].null_text["text"].shape == (3, 6)
     grads, _ = jax.eval_shape(lambda p: training.gradients(run.step, p, raw, run.key), run.abstract.params)
@@ -160,16 +161,16 @@ def test_the_text_of_a_batch_reaches_the_network():
 def cascaded(**changes):
     """The level 'middle', which sees 'top' noised."""
     level = make_levels()[1]
-    condition_noise = hierarchy.ConditionNoise(**dict(schedule=schedules.cosine(), noise_step=400) | changes)
+    condition_noise = ConditionNoise(**dict(schedule=schedules.cosine(), noise_step=400) | changes)
     return dataclasses.replace(level, cond_sigmas=(0.0,), condition_noise=condition_noise)
 
 
 def noised(level, batch=4096, train=True):
     keys, variables, _ = draw(batch)
     if train:
-        return variables["top"], hierarchy.train_conditions(level, variables, {}, keys)
-    return variables["top"], hierarchy.add_condition_noise(
-        level, hierarchy.conditions(level, variables, {}), keys, train=False
+        return variables["top"], conditioning.train_conditions(level, variables, {}, keys)
+    return variables["top"], conditioning.add_condition_noise(
+        level, conditioning.conditions(level, variables, {}), keys, train=False
     )
 
 
@@ -198,9 +199,9 @@ def test_a_cascade_keeps_its_image_where_labels_are_dropped():
     level = dataclasses.replace(cascaded(), cond_drop=0.9, num_classes=3)
     keys, variables, _ = draw(64)
     context = {"label": jnp.zeros(64, jnp.int32)}
-    cond = hierarchy.train_conditions(level, variables, context, keys)
+    cond = conditioning.train_conditions(level, variables, context, keys)
     assert bool(cond["keep_top"].all()) and 40 < (np.asarray(cond["label"]) == 3).sum() < 64
-    null = hierarchy.null_cond(level, hierarchy.conditions(level, variables, context))
+    null = conditioning.null_cond(level, conditioning.conditions(level, variables, context))
     assert bool(null["keep_top"].all()) and (np.asarray(null["label"]) == 3).all()
 
 
@@ -216,9 +217,9 @@ def test_samples_see_their_level():
     x = {}
     for steps in (0, 400):
         level = cascaded(noise_step=steps)
-        cond = hierarchy.conditions(level, fixed, {})
+        cond = conditioning.conditions(level, fixed, {})
         sampled = jax.jit(lambda keys, level=level, cond=cond: hierarchy.sample_level(level, params, cond, keys))
-        x[steps] = sampled(hierarchy.row_keys(jax.random.key(0), 256))[:, 0, 0, 0]
+        x[steps] = sampled(row_keys(jax.random.key(0), 256))[:, 0, 0, 0]
     alpha, sigma = schedules.cosine()(0.4)
     np.testing.assert_allclose(x[0], 5.0, rtol=1e-5)
     assert np.mean(x[400]) == pytest.approx(5 * alpha, abs=0.15)
@@ -236,7 +237,7 @@ def test_levels_outside_the_steps(changes):
 def test_shown_steps_are_the_estimates_of_those_evaluations(params):
     level = joint()
     constant = {"x": {**params["x"], "gain_0": jnp.zeros(1), "gain_1": jnp.zeros(1)}}
-    keys = hierarchy.row_keys(jax.random.key(3), 2)
+    keys = row_keys(jax.random.key(3), 2)
     plain = hierarchy.sample_level(level, params["x"], {}, keys)
     again, _ = hierarchy.sample_level(level, params["x"], {}, keys, shown=(0, 2))
     for a, b in zip(plain, again, strict=True):

@@ -11,7 +11,7 @@ from helpers.exact import STD, exact_errors
 from nested.diffusion.denoiser import denoiser, thresholded
 from nested.diffusion.hierarchy import mixed_resolutions
 from nested.diffusion.process import Process
-from nested.diffusion.samplers.dpm_solver import DDIM, DDPM
+from nested.diffusion.samplers import DDIM, DDPM
 from nested.diffusion.samplers.table import CLEAN, run
 from nested.diffusion.schedules import Shifted, cosine, cosine_log_snr, ddpm_linear
 from nested.models.nested_unet import NestedUNet, Net
@@ -246,7 +246,7 @@ def test_recorded_thresholds(golden, name):
 
 # ---------------------------------------------------------------------------------------------------- sampling
 
-RUNS = {"ddpm": DDPM(8, grid="released"), "ddim0": DDIM(8, grid="released"), "ddim1": DDIM(8, 1.0, grid="released")}
+RUNS = {"ddpm": DDPM(8, grid="released"), "ddim0": DDIM(8, grid="released"), "ddim1": DDIM(8, eta=1.0, grid="released")}
 
 
 def test_recorded_time_grids(golden):
@@ -311,7 +311,7 @@ def test_recorded_trajectories(golden, name):
 def test_ddpm_is_the_posterior_of_each_leaf(grid):
     """Of each leaf's own chain (samplers.py:281-345, with a = g / g_last); DDIM with eta = 1 is the same."""
     schedules = (cosine(), Shifted(cosine(), 16.0, 2.0))
-    for sampler in (DDPM(9, grid=grid), DDIM(9, 1.0, grid=grid)):
+    for sampler in (DDPM(9, grid=grid), DDIM(9, eta=1.0, grid=grid)):
         tables = sampler.tables(Process(schedules), (jnp.zeros(1), jnp.zeros(1)))
         for schedule, (rows, _) in zip(schedules, tables, strict=True):
             g = schedule(rows.t)[0] ** 2
@@ -343,7 +343,7 @@ def test_exact_denoiser(grid, eta):
     """Data N(.7, .3^2) comes back, but for the spread that the last step, to the posterior mean, takes away: 0.011 of
     the .3 where log SNR ends at 5."""
     schedules = (cosine(), Shifted(cosine(), 4.0, 1.0), cosine_log_snr())
-    sampler = DDIM(500, eta, grid=grid)
+    sampler = DDIM(500, eta=eta, grid=grid)
     errors = exact_errors(schedules, sampler, KEYS if eta else None)
     for schedule, (mean_error, std_error) in zip(schedules, errors, strict=True):
         alpha, sigma = schedule(sampler.plan(schedule)[-1][0])

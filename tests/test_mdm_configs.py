@@ -8,7 +8,7 @@ from helpers.shrunk import check_two_steps, on_random_data
 from configs import mdm
 from nested.build.levels import build_levels
 from nested.build.training import split_phases
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import samplers
 
 # --- the numbers of the paper ----------------------------------------------------------------------------------------
 

@@ -16,8 +16,7 @@ from safetensors.numpy import save_file
 from configs import uvit_release
 from nested.build.levels import build_levels
 from nested.build.options import to_plain
-from nested.diffusion import schedules
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import samplers, schedules
 from nested.modes import sample, summary, train
 from nested.runtime import partition
 from nested.weights import files as weights
@@ -125,7 +124,7 @@ def test_ml_mdm_samples_as_its_demo(name, steps, eta):
     config = importlib.import_module("configs.mdm").get_config(f"{name},released")
     (level,) = build_levels(config)
     assert config.train.dtype == "bfloat16"
-    assert level.sampler == samplers.DDIM(steps, eta, grid="released") and level.guidance == 6.5
+    assert level.sampler == samplers.DDIM(steps, eta=eta, grid="released") and level.guidance == 6.5
     assert level.threshold.keywords == dict(percentile=0.95, maximum=1.5)
 
 

@@ -11,7 +11,7 @@ from helpers.exact import exact_errors, padded
 
 from nested.diffusion.denoiser import denoiser, thresholded
 from nested.diffusion.process import Process
-from nested.diffusion.samplers.dpm_solver import DDIM, DDPM, DPMSolver, EulerInTime, EulerMaruyama
+from nested.diffusion.samplers import DDIM, DDPM, DPMSolver, EulerInTime, EulerMaruyama
 from nested.diffusion.samplers.table import CLEAN, run
 from nested.diffusion.schedules import ExponentialVE, LinearVP, cosine, sd_scaled_linear
 
@@ -149,7 +149,7 @@ LOG_SNR_SOLVERS = {
     for method, intermediate in [("fast", "log_snr"), ("singlestep", "grid"), ("multistep", "grid")]
 }
 TO_CLEAN = {"ddim": DDIM(1000)}
-STOCHASTIC = {"ddpm": DDPM(1000), "ddim eta 0.5": DDIM(1000, 0.5)}
+STOCHASTIC = {"ddpm": DDPM(1000), "ddim eta 0.5": DDIM(1000, eta=0.5)}
 IN_TIME = {"euler in time": EulerInTime(1000), "euler-maruyama": EulerMaruyama(1000)}
 
 
@@ -239,7 +239,7 @@ def test_bfloat16_state_is_cast_up():
         (lambda: DDIM(0), "sampler.steps = 0, sampler.t_end = 0.001: expected steps >= 1"),
         (lambda: EulerInTime(5, 1.0), "0 <= t_end < 1"),
         (lambda: DDPM(-1), "sampler.steps = -1"),
-        (lambda: DDIM(5, 1.5), "sampler.eta = 1.5: expected a number from 0 to 1"),
+        (lambda: DDIM(5, eta=1.5), "sampler.eta = 1.5: expected a number from 0 to 1"),
         (lambda: EulerInTime(5).tables(Process((ExponentialVE(),)), jnp.ones(3)), "has no beta.*use Euler, in sigma"),
         (lambda: EulerMaruyama(5).tables(Process((ExponentialVE(),)), jnp.ones(3)), "sampler EulerMaruyama: .*no beta"),
         (lambda: DPMSolver(10, 4), "sampler.order = 4 is not known: use one of 1, 2, 3"),

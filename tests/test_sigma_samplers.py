@@ -10,7 +10,7 @@ import pytest
 from helpers.exact import exact_errors, mixture_denoiser, padded
 
 from nested.diffusion.process import Process
-from nested.diffusion.samplers.dpm_solver import DDIM, DPMSolver
+from nested.diffusion.samplers import DDIM, DPMSolver
 from nested.diffusion.samplers.k_diffusion import (
     DPM2,
     LMS,
@@ -178,7 +178,9 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize("schedule", [VE, LinearVP(), sd_scaled_linear()])
 def test_euler_is_ddim(schedule):
     process = Process((schedule,))
-    (ours,), (ddim,) = (sampler.tables(process, jnp.zeros(3)) for sampler in (Euler(7, t_end=0.01), DDIM(7, 0.0, 0.01)))
+    (ours,), (ddim,) = (
+        sampler.tables(process, jnp.zeros(3)) for sampler in (Euler(7, t_end=0.01), DDIM(7, t_end=0.01))
+    )
     for column, expected in zip(ours.rows[:-1], ddim.rows[:-1], strict=True):
         np.testing.assert_allclose(column, expected, rtol=1e-12, atol=1e-15)
 

@@ -16,6 +16,7 @@ from configs import common
 from input_pipeline import loader
 from input_pipeline.synthetic import SyntheticLatents
 from nested.diffusion import hierarchy
+from nested.diffusion.level import row_keys
 from nested.modes import summary, train
 from nested.runtime import checkpoint
 from nested.runtime.writers import read_metrics
@@ -79,7 +80,7 @@ def test_metrics_are_those_of_the_loss_and_its_gradient(base):
     run, source, update, state = base
     batch = batch_of(source, 1)
     key = jax.random.fold_in(run.key, 0)
-    keys = hierarchy.row_keys(key, 8)
+    keys = row_keys(key, 8)
 
     @jax.jit
     def expected(params):
@@ -169,7 +170,7 @@ def test_validation_is_the_loss_at_its_times_without_drops(base):
     )
     assert sorted(first) == [f"validation/{name}/t{t}" for name in ("x", "z1x1") for t in (0.1, 0.9)]
     assert first == again  # drops are training's
-    keys = hierarchy.row_keys(jax.random.key(0), 8)
+    keys = row_keys(jax.random.key(0), 8)
     times = {"z1x1": jnp.full(8, 0.9), "x": jnp.full(8, 0.9)}
     context = {"label": batch["label"]}
     plain = hierarchy.losses(run.step.levels, state.ema, batch, context, times, keys, train=False)

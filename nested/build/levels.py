@@ -11,7 +11,8 @@ from nested.build import presets
 from nested.build.options import choose, construct
 from nested.build.parts import BACKBONES, CONDITIONINGS, THRESHOLDS
 from nested.build.process import build_process, build_sampler, is_joint
-from nested.diffusion import hierarchy
+from nested.diffusion.level import ConditionNoise, Level
+from nested.diffusion.process import Tree
 from nested.models.nested_unet import NestedUNet, nets
 from nested.models.uvit import UViT
 
@@ -22,7 +23,7 @@ TEXT = {  # what a network that takes text is told of its encoder
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build_levels(config, null_text=None) -> tuple[hierarchy.Level, ...]:
+def build_levels(config, null_text=None) -> tuple[Level, ...]:
     """The hierarchy, coarse to fine.
 
     null_text: {'text': [tokens, width], 'text_mask': [tokens]} of the empty caption, for levels that see text; None
@@ -72,7 +73,7 @@ def build_levels(config, null_text=None) -> tuple[hierarchy.Level, ...]:
     return result
 
 
-def as_shape(shape) -> hierarchy.Tree:
+def as_shape(shape) -> Tree:
     """A config's shape as tuples."""
     return tuple(tuple(leaf) for leaf in shape) if is_joint(shape) else tuple(shape)
 
@@ -82,7 +83,7 @@ def grid(shape) -> tuple[int, int]:
     return (shape[-1] if is_joint(shape) else shape)[-3:-1]
 
 
-def build_level(config, i: int, null_text) -> hierarchy.Level:
+def build_level(config, i: int, null_text) -> Level:
     """The i-th level, counted from the coarsest."""
     options, key = config.levels[i], f"levels[{i}]"
     coarser = {level.name: level for level in config.levels[:i]}
@@ -102,7 +103,7 @@ def build_level(config, i: int, null_text) -> hierarchy.Level:
         raise ValueError(f"config.{key} ({options.name}): {error}") from error
     process, scales = build_process(options.process, shape, f"{key}.process")
     threshold = choose(f"{key}.threshold", options.threshold, THRESHOLDS)
-    return hierarchy.Level(
+    return Level(
         name=options.name,
         shape=shape,
         backbone=network,
@@ -152,7 +153,7 @@ def mixed(options, key: str) -> tuple[int, ...]:
     return counts
 
 
-def condition_noise(config, process, network, coarser, key: str) -> hierarchy.ConditionNoise | None:
+def condition_noise(config, process, network, coarser, key: str) -> ConditionNoise | None:
     """The diffusion of the conditions, by the level's own schedule, where config.hierarchy.cond_noise asks for it."""
     kind, noise_step = config.hierarchy.cond_noise, config.hierarchy.cond_noise_step
     choose("hierarchy.cond_noise", kind, ("sigma", "diffused"))
@@ -173,9 +174,7 @@ def condition_noise(config, process, network, coarser, key: str) -> hierarchy.Co
             f"config.hierarchy.cond_noise 'diffused': {key}.backbone cannot be told how noisy its conditions are; use "
             "nested_unet, or 'sigma'"
         )
-    return construct(
-        "hierarchy", hierarchy.ConditionNoise, dict(noise_step=noise_step), dict(schedule=process.schedules[-1])
-    )
+    return construct("hierarchy", ConditionNoise, dict(noise_step=noise_step), dict(schedule=process.schedules[-1]))
 
 
 def inputs(config, options, key: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from input_pipeline.parquet import Parquet
 from input_pipeline.synthetic import SyntheticLatents
 from input_pipeline.webdataset import WebDataset, WebDatasetClips
 from nested.diffusion import denoiser, schedules
-from nested.diffusion.samplers import dpm_solver, k_diffusion
+from nested.diffusion.samplers import ddpm, dpm_solver, k_diffusion
 from nested.models.dit import DiT
 from nested.models.hdit import HDiT
 from nested.models.nested_unet import NestedUNet
@@ -42,11 +42,11 @@ DENSITIES = {
     "cosine_interpolated": schedules.CosineInterpolated,
 }
 SAMPLERS = {
-    "ddpm": dpm_solver.DDPM,
-    "ddim": dpm_solver.DDIM,
+    "ddpm": ddpm.DDPM,
+    "ddim": ddpm.DDIM,
     "dpm_solver": dpm_solver.DPMSolver,
-    "euler_in_time": dpm_solver.EulerInTime,
-    "euler_maruyama": dpm_solver.EulerMaruyama,
+    "euler_in_time": ddpm.EulerInTime,
+    "euler_maruyama": ddpm.EulerMaruyama,
     "euler": k_diffusion.Euler,
     "heun": k_diffusion.Heun,
     "dpm2": k_diffusion.DPM2,

@@ -9,21 +9,44 @@ N(0, sigma_max^2), without the data's own variance. Departure from the authors' 
 Runge-Kutta 4 with fixed steps, uniform in u, so that a sample's value does not depend on the batch it is in.
 """
 
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nested.diffusion.denoiser import Cond, DenoiseFn
+from nested.diffusion.process import Process, Tree
 from nested.diffusion.samplers.noise_levels import time_of
 
 
-def log_likelihood(denoise, process, x, cond, keys, *, sigma_min, sigma_max, steps=100):
-    """Log density [B], in nats, of clean data x with noise of deviation sigma_min added to it.
+def log_likelihood(
+    denoise: DenoiseFn,
+    process: Process,
+    x: Tree,
+    cond: Cond,
+    keys: jax.Array,
+    *,
+    sigma_min: float,
+    sigma_max: float,
+    steps: int = 100,
+) -> jax.Array:
+    """Return the log density [B], in nats, of clean data x with noise of deviation sigma_min added to it.
 
-    denoise: a DenoiseFn; x: tree of [B, ...]; keys: [B] typed keys of v; 4 * steps evaluations and their derivatives.
-    Raises ValueError unless 0 < sigma_min < sigma_max and steps >= 1, for a process of several schedules, and for a
-    sigma_max above the largest sigma / alpha of a variance preserving schedule.
+    Args:
+        denoise: the estimate of x0.
+        process: the diffusion of x.
+        x: the data, a tree of [B, ...].
+        cond: the conditions, [B, ...] each.
+        keys: [B] typed keys of v.
+        sigma_min, sigma_max: the range of sigma / alpha that the ODE is integrated over.
+        steps: Runge-Kutta steps, of four evaluations and their derivatives each.
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max and steps >= 1; for a process of several schedules; for a sigma_max
+            above the largest sigma / alpha of a variance preserving schedule.
     """
     if not 0 < sigma_min < sigma_max < math.inf or steps < 1:
         raise ValueError(
@@ -40,11 +63,11 @@ def log_likelihood(denoise, process, x, cond, keys, *, sigma_min, sigma_max, ste
     x, dtype = jax.tree.unflatten(structure, leaves), leaves[0].dtype
     v = jax.tree.unflatten(structure, [_rademacher(keys, j, leaf) for j, leaf in enumerate(leaves)])
 
-    def slope(x, at):
-        """(x - D, its directional derivative's product with v [B]) at one of the scanned times."""
+    def slope(x: Tree, at: tuple[jax.Array, jax.Array]) -> tuple[Tree, jax.Array]:
+        """(x - D, the product [B] of its directional derivative with v) at one of the scanned times."""
         t, alpha = at
 
-        def flow(x):
+        def flow(x: Tree) -> Tree:
             D = denoise(jax.tree.map(lambda leaf: alpha * leaf, x), jnp.full(leaves[0].shape[:1], t), cond)
             return jax.tree.map(jnp.subtract, x, D)
 
@@ -53,7 +76,7 @@ def log_likelihood(denoise, process, x, cond, keys, *, sigma_min, sigma_max, ste
 
     h = math.log(sigma_max / sigma_min) / steps
 
-    def step(state, scanned):
+    def step(state: Tree, scanned: Tree) -> tuple[Tree, None]:
         start, middle, end = zip(*scanned, strict=True)
         first = slope(state[0], start)
         second = slope(_add(state[0], h / 2, first[0]), middle)
@@ -72,14 +95,14 @@ def log_likelihood(denoise, process, x, cond, keys, *, sigma_min, sigma_max, ste
     return change + _row_sum(prior)
 
 
-def _rademacher(keys, index, leaf):
+def _rademacher(keys: jax.Array, index: int, leaf: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jax.random.rademacher(jax.random.fold_in(key, index), leaf.shape[1:], leaf.dtype))(keys)
 
 
-def _add(tree, h, slope):
+def _add(tree: Tree, h: float, slope: Tree) -> Tree:
     return jax.tree.map(lambda leaf, rise: leaf + h * rise, tree, slope)
 
 
-def _row_sum(tree):
+def _row_sum(tree: Tree) -> jax.Array:
     """Sum over all leaves and all axes but the first: [B]."""
-    return sum(leaf.reshape(leaf.shape[0], -1).sum(1) for leaf in jax.tree.leaves(tree))
+    return functools.reduce(operator.add, (leaf.reshape(leaf.shape[0], -1).sum(1) for leaf in jax.tree.leaves(tree)))

@@ -35,17 +35,22 @@ where the inputs are.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested.diffusion.schedules import Schedule, as_float
+from nested.diffusion.schedules import Density, Schedule, as_float
 from nested.diffusion.variational_bound import variational_bound
 
+Tree = Any  # arrays in tuples or dicts: a level's variable, a network's parameters
+Space = Literal["eps", "x0", "v", "edm"]
+Weighting = Literal["uniform", "karras", "snr", "min_snr", "soft_min_snr"]
 
-def _edm(alpha, sigma, sigma_data):
+
+def _edm(alpha: jax.Array, sigma: jax.Array, sigma_data: float) -> tuple[jax.Array, jax.Array]:
     s = sigma / alpha
     root = jnp.sqrt(s**2 + sigma_data**2)
     return s / (sigma_data * root), -sigma_data / root
@@ -77,38 +82,34 @@ class Process:
     """The diffusion of one level's variable.
 
     schedules: one per leaf of the variable, or a single one for all leaves.
-    parameterization: the space of the network's output, a key of SPACES.
-    loss_space: the space of the squared error; None means the parameterization.
-    weighting, time_sampling: keys of WEIGHTINGS and TIME_SAMPLINGS.
-    sigma_data: standard deviation of the data, of the edm space and the weightings that name it.
-    gamma: of min_snr and soft_min_snr; None means 1 / sigma_data^2.
-    discrete_steps: N > 0 trains at t = n / N, n uniform in 1..N; 0 trains at t uniform in [t_min, 1).
-    density: None, or u [B] in [0, 1) -> s = sigma / alpha [B], the law of the noise levels seen in training
-        (nested/diffusion/schedules.py); read at the first schedule.
-    time_scale: the network sees c_noise = time_scale * t (1000 for U-ViT's discrete models, 999 for its VPSDE models),
-    noise_input: or, instead of 't', 'log_sigma': time_scale * log(sigma / alpha) (EDM: time_scale .25).
-    time_offset: added to c_noise (-1 for networks that count their discrete steps from 0).
+    sigma_data is needed by the edm space and by the weightings that name it, and must be None otherwise.
+    density: a law of the noise levels s = sigma / alpha seen in training (nested/diffusion/schedules.py), as a function
+        of u [B] in [0, 1); it is read at the first schedule.
     learned_variance: the network's output has twice the channels, the second half for the variance (see above); needs
         parameterization eps, discrete_steps >= 2 and variance preserving schedules.
-    Raises ValueError for a name that is not known or options that contradict each other.
+    Raises ValueError for a name that does not exist, and for options that contradict each other.
     """
 
     schedules: tuple[Schedule, ...]
-    parameterization: str = "eps"
-    loss_space: str | None = None
-    weighting: str = "uniform"
-    time_sampling: str = "uniform"
-    discrete_steps: int = 1000
-    t_min: float = 0.0
-    time_scale: float = 1000.0
-    time_offset: float = 0.0
-    noise_input: str = "t"
-    sigma_data: float | None = None
-    gamma: float | None = None
-    density: Callable | None = None
-    learned_variance: bool = False
+    parameterization: Annotated[Space, "what the network predicts"] = "eps"
+    loss_space: Annotated[
+        Literal["eps", "x0", "v", "edm", None], "where the squared error is taken; None: parameterization"
+    ] = None
+    weighting: Annotated[Weighting, "of the squared error over the noise levels"] = "uniform"
+    time_sampling: Annotated[
+        Literal["uniform", "stratified"], "how training times are drawn; stratified over the global batch"
+    ] = "uniform"
+    discrete_steps: Annotated[int, "N > 0 trains at t = n / N, n uniform in 1..N; 0 at t uniform in [t_min, 1)"] = 1000
+    t_min: Annotated[float, "the smallest training time, with discrete_steps 0"] = 0.0
+    time_scale: Annotated[float, "what the network is told: time_scale * noise_input + time_offset"] = 1000.0
+    time_offset: Annotated[float, "-1 for networks that count their discrete steps from 0"] = 0.0
+    noise_input: Annotated[Literal["t", "log_sigma"], "what the network is told of: t | log(sigma / alpha)"] = "t"
+    sigma_data: Annotated[float | None, "standard deviation of the data, for edm and some weightings"] = None
+    gamma: Annotated[float | None, "of min_snr and soft_min_snr; None: 1 / sigma_data^2"] = None
+    density: Annotated[Density | None, "the law of the noise levels in training; None: t as said above"] = None
+    learned_variance: Annotated[bool, "whether the network learns the variance too (DiT, ADM)"] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_name("process.parameterization", self.parameterization, SPACES)
         check_name("process.loss_space", self.loss_space, [None, *SPACES])
         check_name("process.weighting", self.weighting, WEIGHTINGS)
@@ -134,8 +135,8 @@ class Process:
                 "set one of them to 0"
             )
 
-    def _check_scales(self):
-        """sigma_data and gamma are given where something uses them, and only there."""
+    def _check_scales(self) -> None:
+        """Raise ValueError unless sigma_data and gamma are given exactly if something uses them."""
         spaces = (self.parameterization, self.loss_space)
         needed = "edm" in spaces or self.weighting == "karras"
         needed = needed or (self.weighting in GAMMA_WEIGHTINGS and self.gamma is None)
@@ -151,8 +152,8 @@ class Process:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"process.{name} = {getattr(self, name)}: expected a positive number")
 
-    def _check_learned_variance(self):
-        """The bound is that of a discrete chain, of a variance preserving schedule, with a prediction of eps."""
+    def _check_learned_variance(self) -> None:
+        """Raise ValueError unless the variational bound applies: a discrete chain, variance preserving, and eps."""
         names = [type(schedule).__name__ for schedule in self.schedules]
         preserving = all(hasattr(schedule, "log_alpha") for schedule in self.schedules)
         if self.learned_variance and (self.parameterization != "eps" or self.discrete_steps < 2 or not preserving):
@@ -162,8 +163,8 @@ class Process:
                 "schedules; change these or set learned_variance to False"
             )
 
-    def leaf_schedules(self, variable) -> tuple[Schedule, ...]:
-        """One schedule for each leaf of the variable. Raises ValueError where the numbers do not match."""
+    def leaf_schedules(self, variable: Tree) -> tuple[Schedule, ...]:
+        """Return one schedule for each leaf of the variable. Raises ValueError if the numbers do not match."""
         leaves = len(jax.tree.leaves(variable))
         if len(self.schedules) not in (1, leaves):
             raise ValueError(
@@ -171,8 +172,8 @@ class Process:
             )
         return self.schedules if len(self.schedules) == leaves else self.schedules * leaves
 
-    def _map(self, function, t, *variables):
-        """function(alpha, sigma, *leaves) over the leaves; alpha, sigma [B, 1, ...] of the leaf's schedule and rank."""
+    def _map(self, function: Callable[..., jax.Array], t: jax.Array, *variables: Tree) -> Tree:
+        """Map function(alpha, sigma, *leaves) over the leaves; alpha and sigma are the leaf's own, [B, 1, ...]."""
         structure = jax.tree.structure(variables[0])
         columns = zip(*(jax.tree.leaves(variable) for variable in variables), strict=True)
         out = []
@@ -182,39 +183,42 @@ class Process:
             out.append(function(alpha, sigma, *(as_float(leaf)[0] for leaf in leaves)))
         return jax.tree.unflatten(structure, out)
 
-    def _coefficients(self, space, alpha, sigma):
+    def _coefficients(self, space: Space, alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(p, q) of a space."""
         return SPACES[space](alpha, sigma, self.sigma_data)
 
-    def prior(self, noise, t: float):
-        """The state that sampling starts from at t: noise times each leaf's prior_std(t). noise: tree of [B, ...]."""
+    def prior(self, noise: Tree, t: float) -> Tree:
+        """Return the state that sampling starts from at t: noise, leaves [B, ...], times each leaf's prior_std(t)."""
         leaves, structure = jax.tree.flatten(noise)
         scales = (schedule.prior_std(t) for schedule in self.leaf_schedules(noise))
         return structure.unflatten(leaf * scale for leaf, scale in zip(leaves, scales, strict=True))
 
-    def network_input(self, x_t, t):
-        """What the network is fed for x_t: itself, or of unit variance, c_in x_t, where it predicts in edm's space."""
+    def network_input(self, x_t: Tree, t: jax.Array) -> Tree:
+        """Return what the network reads for x_t: x_t itself or, in edm's space, c_in x_t, which has unit variance."""
         if self.parameterization != "edm":
             return x_t
         return self._map(lambda alpha, sigma, x: x / jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2), t, x_t)
 
-    def corrupt(self, x0, noise, t):
-        """x_t = alpha x0 + sigma noise. x0, noise: trees of [B, ...]; t: [B]."""
+    def corrupt(self, x0: Tree, noise: Tree, t: jax.Array) -> Tree:
+        """Return x_t = alpha x0 + sigma noise; x0 and noise are trees of [B, ...], t is [B]."""
         return self._map(lambda alpha, sigma, x, n: alpha * x + sigma * n, t, x0, noise)
 
-    def target(self, x0, noise, t, space):
-        """What a perfect network of this space would return (the regression target): p x0 + q noise."""
+    def target(self, x0: Tree, noise: Tree, t: jax.Array, space: Space) -> Tree:
+        """Return the regression target of a network of this space, p x0 + q noise."""
 
-        def leaf(alpha, sigma, x, n):
+        def leaf(alpha: jax.Array, sigma: jax.Array, x: jax.Array, n: jax.Array) -> jax.Array:
             p, q = self._coefficients(space, alpha, sigma)
             return p * x + q * n
 
         return self._map(leaf, t, x0, noise)
 
-    def convert(self, prediction, x_t, t, from_space, to_space):
-        """A prediction made at (x_t, t) in one space, as the same prediction in another. Trees of [B, ...]; t: [B]."""
+    def convert(self, prediction: Tree, x_t: Tree, t: jax.Array, from_space: Space, to_space: Space) -> Tree:
+        """Return a prediction made at (x_t, t) in one space as the same prediction in another.
 
-        def leaf(alpha, sigma, y, x):
+        prediction, x_t: trees of [B, ...]; t: [B].
+        """
+
+        def leaf(alpha: jax.Array, sigma: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
             if from_space == to_space:
                 return y
             (p, q), (p_to, q_to) = (self._coefficients(space, alpha, sigma) for space in (from_space, to_space))
@@ -223,12 +227,12 @@ class Process:
 
         return self._map(leaf, t, prediction, x_t)
 
-    def to_x0(self, raw, x_t, t):
-        """The network's output at (x_t, t) as an estimate of x0."""
+    def to_x0(self, raw: Tree, x_t: Tree, t: jax.Array) -> Tree:
+        """Return the network's output at (x_t, t) as an estimate of x0."""
         return self.convert(self._split(raw, x_t)[0], x_t, t, self.parameterization, "x0")
 
-    def _split(self, raw, x_t):
-        """The network's output as (prediction, the variance's values), trees like x_t; None for what is not learned."""
+    def _split(self, raw: Tree, x_t: Tree) -> tuple[Tree, Tree]:
+        """The network's output as (prediction, values of the variance), trees like x_t; None if it is not learned."""
         factor = 2 if self.learned_variance else 1
         leaves, structure = jax.tree.flatten(raw)
         for leaf, x in zip(leaves, jax.tree.leaves(x_t), strict=True):
@@ -243,12 +247,28 @@ class Process:
         halves = zip(*(jnp.split(leaf, 2, axis=-1) for leaf in leaves), strict=True)
         return tuple(structure.unflatten(half) for half in halves)
 
-    def loss(self, raw, x0, noise, x_t, t, leaf_weights=None):
-        """Per-sample loss [B], the sum over leaves of leaf weight * weight(t) * mean squared error in the loss space.
+    def loss(
+        self,
+        raw: Tree,
+        x0: Tree,
+        noise: Tree,
+        x_t: Tree,
+        t: jax.Array,
+        leaf_weights: Sequence[float | jax.Array] | None = None,
+    ) -> jax.Array:
+        """Return the per-sample loss [B].
 
-        With learned_variance each leaf adds leaf weight * its variational bound, in bits per element.
-        raw: the network's output at (x_t, t); x_t = corrupt(x0, noise, t). leaf_weights: one float or [B] per
-        leaf, None for 1 each; ValueError where their number is not the variable's.
+        It is the sum over leaves of leaf weight * weight(t) * mean squared error in the loss space; with
+        learned_variance each leaf adds leaf weight * its variational bound, in bits per element.
+
+        Args:
+            raw: the network's output at (x_t, t).
+            x0, noise, x_t: trees of [B, ...], where x_t = corrupt(x0, noise, t).
+            t: times [B].
+            leaf_weights: a float or [B] for each leaf; None is 1 each.
+
+        Raises:
+            ValueError: if the number of leaf weights is not that of the leaves, or the output has other shapes.
         """
         schedules = self.leaf_schedules(x0)
         leaf_weights = (1.0,) * len(schedules) if leaf_weights is None else leaf_weights
@@ -260,7 +280,7 @@ class Process:
         raw, values = self._split(raw, x_t)
         target = jax.tree.leaves(self.target(x0, noise, t, space))
         prediction = jax.tree.leaves(self.convert(raw, x_t, t, self.parameterization, space))
-        total = 0.0
+        total = jnp.zeros(())
         for schedule, leaf_weight, y, truth in zip(schedules, leaf_weights, prediction, target, strict=True):
             weight = leaf_weight * self.weight(schedule, t, space)
             total = total + weight * jnp.mean(jnp.square(y - truth), axis=tuple(range(1, y.ndim)))
@@ -272,18 +292,19 @@ class Process:
             total = total + leaf_weight * variational_bound(schedule, self.discrete_steps, x, x_hat, t, value)
         return total
 
-    def weight(self, schedule, t, space):
-        """Weight [B] of the squared error in `space` at times t [B]."""
-        if WEIGHTINGS[self.weighting] is None:
+    def weight(self, schedule: Schedule, t: jax.Array, space: Space) -> jax.Array:
+        """Return the weight [B] of the squared error in `space` at times t [B]."""
+        in_x0 = WEIGHTINGS[self.weighting]
+        if in_x0 is None:
             return jnp.ones_like(t)
         alpha, sigma = schedule(t)
         p, q = self._coefficients(space, alpha, sigma)
         gamma = self.gamma or (self.sigma_data and self.sigma_data**-2)
-        in_x0 = WEIGHTINGS[self.weighting](jnp.exp(2 * schedule.log_snr(t)), self.sigma_data, gamma)
-        return in_x0 * jnp.square(sigma / (alpha * q - sigma * p))
+        weight = in_x0(jnp.exp(2 * schedule.log_snr(t)), self.sigma_data, gamma)
+        return weight * jnp.square(sigma / (alpha * q - sigma * p))
 
-    def sample_time(self, keys):
-        """Training times [B] from typed keys [B], one per row of the GLOBAL batch (stratified: row i has stratum i)."""
+    def sample_time(self, keys: jax.Array) -> jax.Array:
+        """Draw training times [B] by keys [B], one per row of the GLOBAL batch (stratified: row i in stratum i)."""
         u = TIME_SAMPLINGS[self.time_sampling](jax.vmap(jax.random.uniform)(keys))
         if self.density is not None:
             inside = jnp.clip(u, 2.0**-24, 1 - 2.0**-24)  # a float32 u can be 0 or, stratified, round to 1
@@ -294,12 +315,12 @@ class Process:
             return jnp.asarray(steps, u.dtype)[index]
         return self.t_min + (1 - self.t_min) * u
 
-    def c_noise(self, t):
-        """What the network is told about the time, [B]: time_scale * (t or log(sigma / alpha)) + time_offset."""
+    def c_noise(self, t: jax.Array) -> jax.Array:
+        """Return what the network is told of t [B]: time_scale * (t or log(sigma / alpha)) + time_offset."""
         return self.time_scale * (t if self.noise_input == "t" else -self.schedules[0].log_snr(t)) + self.time_offset
 
 
-def check_name(name, value, allowed):
-    """Raise ValueError, naming the allowed values, where an option's value is not one of them."""
+def check_name(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ValueError, naming the allowed values, if an option's value is not one of them."""
     if value not in allowed:
         raise ValueError(f"{name} = {value!r} is not known: use one of {', '.join(map(repr, allowed))}")

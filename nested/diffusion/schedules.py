@@ -13,10 +13,12 @@ stratified noise levels (k_diffusion/utils.py:267-385, whose laws and end points
 Arithmetic is float32, or float64 where the inputs are; numpy in, numpy float64 out (sampler tables).
 """
 
+import abc
 import dataclasses
 import functools
 import math
-from typing import Protocol
+from types import ModuleType
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,43 +26,63 @@ import numpy as np
 
 
 class Schedule(Protocol):
-    """What a Process and the samplers ask of a schedule. numpy in, numpy float64 out (tables); jax in, jax out.
+    """What a Process and the samplers use of a schedule: numpy in, numpy float64 out (for tables); jax in, jax out.
 
-    The Euler sampler in time asks for beta(t) besides.
+    The Euler samplers in time also use beta(t), and the learned variance log_alpha(t), of VariancePreserving.
     """
 
-    def __call__(self, t):
-        """(alpha, sigma) at t, of t's shape."""
+    def __call__(self, t: Any, /) -> tuple[Any, Any]:
+        """Return (alpha, sigma) at t, of t's shape."""
+        ...
 
-    def log_snr(self, t):
-        """lambda = log(alpha / sigma) at t; decreasing in t."""
+    def log_snr(self, t: Any, /) -> Any:
+        """Return lambda = log(alpha / sigma) at t; it decreases in t."""
+        ...
 
-    def inverse_log_snr(self, log_snr):
-        """The t at which log(alpha / sigma) has this value."""
+    def inverse_log_snr(self, log_snr: Any, /) -> Any:
+        """Return the t at which log(alpha / sigma) has this value."""
+        ...
 
-    def prior_std(self, t):
-        """Standard deviation of the state that sampling starts from at t."""
+    def prior_std(self, t: Any, /) -> Any:
+        """Return the standard deviation of the state that sampling starts from at t."""
+        ...
 
 
-class VariancePreserving:
-    """A schedule with alpha^2 + sigma^2 = 1. A subclass gives log_alpha(t), beta(t) and inverse_log_alpha(value)."""
+class Density(Protocol):
+    """A law of noise levels, as its inverse distribution function."""
 
-    def __call__(self, t):
+    def __call__(self, u: jax.Array, /) -> jax.Array:
+        """Return the noise levels s = sigma / alpha for u in [0, 1), of u's shape."""
+        ...
+
+
+class VariancePreserving(abc.ABC):
+    """A schedule with alpha^2 + sigma^2 = 1. A subclass gives log_alpha and, unless it is Shifted, the others."""
+
+    @abc.abstractmethod
+    def log_alpha(self, t: Any) -> Any:
+        """Return log alpha at t."""
+
+    def inverse_log_alpha(self, log_alpha: Any) -> Any:
+        """Return the t at which log alpha has this value."""
+        raise NotImplementedError
+
+    def __call__(self, t: Any) -> tuple[Any, Any]:
         t, xp = as_float(t)
         log_alpha = self.log_alpha(t)
         return xp.exp(log_alpha), xp.sqrt(xp.abs(xp.expm1(2 * log_alpha)))
 
-    def log_snr(self, t):
+    def log_snr(self, t: Any) -> Any:
         t, xp = as_float(t)
         log_alpha = self.log_alpha(t)
         return log_alpha - 0.5 * xp.log(xp.abs(xp.expm1(2 * log_alpha)))
 
-    def inverse_log_snr(self, log_snr):
+    def inverse_log_snr(self, log_snr: Any) -> Any:
         log_snr, xp = as_float(log_snr)
         return self.inverse_log_alpha(-0.5 * xp.logaddexp(-2.0 * log_snr, xp.zeros_like(log_snr)))
 
-    def prior_std(self, t):
-        """1: the data's variance, and so every marginal's."""
+    def prior_std(self, t: Any) -> Any:
+        """Return 1: the data's deviation, and so that of every marginal."""
         return 1.0
 
 
@@ -71,15 +93,15 @@ class LinearVP(VariancePreserving):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
-    def log_alpha(self, t):
+    def log_alpha(self, t: Any) -> Any:
         t, _ = as_float(t)
         return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
 
-    def beta(self, t):
+    def beta(self, t: Any) -> Any:
         t, _ = as_float(t)
         return self.beta_min + (self.beta_max - self.beta_min) * t
 
-    def inverse_log_alpha(self, log_alpha):
+    def inverse_log_alpha(self, log_alpha: Any) -> Any:
         log_alpha, xp = as_float(log_alpha)
         root = xp.sqrt(self.beta_min**2 - 4 * (self.beta_max - self.beta_min) * log_alpha)
         return -4 * log_alpha / (self.beta_min + root)
@@ -92,27 +114,27 @@ class PiecewiseVP(VariancePreserving):
     betas: tuple[float, ...]
 
     @functools.cached_property
-    def _nodes(self):
+    def _nodes(self) -> tuple[np.ndarray, np.ndarray]:
         """log alpha at t = 0, 1/N ... 1, and its N differences."""
         nodes = 0.5 * np.cumsum([0.0, *np.log1p(-np.asarray(self.betas, np.float64))])
         return nodes, np.diff(nodes)
 
-    def _segment(self, t, xp):
-        """Of the segment that holds t: log alpha where it starts, its rise, and how far along it t is, in [0, 1]."""
+    def _segment(self, t: Any, xp: ModuleType) -> tuple[Any, Any, Any]:
+        """The segment that holds t: log alpha at its start, its rise, and how far along it t lies, in [0, 1]."""
         nodes, slopes = (xp.asarray(values, t.dtype) for values in self._nodes)
         position = t * len(self.betas)
         index = xp.clip(xp.floor(position), 0, len(self.betas) - 1).astype(np.int32)
         return nodes[index], slopes[index], position - index
 
-    def log_alpha(self, t):
+    def log_alpha(self, t: Any) -> Any:
         node, slope, offset = self._segment(*as_float(t))
         return node + slope * offset
 
-    def beta(self, t):
-        """-2 d log alpha / dt."""
+    def beta(self, t: Any) -> Any:
+        """Return -2 d log alpha / dt."""
         return -2 * len(self.betas) * self._segment(*as_float(t))[1]
 
-    def inverse_log_alpha(self, log_alpha):
+    def inverse_log_alpha(self, log_alpha: Any) -> Any:
         log_alpha, xp = as_float(log_alpha)
         nodes, slopes = (xp.asarray(values, log_alpha.dtype) for values in self._nodes)
         index = xp.clip(xp.searchsorted(-nodes, -log_alpha) - 1, 0, len(slopes) - 1)
@@ -123,87 +145,89 @@ class PiecewiseVP(VariancePreserving):
 class Shifted(VariancePreserving):
     """SNR(t) = base SNR(t) / scale^power, SNR = (alpha / sigma)^2 (ml-mdm samplers.py:255-264, 'cosine-shiftN').
 
-    scale: how many times finer the grid is, per side, than the one that `base` is for. power 2 keeps the SNR of images
-    averaged down to that grid (simple diffusion, 2301.11093); 1 is the 256-pixel model's. Raises ValueError for a scale
-    that is not positive.
+    scale: how many times finer the grid is, per side, than the one that `base` is for. A power of 2 keeps the SNR of
+    images averaged down to that grid (simple diffusion, 2301.11093); the 256-pixel model has 1. Raises ValueError for a
+    scale that is not positive.
     """
 
     base: VariancePreserving
     scale: float
     power: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.scale > 0:
             raise ValueError(f"Shifted: scale = {self.scale}: expected a positive number")
 
-    def log_alpha(self, t):
+    def log_alpha(self, t: Any) -> Any:
         _, xp = as_float(t)
         log_alpha = self.base.log_alpha(t)
         return log_alpha - 0.5 * xp.log1p((1 - self.scale**self.power) * xp.expm1(2 * log_alpha))
 
-    def inverse_log_snr(self, log_snr):
+    def inverse_log_snr(self, log_snr: Any) -> Any:
         return self.base.inverse_log_snr(log_snr + 0.5 * self.power * math.log(self.scale))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExponentialVE:
-    """alpha = 1, sigma(t) = sigma_min^(1 - t) sigma_max^t: EDM's variance exploding process, as far as it is ever used.
+    """alpha = 1, sigma(t) = sigma_min^(1 - t) sigma_max^t: EDM's variance exploding process.
 
-    The formula goes on outside [0, 1]. Raises ValueError unless 0 < sigma_min < sigma_max.
+    The range is wider than any sampler uses, and the formula goes on outside [0, 1].
+    Raises ValueError unless 0 < sigma_min < sigma_max.
     """
 
     sigma_min: float = 1e-3
     sigma_max: float = 1e3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"ExponentialVE: sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
                 "expected 0 < sigma_min < sigma_max"
             )
 
-    def __call__(self, t):
+    def __call__(self, t: Any) -> tuple[Any, Any]:
         t, xp = as_float(t)
         return xp.ones_like(t), xp.exp(-self.log_snr(t))
 
-    def log_snr(self, t):
+    def log_snr(self, t: Any) -> Any:
         t, _ = as_float(t)
         return -math.log(self.sigma_min) - t * math.log(self.sigma_max / self.sigma_min)
 
-    def inverse_log_snr(self, log_snr):
+    def inverse_log_snr(self, log_snr: Any) -> Any:
         log_snr, _ = as_float(log_snr)
         return (-log_snr - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
-    def prior_std(self, t):
-        """sigma(t): the data's own variance is left out, as EDM and k-diffusion do."""
+    def prior_std(self, t: Any) -> Any:
+        """Return sigma(t), without the data's own variance, as EDM and k-diffusion do."""
         return self(t)[1]
 
 
-def sd_scaled_linear(steps=1000, beta_start=0.00085, beta_end=0.012) -> PiecewiseVP:
-    """Stable Diffusion's betas, linear in their square root; U-ViT on latents (train_ldm_discrete.py)."""
+def sd_scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> PiecewiseVP:
+    """Return Stable Diffusion's betas, linear in their square root; U-ViT on latents (train_ldm_discrete.py)."""
     return PiecewiseVP(tuple(float(root) ** 2 for root in np.linspace(beta_start**0.5, beta_end**0.5, steps)))
 
 
-def ldm_linear(steps=1000, beta_start=0.0015, beta_end=0.0195) -> PiecewiseVP:
-    """Latent diffusion's 'linear' betas (arXiv 2112.10752), which are linear in their square root too; RCG's."""
+def ldm_linear(steps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195) -> PiecewiseVP:
+    """Return latent diffusion's 'linear' betas (arXiv 2112.10752), which are linear in their square root too; RCG's."""
     return sd_scaled_linear(steps, beta_start, beta_end)
 
 
-def ddpm_linear(steps=1000, beta_start=1e-4, beta_end=0.02) -> PiecewiseVP:
-    """DDPM's betas (arXiv 2006.11239), which ADM and DiT train with."""
+def ddpm_linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> PiecewiseVP:
+    """Return DDPM's betas (arXiv 2006.11239), which ADM and DiT train with."""
     return PiecewiseVP(tuple(np.linspace(beta_start, beta_end, steps).tolist()))
 
 
-def cosine(steps=1000, max_beta=0.999) -> PiecewiseVP:
-    """squaredcos_cap_v2 (Nichol & Dhariwal, arXiv 2102.09672): alpha^2 ~ cos^2((t + .008) / 1.008 pi/2), betas cut."""
+def cosine(steps: int = 1000, max_beta: float = 0.999) -> PiecewiseVP:
+    """Return squaredcos_cap_v2 (Nichol & Dhariwal, 2102.09672): alpha^2 ~ cos^2((t + .008) / 1.008 pi/2), betas cut."""
     alpha_squared = np.cos((np.linspace(0.0, 1.0, steps + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
     return PiecewiseVP(tuple(float(min(beta, max_beta)) for beta in 1 - alpha_squared[1:] / alpha_squared[:-1]))
 
 
-def cosine_log_snr(steps=1000, limit=5.0) -> PiecewiseVP:
-    """Salimans & Ho's cosine (2202.00512), log SNR = -2 log tan from `limit` to -limit (ml-mdm's 'COSINE').
+def cosine_log_snr(steps: int = 1000, limit: float = 5.0) -> PiecewiseVP:
+    """Return Salimans & Ho's cosine (2202.00512), log SNR = -2 log tan from `limit` to -limit (ml-mdm's 'COSINE').
 
-    Already the first step is at SNR e^limit; t = 0 is clean."""
+    The first step is already at SNR e^limit; t = 0 is clean.
+    """
     first, last = math.atan(math.exp(-limit / 2)), math.atan(math.exp(limit / 2))
     alpha_squared = np.cos(np.linspace(first, last, steps)) ** 2
     return PiecewiseVP(tuple((1 - alpha_squared / np.concatenate([[1.0], alpha_squared[:-1]])).tolist()))
@@ -213,13 +237,13 @@ def cosine_log_snr(steps=1000, limit=5.0) -> PiecewiseVP:
 class LogNormal:
     """log s ~ N(mean, std^2) (EDM: -1.2, 1.2). u is kept 1e-7 from 0 and from 1, as in k-diffusion."""
 
-    mean: float
-    std: float
+    mean: Annotated[float, "mean of log s"]
+    std: Annotated[float, "standard deviation of log s"]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_positive(std=self.std)
 
-    def __call__(self, u):
+    def __call__(self, u: jax.Array) -> jax.Array:
         return jnp.exp(self.mean + self.std * jax.scipy.special.ndtri(u * (1 - 2e-7) + 1e-7))
 
 
@@ -227,19 +251,19 @@ class LogNormal:
 class LogLogistic:
     """log s logistic around `mean` with scale `scale`, restricted to [sigma_min, sigma_max]."""
 
-    mean: float
-    scale: float
-    sigma_min: float = 0.0
-    sigma_max: float = math.inf
+    mean: Annotated[float, "mean of log s"]
+    scale: Annotated[float, "scale of log s"]
+    sigma_min: Annotated[float, "the smallest noise level"] = 0.0
+    sigma_max: Annotated[float, "the largest noise level"] = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_positive(scale=self.scale)
         _check_range(self.sigma_min, self.sigma_max, least=0.0)
 
-    def _cdf(self, sigma):
+    def _cdf(self, sigma: float) -> float:
         return 1 / (1 + (math.exp(self.mean) / sigma) ** (1 / self.scale)) if sigma else 0.0
 
-    def __call__(self, u):
+    def __call__(self, u: jax.Array) -> jax.Array:
         low, high = self._cdf(self.sigma_min), self._cdf(self.sigma_max)
         return jnp.exp(self.mean + self.scale * jax.scipy.special.logit(low + u * (high - low)))
 
@@ -248,13 +272,13 @@ class LogLogistic:
 class LogUniform:
     """log s uniform between sigma_min and sigma_max."""
 
-    sigma_min: float
-    sigma_max: float
+    sigma_min: Annotated[float, "the smallest noise level"]
+    sigma_max: Annotated[float, "the largest noise level"]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
 
-    def __call__(self, u):
+    def __call__(self, u: jax.Array) -> jax.Array:
         low, high = math.log(self.sigma_min), math.log(self.sigma_max)
         return jnp.exp(low + u * (high - low))
 
@@ -263,15 +287,15 @@ class LogUniform:
 class VDiffusion:
     """s = sigma_data tan(pi v / 2), v uniform: v-diffusion's cosine schedule, between sigma_min and sigma_max."""
 
-    sigma_data: float
-    sigma_min: float = 0.0
-    sigma_max: float = math.inf
+    sigma_data: Annotated[float, "standard deviation of the data"]
+    sigma_min: Annotated[float, "the smallest noise level"] = 0.0
+    sigma_max: Annotated[float, "the largest noise level"] = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_positive(sigma_data=self.sigma_data)
         _check_range(self.sigma_min, self.sigma_max, least=0.0)
 
-    def __call__(self, u):
+    def __call__(self, u: jax.Array) -> jax.Array:
         low, high = (2 / math.pi * math.atan(sigma / self.sigma_data) for sigma in (self.sigma_min, self.sigma_max))
         return self.sigma_data * jnp.tan(math.pi / 2 * (low + u * (high - low)))
 
@@ -283,48 +307,49 @@ class CosineInterpolated:
     With shift(n) = 2 log(n / image_size) and C(u; n) the cosine schedule of the log SNR moved by it, from that of
     sigma_max to that of sigma_min: log SNR(u) = (1 - u) C(u; noise_low) + u C(u; noise_high), and
     s = sigma_data exp(-log SNR / 2).
-    image_size: side of the images in pixels. noise_low, noise_high: the resolutions whose noise levels are mixed.
     """
 
-    image_size: int
-    sigma_data: float
-    noise_low: int = 32
-    noise_high: int | None = None  # None: image_size
-    sigma_min: float = 1e-3
-    sigma_max: float = 1e3
+    image_size: Annotated[int, "side of the images in pixels"]
+    sigma_data: Annotated[float, "standard deviation of the data"]
+    noise_low: Annotated[int, "the resolution whose noise levels weigh most at large s"] = 32
+    noise_high: Annotated[int | None, "the resolution whose noise levels weigh most at small s; None: image_size"] = (
+        None
+    )
+    sigma_min: Annotated[float, "the smallest noise level"] = 1e-3
+    sigma_max: Annotated[float, "the largest noise level"] = 1e3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_positive(image_size=self.image_size, sigma_data=self.sigma_data, noise_low=self.noise_low)
         _check_positive(noise_high=self.noise_high or self.image_size)
         _check_range(self.sigma_min, self.sigma_max)
 
-    def _shifted(self, u, noise_size):
+    def _shifted(self, u: jax.Array, noise_size: int) -> jax.Array:
         """Log SNR (of power) of the cosine schedule at u."""
         shift = 2 * math.log(noise_size / self.image_size)
         low, high = (-2 * math.log(sigma / self.sigma_data) - shift for sigma in (self.sigma_max, self.sigma_min))
         start, end = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
         return -2 * jnp.log(jnp.tan(end + u * (start - end))) + shift
 
-    def __call__(self, u):
+    def __call__(self, u: jax.Array) -> jax.Array:
         low, high = self._shifted(u, self.noise_low), self._shifted(u, self.noise_high or self.image_size)
         return self.sigma_data * jnp.exp(-((1 - u) * low + u * high) / 2)
 
 
-def _check_positive(**values):
+def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"process.density.{name} = {value}: expected a positive number")
 
 
-def _check_range(sigma_min, sigma_max, least=None):
+def _check_range(sigma_min: float, sigma_max: float, least: float | None = None) -> None:
     if not (sigma_min > 0 or sigma_min == least) or not sigma_min < sigma_max:
         raise ValueError(
             f"process.density: sigma_min = {sigma_min}, sigma_max = {sigma_max}: expected 0 < sigma_min < sigma_max"
         )
 
 
-def as_float(value):
-    """(value in float32 or better, its array module): numpy float64 for host values, jax otherwise."""
+def as_float(value: Any) -> tuple[Any, ModuleType]:
+    """Return (value in float32 or better, its array module): numpy float64 for host values, jax otherwise."""
     if isinstance(value, jax.Array):
         return value.astype(jnp.promote_types(value.dtype, jnp.float32)), jnp
     return np.asarray(value, np.float64), np

@@ -15,7 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nested.diffusion import hierarchy
+from nested.diffusion import conditioning, hierarchy
+from nested.diffusion.level import Level, buffer_predicate, is_shape, map_shape
+from nested.diffusion.process import Tree
 from nested.runtime.files import atomic_write
 from nested.training.optimizer import path_name
 
@@ -28,7 +30,7 @@ class LevelSummary:
     macs: of one forward pass."""
 
     name: str
-    shape: hierarchy.Tree
+    shape: Tree
     tokens: int
     parameters: int
     macs: int
@@ -93,16 +95,15 @@ def sub_jaxprs(params: dict) -> list:
     return found
 
 
-def levels(levels_: Sequence[hierarchy.Level]) -> list[LevelSummary]:
+def levels(levels_: Sequence[Level]) -> list[LevelSummary]:
     """One LevelSummary per level, coarse to fine."""
     params = jax.eval_shape(lambda: hierarchy.init(levels_, jax.random.key(0)))
     variables = {
-        level.name: hierarchy.map_shape(lambda s: jax.ShapeDtypeStruct((1, *s), jnp.float32), level.shape)
-        for level in levels_
+        level.name: map_shape(lambda s: jax.ShapeDtypeStruct((1, *s), jnp.float32), level.shape) for level in levels_
     }
-    result, is_buffer = [], hierarchy.is_buffer(levels_)
+    result, is_buffer = [], buffer_predicate(levels_)
     for level in levels_:
-        cond = jax.eval_shape(lambda v, level=level: hierarchy.blank_conditions(level, v), variables)
+        cond = jax.eval_shape(lambda v, level=level: conditioning.blank_conditions(level, v), variables)
         macs = count_macs(
             lambda p, x, c, level=level: hierarchy.apply_network(level, p, train=False)(x, jnp.zeros(1), c),
             params[level.name],
@@ -120,12 +121,12 @@ def state_bytes(abstract_state) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
 
 
-def shown_shape(shape: hierarchy.Tree) -> str:
+def shown_shape(shape: Tree) -> str:
     """'(32, 32, 4)', and of several resolutions '7x7x1 + 14x14x1'."""
-    return str(shape) if hierarchy.is_shape(shape) else " + ".join("x".join(map(str, leaf)) for leaf in shape)
+    return str(shape) if is_shape(shape) else " + ".join("x".join(map(str, leaf)) for leaf in shape)
 
 
-def summary(levels_: Sequence[hierarchy.Level], abstract_state, out: str = "") -> str:
+def summary(levels_: Sequence[Level], abstract_state, out: str = "") -> str:
     """The table as text; with `out`, the same as JSON in that file."""
     rows = levels(levels_)
     total = {"parameters": sum(row.parameters for row in rows), "macs": sum(row.macs for row in rows)}

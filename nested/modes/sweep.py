@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 
 from nested.build.levels import build_levels
 from nested.build.options import to_plain
-from nested.diffusion import hierarchy
+from nested.diffusion.level import Level
 from nested.figures import curves as plots
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
@@ -65,7 +65,7 @@ class Combination:
     """values: {option: value}. levels: the hierarchy with them. config: the fingerprint of the config with them."""
 
     values: dict[str, Any]
-    levels: tuple[hierarchy.Level, ...]
+    levels: tuple[Level, ...]
     config: str
 
 
@@ -116,7 +116,7 @@ def check_places(config, options: Sequence[str]) -> None:
             taken[id(place), key] = option
 
 
-def check_effects(levels: Sequence[hierarchy.Level], options: Sequence[str]) -> None:
+def check_effects(levels: Sequence[Level], options: Sequence[str]) -> None:
     """ValueError for an option that changes nothing in this hierarchy."""
     for option in options:
         what = option.rpartition(".")[2]
@@ -140,7 +140,7 @@ def places(config, option: str) -> list[tuple[Any, str]]:
     return [(config.hierarchy, name)] if part == "hierarchy" and name in HIERARCHY and not levels else []
 
 
-def assign(config, option: str, value, levels: Sequence[hierarchy.Level]) -> None:
+def assign(config, option: str, value, levels: Sequence[Level]) -> None:
     """Sets an option of the config; `levels` says which levels a single guidance is for."""
     found = places(config, option)
     values = [value] * len(found)
@@ -156,7 +156,7 @@ def assign(config, option: str, value, levels: Sequence[hierarchy.Level]) -> Non
             place[key] = typed(option, one, kind)
 
 
-def can_be_guided(level: hierarchy.Level) -> bool:
+def can_be_guided(level: Level) -> bool:
     """Whether guidance has a condition to leave out: one that can be absent."""
     return bool(
         level.num_classes or level.null_text is not None or (level.conditions and level.condition_noise is None)

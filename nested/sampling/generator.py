@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from nested.build import data as build_data
-from nested.diffusion import hierarchy
+from nested.diffusion import conditioning, hierarchy
+from nested.diffusion.level import Level, fold_rows
 from nested.runtime import partition
 from nested.runtime.writers import Progress
 from nested.sampling.requests import sample_keys, sample_labels
@@ -63,7 +64,7 @@ class Generator:
     text, prompts: the encoder of the prompts, which the samples have in turn; None and () where no level sees text."""
 
     config: Any
-    levels: tuple[hierarchy.Level, ...]
+    levels: tuple[Level, ...]
     latents: Any
     mesh: Any
     draw_variables: Callable
@@ -143,7 +144,7 @@ class Generator:
             [dataclasses.replace(level, guidance=w, **gamma) for level, w in zip(self.levels, weights, strict=True)]
         )
 
-    def with_levels(self, levels: Sequence[hierarchy.Level]) -> "Generator":
+    def with_levels(self, levels: Sequence[Level]) -> "Generator":
         """The same with levels that are sampled differently; programs that stay the same are not compiled again."""
         return make_generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
 
@@ -163,8 +164,8 @@ class Generator:
         def draw(params, codec_params, context):
             keys = {level.name: sample_keys(self.config.seed, [index]) for level in self.levels}
             variables = hierarchy.sample(self.levels[:-1], params, keys, context)
-            cond = hierarchy.conditions(finest, variables, context)
-            keys = hierarchy.fold_rows(keys[finest.name], len(self.levels) - 1)
+            cond = conditioning.conditions(finest, variables, context)
+            keys = fold_rows(keys[finest.name], len(self.levels) - 1)
             _, estimates = hierarchy.sample_level(finest, params[finest.name], cond, keys, shown)
             return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates), codec_params)
 
@@ -175,7 +176,7 @@ class Generator:
 
 
 def make_generator(
-    config, levels: Sequence[hierarchy.Level], latents, mesh, text=None, prompts=(), programs: Programs | None = None
+    config, levels: Sequence[Level], latents, mesh, text=None, prompts=(), programs: Programs | None = None
 ) -> Generator:
     """A Generator for these levels; `latents` decodes the finest level's variable, `text` (build_data.Text) encodes
     prompts: those given, or config.sample.prompts, or the data's captions. programs: where compiled ones may be found.
@@ -200,9 +201,7 @@ def make_generator(
     return Generator(config, tuple(levels), latents, mesh, draw_variables, decode, text, prompts, programs)
 
 
-def make_draw(
-    seed: int, levels: tuple[hierarchy.Level, ...], latents, mesh, programs: Programs
-) -> tuple[Callable, Callable]:
+def make_draw(seed: int, levels: tuple[Level, ...], latents, mesh, programs: Programs) -> tuple[Callable, Callable]:
     """Generator.draw_variables and Generator.decode: what hierarchy.sample does, a program per level, and one that
     decodes."""
     split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
@@ -215,9 +214,7 @@ def make_draw(
 
     @functools.partial(jax.jit, out_shardings=split)
     def prepare(indices, context, fixed):
-        keys = {
-            level.name: hierarchy.fold_rows(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)
-        }
+        keys = {level.name: fold_rows(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)}
         return keys, context, fixed
 
     def draw_variables(params, indices, context, fixed):
@@ -227,7 +224,7 @@ def make_draw(
                 continue
 
             def sample_level(params, seen, context, keys, level=level):
-                return hierarchy.sample_level(level, params, hierarchy.conditions(level, seen, context), keys)
+                return hierarchy.sample_level(level, params, conditioning.conditions(level, seen, context), keys)
 
             seen = {name: variables[name] for name in level.conditions}
             arguments = (params[level.name], seen, context, keys[level.name])

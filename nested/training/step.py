@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from nested.diffusion import hierarchy
+from nested.diffusion.denoiser import Cond
+from nested.diffusion.level import Level, buffer_predicate, row_keys, select_context
 from nested.training import optimizer as opt
 
 Tree = Any
@@ -54,7 +56,7 @@ class Step:
       accumulate: number of groups that a batch is split into, one after the other, to save memory.
     """
 
-    levels: tuple[hierarchy.Level, ...]
+    levels: tuple[Level, ...]
     latents: VariableReader
     optimizer: opt.OptimizerConfig
     trained: tuple[str, ...]
@@ -75,14 +77,14 @@ def init_state(step: Step, key: jax.Array) -> TrainState:
 
 def make_level_optimizer(step: Step) -> opt.GradientTransformation:
     """The optimizer of the trained levels; constants of the networks are left alone."""
-    return opt.make_optimizer(step.optimizer, hierarchy.is_buffer(step.levels))
+    return opt.make_optimizer(step.optimizer, buffer_predicate(step.levels))
 
 
 def mean_losses(
     step: Step,
     params: Tree,
     variables: Mapping[str, Tree],
-    context: hierarchy.Cond,
+    context: Cond,
     times: Mapping[str, jax.Array],
     keys: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -100,10 +102,10 @@ def gradients(
     Group a holds rows a, a + accumulate, ...: the batch axis stays where it is sharded, nothing moves.
     """
     batch = jax.tree.leaves(raw)[0].shape[0]
-    keys = hierarchy.row_keys(key, batch)
+    keys = row_keys(key, batch)
     variables = step.latents.variables(raw, jax.random.fold_in(key, batch))
     times = hierarchy.sample_times(step.levels, keys)
-    data = (variables, hierarchy.select_context(step.levels, raw), times, keys)
+    data = (variables, select_context(step.levels, raw), times, keys)
     grad = jax.grad(lambda p, *rows: mean_losses(step, p, *rows), has_aux=True)
     if step.accumulate == 1:
         return grad(params, *data)
@@ -143,7 +145,7 @@ def train_step(
     finite = jnp.isfinite(total) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     updates, opt_state = make_level_optimizer(step).update(grads, state.opt_state, trained)
     params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), trained, updates)
-    decay, is_buffer = opt.ema_decay(step.optimizer, state.step), hierarchy.is_buffer(step.levels)
+    decay, is_buffer = opt.ema_decay(step.optimizer, state.step), buffer_predicate(step.levels)
     ema = opt.ema_update({name: state.ema[name] for name in step.trained}, params, decay, is_buffer)
     new = state.replace(params=frozen | params, ema={**state.ema, **ema}, opt_state=opt_state)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(step=state.step + 1)
@@ -162,8 +164,8 @@ def validation_losses(
 ) -> dict[str, jax.Array]:
     """{"validation/LEVEL/t0.5": mean loss of the EMA weights} at the given times, always with the same noise."""
     batch = jax.tree.leaves(raw)[0].shape[0]
-    keys = hierarchy.row_keys(jax.random.key(0), batch)
-    variables, context = step.latents.variables(raw, jax.random.key(1)), hierarchy.select_context(step.levels, raw)
+    keys = row_keys(jax.random.key(0), batch)
+    variables, context = step.latents.variables(raw, jax.random.key(1)), select_context(step.levels, raw)
     metrics = {}
     for t in times:
         fixed = {level.name: jnp.full((batch,), t) for level in step.levels}

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested.diffusion import hierarchy, process, schedules
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import hierarchy, process, samplers, schedules
+from nested.diffusion.level import Level, row_keys
 from nested.models import layers
 
 SHAPES = ((2, 2, 1), (4, 4, 1))
@@ -34,7 +34,7 @@ class Leafwise(layers.Backbone):
 def joint(**changes):
     """A level of 2 and 4 pixels whose network predicts x0 and is told 1000 t."""
     proc = process.Process((schedules.cosine(),), parameterization="x0", time_scale=1000.0)
-    level = hierarchy.Level("x", SHAPES, Leafwise(), proc, samplers.DDIM(4), leaf_weights=(1.0, 0.5))
+    level = Level("x", SHAPES, Leafwise(), proc, samplers.DDIM(4), leaf_weights=(1.0, 0.5))
     return dataclasses.replace(level, **changes)
 
 
@@ -44,6 +44,6 @@ def of_images(batch, seed=0):
 
 
 def losses(level, params, batch=4, variables=None, train=True):
-    keys = hierarchy.row_keys(jax.random.key(1), batch)
+    keys = row_keys(jax.random.key(1), batch)
     times = {"x": jnp.full(batch, 0.3)}  # one time, as Leafwise adds the mean
     return hierarchy.losses((level,), params, variables or of_images(batch), {}, times, keys, train=train)["x"]

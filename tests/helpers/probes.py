@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nested.diffusion import hierarchy, process, schedules
-from nested.diffusion.samplers import dpm_solver as samplers
+from nested.diffusion import process, samplers, schedules
+from nested.diffusion.level import Level, row_keys
 from nested.models import layers
 
 
@@ -32,16 +32,14 @@ class Probe(layers.Backbone):
 def make_levels(**changes):
     proc = process.Process(schedules=(schedules.sd_scaled_linear(),), parameterization="x0")
     sampler = samplers.DDIM(steps=4, eta=0.0)
-    top = hierarchy.Level("top", (1, 1, 2), Probe(), proc, sampler)
-    middle = hierarchy.Level("middle", (2, 2, 3), Probe(("top",)), proc, sampler, ("top",), (0.5,))
-    bottom = hierarchy.Level(
-        "bottom", (4, 4, 1), Probe(("top", "middle"), 10), proc, sampler, ("top", "middle"), (0.5, 0.0), 10
-    )
+    top = Level("top", (1, 1, 2), Probe(), proc, sampler)
+    middle = Level("middle", (2, 2, 3), Probe(("top",)), proc, sampler, ("top",), (0.5,))
+    bottom = Level("bottom", (4, 4, 1), Probe(("top", "middle"), 10), proc, sampler, ("top", "middle"), (0.5, 0.0), 10)
     return top, dataclasses.replace(middle, **changes), dataclasses.replace(bottom, **changes)
 
 
 def draw(batch, seed=0):
-    keys = hierarchy.row_keys(jax.random.key(seed), batch)
+    keys = row_keys(jax.random.key(seed), batch)
     variables = {
         "top": jax.random.normal(jax.random.key(1), (batch, 1, 1, 2)),
         "middle": jax.random.normal(jax.random.key(2), (batch, 2, 2, 3)),

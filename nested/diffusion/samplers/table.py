@@ -15,65 +15,122 @@ grid of the process's first schedule. Noise n_k of sample i is drawn with fold_i
 """
 
 import abc
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+from nested.diffusion.denoiser import Cond, DenoiseFn
+from nested.diffusion.process import Process, Tree
+from nested.diffusion.schedules import Schedule
 
 CLEAN = None  # the time of the data itself: alpha = 1, sigma = 0, whatever the schedule says near t = 0
 X0 = (0.0, 1.0)  # the output m = x0
 
+Time = float | None  # a time in [0, 1], or CLEAN
+Plan = list[tuple[Any, ...]]  # for each step its times (start, ..., end), floats; the last end may be CLEAN
+DrawFn = Callable[[Any, int, jax.Array], jax.Array]  # (k, j, leaf) -> the noise n_k of leaf j
+
+
+class Sampler(Protocol):
+    """What the hierarchy uses of a sampler."""
+
+    def start(self, process: Process, /) -> float:
+        """Return the time whose marginal x_T must have."""
+        ...
+
+    def span(self, process: Process, /) -> tuple[float, float]:
+        """Return the times of the first and of the last evaluation."""
+        ...
+
+    def nfe(self, process: Process, /) -> int:
+        """Return the number of network evaluations of one call."""
+        ...
+
+    def __call__(
+        self,
+        keys: jax.Array,
+        denoise: DenoiseFn,
+        process: Process,
+        x_T: Tree,
+        cond: Cond,
+        shown: Sequence[int] = (),
+        /,
+    ) -> Tree:
+        """Draw samples.
+
+        Args:
+            keys: [B] typed keys, one per sample. Sample i depends on row i of keys, x_T and cond only.
+            denoise: the estimate of x0.
+            process: the diffusion of the variable.
+            x_T: the state at start(), a tree of [B, ...].
+            cond: the conditions, [B, ...] each.
+            shown: numbers of evaluations, from 0 on, whose estimates of x0 are returned too.
+
+        Returns:
+            A tree like x_T in float32 or better. With `shown`, (that tree, the estimates, leaves [len(shown), B, ...]).
+        """
+        ...
+
 
 class Row(NamedTuple):
-    """One network evaluation and the state it leads to."""
+    """One network evaluation and the state it leads to; in a Table its numbers are arrays [K, ...]."""
 
-    t: float
-    output: tuple[float, float]  # m = output[0] x + output[1] x0
-    base: float
-    history: tuple[float, ...]  # coefficients of m, newest first
-    noise: float
-    commit: bool
-    last_noise: float = 0.0  # coefficient of the previous row's noise
+    t: Any
+    output: Any  # m = output[0] x + output[1] x0
+    base: Any
+    history: Any  # coefficients of m, newest first
+    noise: Any
+    commit: Any
+    last_noise: Any = 0.0  # coefficient of the previous row's noise
 
 
 class Table(NamedTuple):
-    """What a leaf's sampling is made of."""
+    """What a leaf's sampling is made of.
 
-    rows: Row  # of arrays [K, ...]; last_noise is None where no row has any
-    opening: tuple[float, float] | None = None  # (scale, noise); None for x = x_T
+    rows: arrays [K, ...]; last_noise is None if no row has any. opening: (scale, noise); None if x is x_T.
+    """
+
+    rows: Row
+    opening: tuple[Any, Any] | None = None
 
 
-class Sampler(abc.ABC):
-    """What the samplers share. A subclass is a frozen dataclass of options with `plan` and `rows`."""
+class TableSampler(abc.ABC):
+    """The base class of our samplers: a subclass is a frozen dataclass of options with `plan` and `rows`."""
 
     @abc.abstractmethod
-    def plan(self, schedule) -> list[tuple]:
-        """The steps, each the times (start, ..., end): one evaluation at every time but the last."""
+    def plan(self, schedule: Schedule) -> Plan:
+        """Return the steps, each as times (start, ..., end), with one evaluation at every time but the last."""
 
     @abc.abstractmethod
-    def rows(self, schedule, plan) -> list[Row]:
-        """The table's rows for one leaf's schedule."""
+    def rows(self, schedule: Schedule, plan: Plan) -> list[Row]:
+        """Return the table's rows for one leaf's schedule."""
 
-    def start(self, process) -> float:
-        """The time whose marginal x_T must have."""
+    def start(self, process: Process) -> float:
+        """Return the time whose marginal x_T must have."""
         return 1.0
 
-    def span(self, process) -> tuple[float, float]:
-        """Times of the first and of the last evaluation."""
+    def span(self, process: Process) -> tuple[float, float]:
+        """Return the times of the first and of the last evaluation."""
         plan = self.plan(process.schedules[0])
         return plan[0][0], plan[-1][-2]
 
-    def opening(self, schedule, plan, start) -> tuple[float, float] | None:
-        """(scale, noise) from x_T, at `start`, to the state of the first evaluation; None where that is x_T."""
+    def opening(self, schedule: Schedule, plan: Plan, start: float) -> tuple[float, float] | None:
+        """Return (scale, noise) from x_T, at `start`, to the state of the first evaluation; None if that is x_T."""
         return None
 
-    def nfe(self, process) -> int:
-        """Number of network evaluations of one call."""
+    def nfe(self, process: Process) -> int:
+        """Return the number of network evaluations of one call."""
         return sum(len(times) - 1 for times in self.plan(process.schedules[0]))
 
-    def tables(self, process, variable) -> tuple[Table, ...]:
-        """One table per leaf, numpy float64. Raises ValueError where the schedule makes a coefficient infinite."""
+    def tables(self, process: Process, variable: Tree) -> tuple[Table, ...]:
+        """Return one table per leaf, in numpy float64.
+
+        Raises ValueError if the schedule makes a coefficient infinite.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):  # _stack reports what is not finite, in one line
             plan, start = self.plan(process.schedules[0]), self.start(process)
             return tuple(
@@ -81,22 +138,34 @@ class Sampler(abc.ABC):
                 for schedule in process.leaf_schedules(variable)
             )
 
-    def __call__(self, keys, denoise, process, x_T, cond, shown=()):
-        """keys: [B] typed keys, one per sample; denoise: a DenoiseFn; x_T: tree of [B, ...], the state at start().
-
-        Returns a tree like x_T in float32 or better. Sample i depends on row i of keys, x_T and cond only.
-        shown: numbers of evaluations, from 0 on; with any, (that tree, the estimates of x0 that these evaluations gave,
-        leaves [len(shown), B, ...]) is returned.
-        """
+    def __call__(
+        self, keys: jax.Array, denoise: DenoiseFn, process: Process, x_T: Tree, cond: Cond, shown: Sequence[int] = ()
+    ) -> Tree:
+        """Draw samples: see `Sampler`."""
         tables = self.tables(process, x_T)
         random = any(table.rows.noise.any() or table.opening for table in tables)
         return run(tables, keys if random else None, denoise, x_T, cond, shown=shown)
 
 
-def run(tables, keys, denoise, x_T, cond, draw=None, shown=()):
-    """Run one table per leaf from x_T with a single lax.scan. keys: [B], or None for tables without noise.
+def run(
+    tables: Sequence[Table],
+    keys: jax.Array | None,
+    denoise: DenoiseFn,
+    x_T: Tree,
+    cond: Cond,
+    draw: DrawFn | None = None,
+    shown: Sequence[int] = (),
+) -> Tree:
+    """Run one table per leaf from x_T with a single lax.scan.
 
-    draw(k, j, leaf): the noise n_k of leaf j, like `leaf`; None draws it from keys, as above. shown: as for a Sampler.
+    Args:
+        tables: one per leaf of x_T.
+        keys: [B] typed keys; None for tables without noise.
+        denoise, x_T, cond, shown: as for a Sampler.
+        draw: draw(k, j, leaf) is the noise n_k of leaf j, like `leaf`; None draws it from keys, as said above.
+
+    Raises:
+        ValueError: if `shown` names an evaluation that does not exist.
     """
     leaves, structure = jax.tree.flatten(x_T)
     leaves = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
@@ -132,6 +201,7 @@ def run(tables, keys, denoise, x_T, cond, draw=None, shown=()):
     states = []
     for index, (table, x) in enumerate(zip(tables, leaves, strict=True)):
         if table.opening is not None:
+            assert draw is not None, "a table that begins with noise needs keys, or draw"
             x = table.opening[0] * x + table.opening[1] * draw(count, index, x)
         states.append((x, x, (jnp.zeros_like(x),) * (depth - 1)))
     kept = [jnp.zeros((len(shown), *leaf.shape), leaf.dtype) for leaf in leaves] if shown else []
@@ -141,15 +211,15 @@ def run(tables, keys, denoise, x_T, cond, draw=None, shown=()):
     return (x, jax.tree.unflatten(structure, kept)) if shown else x
 
 
-def marginal(schedule, t):
-    """(alpha, sigma) at t, which may be CLEAN."""
+def marginal(schedule: Schedule, t: Time) -> tuple[Any, Any]:
+    """Return (alpha, sigma) at t, which may be CLEAN."""
     return (1.0, 0.0) if t is CLEAN else schedule(t)
 
 
-def backward_differences(log_snr):
-    """Estimates D1 of h m' and D2 of h^2 m'' / 2 by the 1, 2 or 3 newest outputs m, as vectors over them, newest first.
+def backward_differences(log_snr: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the estimates D1 of h m' and D2 of h^2 m'' / 2, as vectors over the newest outputs m, newest first.
 
-    log_snr: of those outputs, oldest first, and of the end of the step, which is h away from the newest output.
+    log_snr: of those 1, 2 or 3 outputs, oldest first, and of the end of the step, which is h away from the newest one.
     """
     steps = np.diff(log_snr)[::-1]
     gaps, units = steps[1:] / steps[0], np.eye(len(steps))
@@ -161,11 +231,11 @@ def backward_differences(log_snr):
     return first, second
 
 
-def _drawn_from(keys):
-    """draw(k, j, leaf) of normal noise, row i from keys[i]. The first leaf's is that of a variable of one leaf."""
+def _drawn_from(keys: jax.Array) -> DrawFn:
+    """Draw normal noise, row i from keys[i]. The first leaf's noise is that of a variable of one leaf."""
 
-    def draw(k, index, leaf):
-        def normal(key):
+    def draw(k: Any, index: int, leaf: jax.Array) -> jax.Array:
+        def normal(key: jax.Array) -> jax.Array:
             return jax.random.normal(jax.random.fold_in(key, index * 2**20 + k), leaf.shape[1:], leaf.dtype)
 
         return jax.vmap(normal)(keys)
@@ -173,13 +243,13 @@ def _drawn_from(keys):
     return draw
 
 
-def _cast(table, dtype):
-    """The table's numbers in a leaf's dtype."""
+def _cast(table: Table, dtype: DTypeLike) -> Table:
+    """The table with its numbers in a leaf's dtype."""
     cast = jax.tree.map(lambda column: jnp.asarray(column, dtype), table)
     return cast._replace(rows=cast.rows._replace(commit=table.rows.commit))
 
 
-def _stack(rows, sampler):
+def _stack(rows: list[Row], sampler: TableSampler) -> Row:
     depth = max(len(row.history) for row in rows)
     padded = [row._replace(history=row.history + (0.0,) * (depth - len(row.history))) for row in rows]
     stacked = Row(*(np.asarray(column) for column in zip(*padded, strict=True)))
