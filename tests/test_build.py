@@ -49,7 +49,7 @@ REFUSED = [
     ([("levels[0].process.schedules", ())], "config.levels[0].process: schedules is decided by other parts"),
     (
         [("levels[2].process.parameterization", "score")],
-        "config.levels[2].process: process.parameterization = 'score' is not known: use one of 'eps', 'x0', 'v'",
+        "config.levels[2].process.parameterization: 'score' given; choose from 'eps', 'x0', 'v', 'edm'",
     ),
     ([("levels[2].process.t_min", 0.1)], "config.levels[2].process: process.t_min = 0.1 has no effect with"),
     ([("levels[1].sampler.name", "ode")], "config.levels[1].sampler.name: 'ode' given; choose from 'ddpm', 'dd"),
