@@ -53,7 +53,7 @@ REFUSED = [
     ),
     ([("levels[2].process.t_min", 0.1)], "config.levels[2].process: process.t_min = 0.1 has no effect with"),
     ([("levels[1].sampler.name", "ode")], "config.levels[1].sampler.name: 'ode' given; choose from 'ddpm', 'dd"),
-    ([("levels[1].sampler.order", 3)], "config.levels[1].sampler: unknown option order; choose from steps, eta"),
+    ([("levels[1].sampler.order", 3)], "config.levels[1].sampler: unknown option order; choose from steps, t_end, "),
     ([("levels[1].sampler", dict(name="heun"))], "config.levels[1].sampler: the option steps is missing"),
     ([("levels[1].sampler.eta", 2.0)], "config.levels[1].sampler: sampler.eta = 2.0: expected a number from 0 to 1"),
 ]
