@@ -67,6 +67,19 @@ def test_construct_refuses(kind, given, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_options_within_an_option_are_constructed():
+    @dataclasses.dataclass(frozen=True)
+    class Ensemble:
+        first: Annotated[Archive, "tried first"] = Archive()
+        others: Annotated[tuple[Archive, ...], "tried in turn"] = ()
+
+    made = construct("part", Ensemble, dict(first=dict(index="first"), others=(dict(path="x"), Archive())), {})
+    assert made == Ensemble(Archive(index="first"), (Archive(path="x"), Archive()))
+    message = r"config.part.others\[1\]: unknown option stride; choose from path, index"
+    with pytest.raises(ValueError, match=message):
+        construct("part", Ensemble, dict(others=(dict(), dict(stride=1))), {})
+
+
 def test_an_option_that_is_set_but_not_read_is_refused():
     section = dict(path="x", stride=4, index="last")
     options.check_unread("data", section, "folder", SOURCES)

@@ -111,6 +111,8 @@ def choose(key: str, name: Any, table: Collection) -> Any:
 def construct(key: str, kind: Callable, options: Mapping[str, Any], derived: Mapping[str, Any]) -> Any:
     """kind(**options, **derived), where `derived` is what other parts of the config decide.
 
+    An option whose type is a dataclass is given as a dict of that one's options.
+
     Raises ValueError, with `key` for where the options stand, for an option that `kind` does not have, that is decided
     elsewhere, that is missing or whose value is not allowed, and for whatever `kind` itself refuses.
     """
@@ -122,13 +124,27 @@ def construct(key: str, kind: Callable, options: Mapping[str, Any], derived: Map
         raise ValueError(f"config.{key}: unknown option {', '.join(unknown)}; choose from {', '.join(known)}")
     if missing := [name for name, option in known.items() if option.default is REQUIRED and name not in options]:
         raise ValueError(f"config.{key}: the option {', '.join(missing)} is missing")
-    for name, value in options.items():
-        if known[name].allowed:
-            choose(f"{key}.{name}", value, known[name].allowed)
+    given = {name: _checked(f"{key}.{name}", value, known[name]) for name, value in options.items()}
     try:
-        return kind(**options, **derived)
+        return kind(**given, **derived)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.{key}: {error}") from error
+
+
+def _checked(key: str, value: Any, option: Option) -> Any:
+    """The value of an option, if it is allowed; where the option's type is a dataclass, or a tuple of one, made of the
+    dict or dicts of its options."""
+    if option.allowed:
+        choose(key, value, option.allowed)
+    if dataclasses.is_dataclass(option.type):
+        return _made(key, value, option.type)
+    if typing.get_origin(option.type) is tuple and dataclasses.is_dataclass(typing.get_args(option.type)[0]):
+        return tuple(_made(f"{key}[{i}]", one, typing.get_args(option.type)[0]) for i, one in enumerate(value))
+    return value
+
+
+def _made(key: str, value: Any, kind: Any) -> Any:
+    return construct(key, kind, value, {}) if isinstance(value, Mapping | ConfigDict) else value
 
 
 def _parameters(kind: Callable) -> dict[str, Option]:

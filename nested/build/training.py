@@ -24,12 +24,8 @@ def build_optimizer(config) -> opt.OptimizerConfig:
             f"config.train.steps is {steps}: cosine decay needs more than config.optimizer.warmup_steps, "
             f"{options.warmup_steps}; change one of them"
         )
-    given = dict(options)
-    given["groups"] = tuple(
-        construct(f"optimizer.groups[{i}]", opt.Group, dict(group), {}) for i, group in enumerate(options.groups)
-    )
     total = steps if options.decay == "cosine" else None
-    return construct("optimizer", opt.OptimizerConfig, given, dict(total_steps=total))
+    return construct("optimizer", opt.OptimizerConfig, options, dict(total_steps=total))
 
 
 def batch_spans(config) -> list[BatchSpan]:
