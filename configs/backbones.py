@@ -1,7 +1,9 @@
 """The options of every backbone, by its function: those of a named variant, with changes. Used as common.uvit(...)."""
 
+from collections.abc import Mapping
 
-def with_changes(what: str, options: dict, variant: dict, changes: dict) -> dict:
+
+def with_changes(what: str, options: dict, variant: Mapping, changes: dict) -> dict:
     """A backbone's options with those of a variant, then with changes. ValueError: a change that is no option."""
     unknown = sorted(set(changes) - set(options))
     if unknown:

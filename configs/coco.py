@@ -27,7 +27,7 @@ ENCODERS = {"clip": "clip_vitb16", "mae": "mae_vitb16", "mocov3": "mocov3_vitb16
 SHAPES = {"z1x1": ("crops1", (1, 1, 256)), "z2x2": ("crops2", (2, 2, 128))}
 
 
-def get_config(arg: str = "L2"):
+def get_config(arg: str = "L2") -> common.Config:
     depth, encoder, source = common.parse(arg, ("L2", "L1", "L3"), tuple(ENCODERS), ("data", "synthetic"))
     depth = int(depth[1])
     config = common.default()

@@ -21,7 +21,7 @@ from configs.imagenet100 import VAE_CHANNELS
 SHAPES = ((2, 2, 40), (4, 4, 48), (6, 6, 56), (8, 8, 64))  # coarse to fine
 
 
-def get_config(arg: str = "L5"):
+def get_config(arg: str = "L5") -> common.Config:
     words = (("L5", "L1", "L2", "L3", "L4"), ("uncond", "text"), ("semantic", "vae"), ("data", "synthetic"))
     depth, kind, features, source = common.parse(arg, *words)
     shapes = SHAPES[len(SHAPES) + 1 - int(depth[1]) :]  # the draft adds levels on top

@@ -7,7 +7,7 @@ Any value can be overridden on the command line: --config.train.steps=100, --con
 from ml_collections import ConfigDict
 
 from configs.backbones import dit, hdit, nested_unet, net, res_mlp, uvit  # noqa: F401  configs use them as common.uvit(...)
-from nested.build.options import default_values
+from nested.build.options import Config, default_values
 from nested.build.sections import LevelOptions, default_options
 
 # U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
@@ -79,7 +79,7 @@ def text_options() -> dict:
     )
 
 
-def default() -> ConfigDict:
+def default() -> Config:
     """A config with every option; `levels` is left for the caller."""
     return ConfigDict(
         default_options()
@@ -128,12 +128,12 @@ def level(
     *,
     sigma: float = LevelOptions.sigma,
     guidance: float = LevelOptions.guidance,
-    backbone: ConfigDict | dict,
+    backbone: Config | dict,
     process: dict | None = None,
     sampler: dict | None = None,
     threshold: str = LevelOptions.threshold,
     standardize: str = LevelOptions.standardize,
-) -> ConfigDict:
+) -> Config:
     """One level. source: where its variable comes from: pixels | patch_pca | sd_vae | map | mapN (pooled to N x N
     before the SVD) | crops1 | crops2 | crops4 | codec | codecN (of the codec's latents, not the encoder's).
 
@@ -159,7 +159,7 @@ def level(
     )
 
 
-def pooled_levels(shapes: tuple, backbone: dict, sigma: float, features: str = "map", **how) -> tuple[ConfigDict, ...]:
+def pooled_levels(shapes: tuple, backbone: dict, sigma: float, features: str = "map", **how) -> tuple[Config, ...]:
     """The draft's semantic levels, coarse to fine: one feature map pooled to each of `shapes` (side, side, channels),
     then the SVD. features: map, or codec for its latents (the VAE ablation), whose channels cut those of the shapes."""
     return tuple(
@@ -168,7 +168,7 @@ def pooled_levels(shapes: tuple, backbone: dict, sigma: float, features: str = "
     )
 
 
-def synthetic(config: ConfigDict, num_examples: int) -> ConfigDict:
+def synthetic(config: Config, num_examples: int) -> Config:
     """The config on random latents, which have no images to draw or score."""
     config.data.update(source="synthetic", split=data_options()["split"], num_examples=num_examples, flip=False)
     config.train.sample_every = config.sample.num_samples = 0
@@ -176,7 +176,7 @@ def synthetic(config: ConfigDict, num_examples: int) -> ConfigDict:
     return config
 
 
-def use_preset(config: ConfigDict, name: str) -> None:
+def use_preset(config: Config, name: str) -> None:
     """Sets hierarchy.preset and the options that it means (nested/build/presets.py), also those of every level's
     network."""
     from nested.build import presets

@@ -23,20 +23,22 @@ Not run on a GPU. On two CPU cores the whole path ran with networks of width 128
 classes, which needs no network: z1x1 80.2 %, z4x4 81.9 %, x and pixels 74.5 %.
 """
 
+from typing import Any
+
 from configs import common
 from configs.emoji_mdm import PROMPTS
 
 SHAPES = {"z1x1": (1, 1, 64), "z4x4": (4, 4, 32)}
 
 
-def get_config(arg: str = "L3"):
+def get_config(arg: str = "L3") -> common.Config:
     depth, kind = common.parse(arg, ("L3", "L1", "L2"), ("uncond", "class", "text"))
     config = common.default()
     config.data.update(source="image_folder", num_classes=9, image_size=64, channels=3, holdout=256)
     config.encoder.update(input_size=128, map="stage4", features=("map",), components=(64,))
     config.codec.update(name="patch_pca", patch=4, channels=32)
     net = common.uvit("S", time_mlp=True)
-    how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(50))
+    how: dict[str, Any] = dict(process=common.sd_process("v"), sampler=common.dpm_solver(50))
     upper = [
         common.level(name, "map", shape, 1, sigma=0.5, backbone=dict(net, final_conv=False), **how)
         for name, shape in SHAPES.items()

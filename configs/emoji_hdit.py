@@ -13,7 +13,7 @@ Two CPU cores read and augment 610 images/s at 64 px, decoding webp each time: a
 from configs import common
 
 
-def get_config(arg: str = "64"):
+def get_config(arg: str = "64") -> common.Config:
     (side,) = common.parse(arg, ("64", "128"))
     size, extra = int(side), int(side == "128")
     config = common.default()

@@ -21,7 +21,7 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def get_config(arg: str = "progressive"):
+def get_config(arg: str = "progressive") -> common.Config:
     (kind,) = common.parse(arg, ("progressive", "nest", "mixed"))
     config = common.default()
     config.data.update(source="image_folder", image_size=64, channels=3, cache=True, holdout=64)
@@ -46,7 +46,7 @@ def get_config(arg: str = "progressive"):
     return config
 
 
-def nest(depth: int):
+def nest(depth: int) -> common.Config:
     """The nest of the `depth` coarsest resolutions."""
     nets = (
         common.net((256, 512), (2, 2), (0, 2), attention_ffn=True),
@@ -57,10 +57,10 @@ def nest(depth: int):
     return level(shapes, *nets[:depth])
 
 
-def level(shapes: tuple, *nets: dict):
+def level(shapes: tuple[tuple[int, ...], ...], *nets: dict) -> common.Config:
     """The one level of a model of these resolutions, conditioned on text."""
     return common.level(
-        "x", "pixels", shapes if len(shapes) > 1 else shapes[0], None, guidance=2.0,
+        "x", "pixels", shapes[0] if len(shapes) == 1 else shapes, None, guidance=2.0,
         backbone=common.nested_unet(nets=nets, time_width=512, text_proj=256, lm_layers=2),
         process=common.mdm_process(), sampler=common.mdm_sampler("ddim", 100, eta=0.0), threshold="dynamic_100",
     )  # fmt: skip

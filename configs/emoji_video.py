@@ -23,7 +23,7 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def get_config():
+def get_config() -> common.Config:
     config = common.default()
     config.data.update(
         source="clip_folder", image_size=64, channels=3, cache=True, frames=FRAMES, frame_stride=4, holdout=16
@@ -45,7 +45,7 @@ def get_config():
     return config
 
 
-def nest(depth: int):
+def nest(depth: int) -> common.Config:
     """The nest of the `depth` coarsest of SHAPES."""
     nets = (
         common.net((256, 512), (2, 2), (0, 2), attention_ffn=True),

@@ -15,10 +15,12 @@ and so are images seen, batch and solver evaluations. v-prediction and small net
 Expect: README.md "Does depth help?" has the measured scores, minutes and pictures.
 """
 
+from typing import Any
+
 from configs import common
 
 
-def get_config(arg: str = "L3"):
+def get_config(arg: str = "L3") -> common.Config:
     words = (("L3", "L1", "L2"), ("class", "uncond"), ("cvpr", "iclr"), ("semantic", "codec"))
     depth, kind, preset, features = common.parse(arg, *words)
     depth, conditional = int(depth[1]), kind == "class"
@@ -29,7 +31,7 @@ def get_config(arg: str = "L3"):
     config.encoder.update(input_size=64, map="stage4", components=(64,), fit_images=10000)
     config.encoder.features = ("map", "map1", "map2", "codec1", "codec2")  # one encoding serves every argument
     config.codec.update(name="patch_pca", patch=4, channels=8)  # 8 of 16 components: 97.4 % of the pixels' variance
-    how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))
+    how: dict[str, Any] = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))
     small = common.uvit(width=96, depth=4, num_heads=3, time_mlp=True, final_conv=False)
     base = common.uvit(width=128, depth=2, num_heads=4, time_mlp=True)
     if features == "codec":

@@ -9,18 +9,20 @@ global attention. U-ViT: the same 196 tokens, all attending. Process, optimizer 
 the same, the numbers of steps give equal time. Expect: README.md "HDiT" has the measured scores and pictures.
 """
 
+from typing import Any
+
 from configs import common
 
 SIGMA_DATA = 0.7  # standard deviation of the pixels in [-1, 1]
 
 
-def get_config(arg: str = "hdit"):
+def get_config(arg: str = "hdit") -> common.Config:
     (kind,) = common.parse(arg, ("hdit", "uvit"))
     config = common.default()
     config.data.update(
         source="idx", path="/usr/share/datasets/fashion-mnist", split="train", num_classes=10, holdout=256
     )
-    how = dict(process=common.edm_process(28, sigma_data=SIGMA_DATA), sampler=sampler())
+    how: dict[str, Any] = dict(process=common.edm_process(28, sigma_data=SIGMA_DATA), sampler=sampler())
     if kind == "uvit":
         how["process"]["time_scale"] = 250.0  # U-ViT's sinusoids want times of hundreds
     backbone = hdit() if kind == "hdit" else common.uvit(width=64, depth=4, num_heads=2, time_mlp=True)

@@ -17,7 +17,7 @@ from configs import common
 SIDES = (7, 14, 28)
 
 
-def get_config(arg: str = "progressive"):
+def get_config(arg: str = "progressive") -> common.Config:
     (kind,) = common.parse(arg, ("progressive", "nest", "simple", "cascade"))
     config = common.default()
     config.data.update(
@@ -58,7 +58,7 @@ def levels(kind: str) -> tuple:
     return (nest(3),)
 
 
-def nest(depth: int):
+def nest(depth: int) -> common.Config:
     """The nest of the `depth` coarsest resolutions."""
     nets = (
         common.net((96,), (2,), (1,), attention_ffn=True, groups=8),
@@ -69,7 +69,7 @@ def nest(depth: int):
     return level("x", shapes if depth > 1 else shapes[0], *nets[:depth])
 
 
-def level(name: str, shape: tuple, *nets: dict):
+def level(name: str, shape: tuple, *nets: dict) -> common.Config:
     return common.level(
         name, "pixels", shape, None, guidance=0.5, backbone=common.nested_unet(nets=nets, time_width=128, num_heads=4),
         process=common.mdm_process(), sampler=common.mdm_sampler("ddim", 25, eta=0.0), threshold="static",

@@ -13,7 +13,7 @@ Expect: README.md "HDiT" has the measured scores and pictures.
 from configs import common, fashion_mnist, fashion_mnist_hdit
 
 
-def get_config(arg: str = "class"):
+def get_config(arg: str = "class") -> common.Config:
     (kind,) = common.parse(arg, ("class", "uncond"))
     config = fashion_mnist.get_config(f"L3,{kind}")
     finest = fashion_mnist_hdit.get_config("hdit")

@@ -25,12 +25,14 @@ Departures: images are cropped as ADM does it (box halving, then bicubic), k-dif
 sampled with the posterior's variance, not the learned one, and trains in bfloat16 here.
 """
 
+from typing import Any
+
 from configs import common
 
 SIDES = ("128", "256", "512")
 
 
-def get_config(arg: str = "E"):
+def get_config(arg: str = "E") -> common.Config:
     row, side, skip, loss, data = common.parse(
         arg,
         ("E", "D", "C", "B2", "B1", "A", "R1", "R2", "R3", "R4"),
@@ -75,7 +77,7 @@ def get_config(arg: str = "E"):
 def network(row: str, extra: int, skip: str) -> dict:
     """HDiT's options of a row, with `extra` more levels than at 128 pixels."""
     plain = row in ("A", "B1", "B2", "R3", "R4")
-    changes = dict(
+    changes: dict[str, Any] = dict(
         skip=skip,
         feed_forward="gelu" if plain else "geglu",
         position="additive" if plain or row == "C" else "rope",

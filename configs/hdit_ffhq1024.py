@@ -13,7 +13,7 @@ trained with this config yet.
 from configs import common
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> common.Config:
     (data,) = common.parse(arg, ("ffhq", "synthetic"))
     config = common.default()
     if data == "ffhq":

@@ -31,7 +31,7 @@ SHAPES = {  # name: (source, shape, patch size, sigma unconditional, sigma class
 }
 
 
-def get_config(arg: str = "L3"):
+def get_config(arg: str = "L3") -> common.Config:
     args = common.parse(arg, ("L3", "L1", "L2", "L4", "L5", "L1_wide"), ("uncond", "class"), ("data", "synthetic"))
     depth, conditional = int(args[0][1]), args[1] == "class"
     config = common.default()

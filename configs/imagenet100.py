@@ -30,7 +30,7 @@ SHAPES = ((2, 2, 16), (4, 4, 24), (6, 6, 32))  # coarse to fine
 VAE_CHANNELS = 4
 
 
-def get_config(arg: str = "L4"):
+def get_config(arg: str = "L4") -> common.Config:
     words = (("L4", "L1", "L2", "L3"), ("uncond", "class"), ("semantic", "vae"), ("imagenet100", "imagenet1k"))
     depth, kind, features, data, source = common.parse(arg, *words, ("data", "synthetic"))
     depth, large, conditional = int(depth[1]), data == "imagenet1k", kind == "class"

@@ -1,7 +1,7 @@
 """configs/imagenet.py with L3: commands, cost and published scores are there. Arguments: class, synthetic."""
 
-from configs import imagenet
+from configs import common, imagenet
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> common.Config:
     return imagenet.get_config(f"L3,{arg}")

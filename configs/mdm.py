@@ -57,7 +57,7 @@ DEMO = {"s64": (50, 0.0), "s64s256": (100, 0.0), "s64s256s1024": (250, 1.0)}  # 
 BATCHES = {64: 2048, 256: 1024, 1024: 768} | {"s64t16": 512, "s64t16s256": 128}  # of one architecture: images by side
 
 
-def get_config(arg: str = "cc12m256"):
+def get_config(arg: str = "cc12m256") -> common.Config:
     name, preset, kind = common.parse(arg, (*RUNS, *SHAPES), ("paper", "released"), ("data", "synthetic"))
     architectures, batches, steps = RUNS.get(name) or ((name,), (batch_of(name),), (500_000,))
     classes = name == "imagenet256"
@@ -112,7 +112,7 @@ def batch_of(architecture: str) -> int:
     return BATCHES[architecture if architecture in CLIPS else SHAPES[architecture][-1][-2]]
 
 
-def level(architecture: str, preset: str, classes: bool = False, **changes):
+def level(architecture: str, preset: str, classes: bool = False, **changes) -> common.Config:
     """The one level of a Matryoshka model."""
     options = dict(text_proj=0, lm_layers=0, masked_cross_attention=True) if classes else {}
     shapes = SHAPES[architecture]

@@ -18,17 +18,21 @@ latent ones count (--mode=summary) and train on random latents (the word synthet
 on ImageNet; fashion_mnist_mdm.py is the small version.
 """
 
+from typing import Any
+
 from configs import common, mdm
 
 KINDS = ("simple", "simple_nested", "cascaded", "latent_f4", "latent_f8")
 
 
-def get_config(arg: str = "simple"):
+def get_config(arg: str = "simple") -> common.Config:
     kind, data = common.parse(arg, KINDS, ("data", "synthetic"))
     config = mdm.get_config("imagenet256" if kind != "latent_f8" else "cc12m256")
     config.phases = ()
     config.train.update(batch_size=256, steps=500_000)
-    how = dict(process=common.mdm_process(), sampler=common.mdm_sampler("ddpm", 250), threshold="dynamic_100")
+    how: dict[str, Any] = dict(
+        process=common.mdm_process(), sampler=common.mdm_sampler("ddpm", 250), threshold="dynamic_100"
+    )
     low = mdm.level("s64", "paper", classes=True)
     if kind == "simple":
         config.levels = (common.level("x", "pixels", (256, 256, 3), None, guidance=0.2, backbone=unet256(), **how),)
@@ -59,7 +63,7 @@ def unet256() -> dict:
     return common.nested_unet(nets=(net,))
 
 
-def latent_level(kind: str):
+def latent_level(kind: str) -> common.Config:
     """S64 on the latents of an autoencoder; no limit on their size while sampling."""
     classes = kind == "latent_f4"
     level = mdm.level("s64", "paper", classes=classes)

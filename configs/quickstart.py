@@ -8,16 +8,18 @@ generated conditions. Departures, for a run of minutes: v-prediction, static thr
 parameters, 20 solver evaluations. Expect: see README.md "Quick start".
 """
 
+from typing import Any
+
 from configs import common
 
 
-def get_config():
+def get_config() -> common.Config:
     config = common.default()
     config.data.update(source="digits", num_classes=10, holdout=128)
     config.encoder.update(input_size=64, map="stage4", features=("map",), components=(64,))
     small = common.uvit(width=96, depth=4, num_heads=3, time_mlp=True, final_conv=False)
     base = common.uvit(width=128, depth=2, num_heads=4, time_mlp=True)
-    how = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))
+    how: dict[str, Any] = dict(process=common.sd_process("v"), sampler=common.dpm_solver(20))
     config.levels = (
         common.level("z1x1", "map", (1, 1, 32), 1, sigma=0.5, guidance=0.5, backbone=small, **how),
         common.level("z2x2", "map", (2, 2, 16), 1, sigma=0.5, guidance=0.4, backbone=small, **how),

@@ -31,7 +31,7 @@ from configs import common
 PARTS = {"rdm": "rep", "dit": "x"}  # what they call a part: the level that it is
 
 
-def get_config(arg: str = "rdm"):
+def get_config(arg: str = "rdm") -> common.Config:
     part, size, label, data = common.parse(
         arg, tuple(PARTS), ("dit_xl", "dit_l", "dit_b"), ("uncond", "class"), ("data", "synthetic")
     )

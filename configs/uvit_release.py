@@ -37,7 +37,7 @@ MODELS = {  # name: (data, variant, image side, patch size, training steps)
 }
 
 
-def get_config(arg: str = "imagenet256_huge"):
+def get_config(arg: str = "imagenet256_huge") -> common.Config:
     (name,) = common.parse(arg, ("imagenet256_huge", *MODELS))
     data, variant, side, patch, steps = MODELS[name]
     config = common.default()

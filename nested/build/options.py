@@ -21,6 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+Config = Any  # ml_collections.ConfigDict, whose stubs make every section a union of values without attributes
+
 
 class Required:
     """The default of an option that has none."""
@@ -144,7 +146,7 @@ def _checked(key: str, value: Any, option: Option) -> Any:
 
 
 def _made(key: str, value: Any, kind: Any) -> Any:
-    return construct(key, kind, value, {}) if isinstance(value, Mapping | ConfigDict) else value
+    return construct(key, kind, dict(value), {}) if isinstance(value, (Mapping, ConfigDict)) else value
 
 
 def _parameters(kind: Callable) -> dict[str, Option]:
@@ -172,7 +174,7 @@ def from_plain(value: Any) -> Any:
     return tuple(from_plain(one) for one in value) if isinstance(value, list) else value
 
 
-def override(config: ConfigDict, changes: Mapping[str, Any], key: str) -> None:
+def override(config: Config, changes: Mapping[str, Any], key: str) -> None:
     """Sets in `config` what a nested dict of changes says.
 
     Raises ValueError for a name that config does not have, and for a section whose new value is not a dict.
@@ -183,7 +185,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any], key: str) -> None:
         if isinstance(config[name], ConfigDict):
             if not isinstance(value, (dict, ConfigDict)):
                 raise ValueError(f"config.{key}.{name}: {value!r} given, expected a dict of its options")
-            override(config[name], value, f"{key}.{name}")
+            override(config[name], dict(value), f"{key}.{name}")
         else:
             with config.ignore_type():
                 config[name] = value

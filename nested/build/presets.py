@@ -14,7 +14,7 @@ draft uses one weight at all levels, CVPR Sec. 4.2 weights that decay towards th
 
 import types
 
-from ml_collections import ConfigDict
+from nested.build.options import Config
 
 HIERARCHY = types.MappingProxyType({
     "cvpr": types.MappingProxyType(dict(conditioning="all_higher", cond_drop=0.1, cond_noise="sigma")),
@@ -27,7 +27,7 @@ BACKBONE = types.MappingProxyType({
 FEATURES = types.MappingProxyType({"cvpr": ("crops", "map"), "iclr": ("map", "codec")})  # how sources' names begin
 
 
-def check_preset(config: ConfigDict) -> None:
+def check_preset(config: Config) -> None:
     """Raises ValueError, naming the option, where config contradicts its hierarchy.preset; '' allows everything."""
     name = config.hierarchy.preset
     if not name:

@@ -3,16 +3,14 @@
 import dataclasses
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from input_pipeline.options import DataOptions, ImageData, ImageSourceOptions, SourceOptions
 from input_pipeline.sources import ImageSource
-from nested.build.options import check_unread, choose, construct, declared
+from nested.build.options import Config, check_unread, choose, construct, declared
 from nested.build.parts import SOURCES
 
 
 def build_source(
-    config: ConfigDict, levels: tuple[tuple[str, tuple[int, ...]], ...] = (), text: tuple[int, ...] = ()
+    config: Config, levels: tuple[tuple[str, tuple[int, ...]], ...] = (), text: tuple[int, ...] = ()
 ) -> SourceOptions:
     """The source that config.data names, with its options.
 
@@ -37,17 +35,17 @@ def build_source(
     return construct("data", kind, options, {name: value for name, value in decided.items() if name in names})
 
 
-def source_kind(config: ConfigDict) -> type[SourceOptions]:
+def source_kind(config: Config) -> type[SourceOptions]:
     """The class of the source that config.data names: whether it has clips, or random latents (`synthetic`)."""
     return choose("data.source", config.data.source, SOURCES)
 
 
-def build_data_options(config: ConfigDict) -> DataOptions:
+def build_data_options(config: Config) -> DataOptions:
     """What config.data says about the images of any source. Raises: ValueError (one line) for values not allowed."""
     return construct("data", DataOptions, {name: config.data[name] for name in declared(DataOptions)}, {})
 
 
-def build_images(config: ConfigDict) -> ImageData:
+def build_images(config: Config) -> ImageData:
     """The images of config.data, cropped and resized as it says; open() reads their index.
 
     Raises: as build_source and build_data_options; ValueError for a source without images.
@@ -58,12 +56,12 @@ def build_images(config: ConfigDict) -> ImageData:
     return ImageData(source, options)
 
 
-def images(config: ConfigDict) -> ImageSource:
+def images(config: Config) -> ImageSource:
     """The opened images of config.data."""
     return build_images(config).open()
 
 
-def shard_window(config: ConfigDict) -> int:
+def shard_window(config: Config) -> int:
     """The loader's shard_window: 0 where config.data.shuffle is 'global'."""
     return build_data_options(config).shuffle_buffer
 

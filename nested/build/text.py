@@ -1,9 +1,7 @@
 """Config -> the frozen text encoder of a run: the table of text encoders, and the only reader of config.text's part of
 it."""
 
-from ml_collections import ConfigDict
-
-from nested.build.options import choose
+from nested.build.options import Config, choose
 from nested.build.sources import source_kind
 from nested.encoders import clip_text, minilm, t5, text_encoder
 from nested.encoders.text_encoder import TextEncoder
@@ -11,7 +9,7 @@ from nested.encoders.text_encoder import TextEncoder
 TEXT_ENCODERS = {network.name: network for network in (minilm.NETWORK, t5.NETWORK, clip_text.NETWORK)}
 
 
-def load_text_encoder(config: ConfigDict) -> TextEncoder | None:
+def load_text_encoder(config: Config) -> TextEncoder | None:
     """The text encoder of a run, its parameters on the device; None if config.text.encoder is '' or the data are
     random. Raises ValueError if it gives features of another width than config.text.width."""
     options = config.text

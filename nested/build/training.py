@@ -5,7 +5,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from nested.build.options import choose, construct, override
+from nested.build.options import Config, choose, construct, override
 from nested.build.sources import source_kind
 from nested.training import optimizer as opt
 from nested.training.options import BatchSpan
@@ -16,7 +16,7 @@ STATE_KEYS = (
 )  # fmt: skip
 
 
-def build_optimizer(config) -> opt.OptimizerConfig:
+def build_optimizer(config: Config) -> opt.OptimizerConfig:
     """config.optimizer; 'cosine' decays to 0 at config.train.steps."""
     options, steps = config.optimizer, config.train.steps
     if options.decay == "cosine" and steps <= options.warmup_steps:
@@ -28,7 +28,7 @@ def build_optimizer(config) -> opt.OptimizerConfig:
     return construct("optimizer", opt.OptimizerConfig, options, dict(total_steps=total))
 
 
-def batch_spans(config) -> list[BatchSpan]:
+def batch_spans(config: Config) -> list[BatchSpan]:
     """The run's batch sizes, config.train.batch_size and batch_growth, in order."""
     train = config.train
     changes = [(0, train.batch_size), *((int(step), int(size)) for step, size in train.batch_growth)]
@@ -41,7 +41,7 @@ def batch_spans(config) -> list[BatchSpan]:
     return result
 
 
-def check_batch_size(config, devices: int) -> None:
+def check_batch_size(config: Config, devices: int) -> None:
     """Every batch must divide by the accumulation groups and each group by the devices."""
     groups = config.train.accumulate
     for batch in (span.batch_size for span in batch_spans(config)):
@@ -58,14 +58,14 @@ def check_batch_size(config, devices: int) -> None:
                 )
 
 
-def split_phases(config) -> list[tuple[str, ConfigDict]]:
+def split_phases(config: Config) -> list[tuple[str, Config]]:
     """[(name, config)] of the runs that train one after the other, each from the one before; the last is ('', config).
 
     An entry of config.phases says in what its phase differs: dict(name=, levels=, train=dict(steps=), ...). The last
     phase has the config's own values. Every later phase gets init_from.phase, the name of the one before it."""
     result, before = [], config.init_from.phase
     for i, changes in enumerate((*config.phases, None)):
-        phase = ConfigDict(config.copy_and_resolve_references())
+        phase: Config = ConfigDict(config.copy_and_resolve_references())
         phase.phases, name = (), ""
         if changes is not None:
             changes = dict(changes)
@@ -85,7 +85,7 @@ def split_phases(config) -> list[tuple[str, ConfigDict]]:
     return result
 
 
-def check_init_from(config) -> None:
+def check_init_from(config: Config) -> None:
     """Which of another run's weights to take, and into levels that there are."""
     choose("init_from.weights", config.init_from.weights, ("ema", "params"))
     if config.init_from.path and config.init_from.phase:
@@ -99,7 +99,7 @@ def check_init_from(config) -> None:
         choose("init_from.levels", name, [level.name for level in config.levels])
 
 
-def check_images_exist(config) -> None:
+def check_images_exist(config: Config) -> None:
     """Random latents have no images to draw or score; better said before training than after it."""
     asked = config.sample.num_samples or config.evaluate.num_samples or config.train.sample_every
     if source_kind(config).synthetic and asked:

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from nested import figures as pictures
-from nested.build.options import from_plain
+from nested.build.options import Config, from_plain
 from nested.build.saved import upgrade_saved_config
 from nested.modes import sample
 from nested.runtime.checkpoint import read_config
 from nested.runtime.files import atomic_write
 
 
-def config_of(path: str, config) -> ConfigDict:
+def config_of(path: str, config) -> Config:
     """The config of the run in `path`, with the seed and config.sample of `config`.
 
     What an earlier version wrote is brought up to date. Raises FileNotFoundError where there is no run."""

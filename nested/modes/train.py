@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import parameter_overview
-from ml_collections import ConfigDict
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels, trained_level_names
-from nested.build.options import construct, to_plain
+from nested.build.options import Config, construct, to_plain
 from nested.build.saved import upgrade_saved_config
 from nested.build.sources import shard_window
 from nested.build.text import load_text_encoder
@@ -75,7 +74,7 @@ def make_run(config, latents, text=None) -> Run:
     return Run(options, step, mesh, partition.abstract(shapes, shardings), shardings, key, features)
 
 
-def initial_state(run: Run, config: ConfigDict, root: str = "") -> TrainState:
+def initial_state(run: Run, config: Config, root: str = "") -> TrainState:
     """A new state on the mesh, with what config.init_from names taken from another run or from a phase of this one.
 
     root: the run's workdir, which holds its phases."""
@@ -91,7 +90,7 @@ def initial_state(run: Run, config: ConfigDict, root: str = "") -> TrainState:
     return state.replace(params=params, ema=ema)
 
 
-def training_batches(config: ConfigDict, records: Any, first: int) -> Generator[dict[str, np.ndarray], None, None]:
+def training_batches(config: Config, records: Any, first: int) -> Generator[dict[str, np.ndarray], None, None]:
     """This process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size."""
     return feed(
         records,
@@ -195,7 +194,7 @@ def train_phase(config, workdir: str, root: str) -> bool:
     return True
 
 
-def finish(run: Run, config: ConfigDict, text: Any, state: TrainState, source: Any, workdir: str) -> None:
+def finish(run: Run, config: Config, text: Any, state: TrainState, source: Any, workdir: str) -> None:
     """After the last step: makes the pictures and scores that the config asks for, and prints where they are."""
     lines = []
     if not config.sample.num_samples and not config.evaluate.num_samples:
