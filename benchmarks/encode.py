@@ -28,9 +28,9 @@ from absl import app, flags
 from benchmarks.report import report
 from input_pipeline import latent_records as records
 from nested.encoders import efficientnet
-from nested.latents import job as encoding
-from nested.latents import passes as encode
-from nested.spaces import codecs
+from nested.latents import passes
+from nested.latents.job import EncodingOptions, plan_job
+from nested.spaces.patch_pca import PatchPCA
 from nested.spaces.svd import CovarianceStream, fit_basis
 
 FLAGS = flags.FLAGS
@@ -83,12 +83,8 @@ def whole(count, rounds):
     """Rates of the network and of encoding, and the shares."""
     source = Images(count)
     network = efficientnet.load_efficientnet("", input_size=SIDE, map="stage4", vector="pool", features=("map",))
-    codec, cache = codecs.CodecConfig("patch_pca", 4, 16, **codecs.UNSET), encode.FEATURE_CACHE_BYTES
-    config = encoding.EncoderConfig(
-        name=network.name, weights="", input_size=SIDE, map="stage4", vector="pool", prefix="", dtype="float32",
-        features=("map",), components=(64,), svd="shared", center=True, fit_images=0, batch_size=BATCH,
-        shard_images=count,
-    )  # fmt: skip
+    codec, cache = PatchPCA(4, 16), passes.FEATURE_CACHE_BYTES
+    config = EncodingOptions(fit_images=0, batch_size=BATCH, shard_images=count)
     batch = jax.device_put(source.images[:BATCH])
 
     def alone():
@@ -97,9 +93,9 @@ def whole(count, rounds):
         jax.block_until_ready(last)
 
     def encoded(config, cache_bytes):
-        encode.FEATURE_CACHE_BYTES = cache_bytes
+        passes.FEATURE_CACHE_BYTES = cache_bytes
         with tempfile.TemporaryDirectory() as folder:
-            encode.encode(encoding.plan(source, network, config, codec, folder))
+            passes.encode(plan_job(source, network, config, codec, folder))
 
     in_shards = dataclasses.replace(config, fit_images=count // 8, shard_images=count // 8)
     runs = {

@@ -61,7 +61,7 @@ def of_autoencoder(name, dtype, batch):
     """The same of Stable Diffusion's."""
     function, side = AUTOENCODER[name], IMAGE // F8.patch
     shape = (side, side, F8.channels) if name == "sd_vae_decoder" else (IMAGE, IMAGE, F8.image_channels)
-    network = autoencoder_kl.AutoencoderKL(random_tensors(F8.shapes()), F8, ())
+    network = autoencoder_kl.Network(random_tensors(F8.shapes()), F8, ())
     params = network.decoder if name == "sd_vae_decoder" else network.encoder
     params = {key: jnp.asarray(array, dtype) for key, array in params.items()}
     x = jax.random.normal(jax.random.key(0), (batch, *shape), dtype)

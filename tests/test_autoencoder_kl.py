@@ -11,6 +11,7 @@ import pytest
 
 from nested.runtime import partition
 from nested.spaces import autoencoder_kl as kl
+from nested.spaces.space import equal_slices
 from nested.weights import files as weights
 
 MOMENTS = jax.random.normal(jax.random.key(3), (6, 2, 3, 8))
@@ -159,26 +160,30 @@ def test_weights_that_are_not_there(tmp_path):
 # --- the codec ---------------------------------------------------------------------------------------------------
 
 
+def raw(moments):
+    return {"sd_vae": moments}
+
+
 def test_latents_are_drawn_from_their_moments():
-    codec = kl.Codec(0.5, 4, "float32")
+    space = kl.LatentSpace((2, 3, 4), 0.5, 4, "float32", {})
     mean, logvar = np.split(np.asarray(MOMENTS), 2, axis=-1)
     std = np.exp(logvar / 2)
-    z = jax.vmap(lambda key: codec.encode(MOMENTS, key))(jax.random.split(jax.random.key(0), 4000))
+    z = jax.vmap(lambda key: space.variable(raw(MOMENTS), key))(jax.random.split(jax.random.key(0), 4000))
     np.testing.assert_allclose((z.mean(0) - 0.5 * mean) / std, 0, atol=0.04)
     np.testing.assert_allclose(z.std(0) / (0.5 * std), 1, atol=0.06)
-    np.testing.assert_array_equal(codec.encode(MOMENTS.astype(np.float16)), 0.5 * mean.astype(np.float16))
+    np.testing.assert_array_equal(space.variable(raw(MOMENTS.astype(np.float16)), None), 0.5 * mean.astype(np.float16))
     scores = (z - 0.5 * mean[None]) / (0.5 * std[None])
     correlation = np.corrcoef(scores.reshape(4000, -1)[:, ::7].T)  # of rows, positions and channels
     assert np.abs(correlation - np.eye(len(correlation))).max() < 0.08
 
 
 def test_a_row_is_drawn_from_its_number_and_the_key():
-    codec, key = kl.Codec(0.5, 4, "float32"), jax.random.key(1)
-    z = codec.encode(MOMENTS, key)
-    np.testing.assert_array_equal(codec.encode(MOMENTS[:2], key), z[:2])
-    np.testing.assert_allclose(jax.jit(codec.encode)(MOMENTS, key), z, atol=1e-6)
-    assert np.abs(codec.encode(MOMENTS, jax.random.key(2)) - z).min() > 0
-    same = codec.encode(jnp.broadcast_to(MOMENTS[:1], MOMENTS.shape), key)
+    space, key = kl.LatentSpace((2, 3, 4), 0.5, 4, "float32", {}), jax.random.key(1)
+    z = space.variable(raw(MOMENTS), key)
+    np.testing.assert_array_equal(space.variable(raw(MOMENTS[:2]), key), z[:2])
+    np.testing.assert_allclose(jax.jit(space.variable)(raw(MOMENTS), key), z, atol=1e-6)
+    assert np.abs(space.variable(raw(MOMENTS), jax.random.key(2)) - z).min() > 0
+    same = space.variable(raw(jnp.broadcast_to(MOMENTS[:1], MOMENTS.shape)), key)
     assert np.abs(same[0] - same[1]).max() > 0.1
 
 
@@ -187,7 +192,7 @@ def test_a_row_is_drawn_from_its_number_and_the_key():
     [(12, 4, 1, [4] * 3), (12, 5, 1, [4] * 3), (12, 99, 1, [12]), (12, 2, 3, [6] * 2), (14, 5, 2, [2] * 7)],
 )
 def test_slices_are_equal_and_divide_by_the_devices(rows, most, devices, sizes):
-    slices = kl.slices_of(rows, most, devices)
+    slices = equal_slices(rows, most, devices)
     assert [at.stop - at.start for at in slices] == sizes
     assert np.concatenate([np.arange(rows)[at] for at in slices]).tolist() == list(range(rows))
 

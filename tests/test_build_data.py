@@ -14,10 +14,10 @@ from helpers.toy_encoding import Source, Toy
 
 from configs import common, imagenet
 from nested.build import data as build_data
-from nested.build.parts import SOURCES
+from nested.build.options import declared_by_all
+from nested.build.parts import SOURCES, SPACES
 from nested.build.training import check_images_exist
 from nested.encoders import vit
-from nested.spaces import codecs
 
 
 def test_frozen_networks_ask_for_their_files_before_the_data_are_asked_for(tmp_path):
@@ -212,6 +212,6 @@ def test_synthetic_latents_cannot_be_drawn_and_this_is_said_at_the_start():
     check_images_exist(config)
 
 
-def test_what_a_codec_leaves_unset_is_what_the_defaults_say():
+def test_codecs_declare_the_defaults_of_their_section():
     default = common.default().codec.to_dict()
-    assert {key: default[key] for key in default if key not in ("name", "patch", "channels")} == codecs.UNSET
+    assert {"name": "pixels"} | {name: o.default for name, o in declared_by_all(SPACES.values()).items()} == default

@@ -21,7 +21,7 @@ from nested.build import data as build_data
 from nested.build.parts import SOURCES
 from nested.evaluation import memorization
 from nested.evaluation import report as evaluate
-from nested.latents import job as encoding
+from nested.latents.job import Job
 from nested.modes import neighbors, sample, train
 from nested.runtime import partition
 from nested.runtime.writers import read_metrics
@@ -129,11 +129,11 @@ def test_the_measured_scale_is_one_over_the_deviation_of_drawn_latents(encoded):
     workdir, source, latents = encoded
     batch = batch_of(source)
     both = np.concatenate([batch["sd_vae"], batch["sd_vae.mirrored"]])
-    codec = latents.transforms[-1]
-    z = np.asarray(jax.vmap(lambda key: codec.encode(both, key))(jax.random.split(jax.random.key(0), 8)))
+    space = latents.finest
+    z = np.asarray(jax.vmap(lambda key: space.variable({"sd_vae": both}, key))(jax.random.split(jax.random.key(0), 8)))
     assert z.std() == pytest.approx(1, abs=2e-3)
     measured = json.loads((workdir / "latents" / "latents.json").read_text())["sd_vae"]["measured_scale"]
-    assert codec.scale == measured
+    assert space.scale == measured
 
 
 def test_a_scale_that_is_given_is_used(encoded, weights):
@@ -141,17 +141,17 @@ def test_a_scale_that_is_given_is_used(encoded, weights):
     given = build_data.latents(make_config(weights, scale=0.18215), str(workdir))[1]
     batch = batch_of(source, 4)
     z, key = given.variables(batch, jax.random.key(3))["x"], jax.random.key(3)
-    ratio = 0.18215 / latents.transforms[-1].scale
+    ratio = 0.18215 / latents.finest.scale
     np.testing.assert_allclose(z, ratio * latents.variables(batch, key)["x"], atol=1e-5)
     np.testing.assert_array_equal(given.decode(z, given.params), latents.decode(z / ratio, latents.params))
 
 
-def test_killed_encoding_resumes_to_the_same_bytes(network, weights, tmp_path):
+def test_killed_encoding_resumes_to_the_same_bytes(weights, tmp_path):
     options = dict(
         config=dataclasses.replace(toy_encoding.CONFIG, features=("map", "codec2"), components=(4,)),
-        codec=dataclasses.replace(toy_encoding.CODEC, name="sd_vae", channels=4, weights=weights),
-        autoencoder=network, flip=True,
-    )  # fmt: skip
+        codec=kl.AutoencoderKL(patch=2, channels=4, weights=weights).open(),
+        flip=True,
+    )
     toy_encoding.run(tmp_path / "whole", **options)
     with pytest.raises(toy_encoding.Killed):
         toy_encoding.run(tmp_path / "killed", Source(killed_at={20: 2}), **options)
@@ -162,7 +162,7 @@ def test_killed_encoding_resumes_to_the_same_bytes(network, weights, tmp_path):
 def test_the_mode_encode_says_the_scale(encoded, weights, capsys):
     workdir, _, latents = encoded
     build_data.encode_data(make_config(weights), str(workdir))
-    scale = latents.transforms[-1].scale
+    scale = latents.finest.scale
     said = f"codec.scale: 1 / std of these latents is {scale:.5f}, the config has 0 (0: the measured one); --config.cod"
     assert capsys.readouterr().out.startswith(said)
     build_data.encode_data(tiny.get_config("synthetic"), str(workdir))
@@ -175,9 +175,8 @@ def test_records_of_imagenet_have_the_size_that_its_config_states(flip, kilobyte
     grids = dict(crops1=(1, 1, 768), crops2=(2, 2, 768), crops4=(4, 4, 768), map8=(8, 8, 768))
     layout = kl.Layout((128, 256, 512, 512), 2, 4, 3, ())
     options = types.SimpleNamespace(features=config.encoder.features, components=config.encoder.components)
-    job = encoding.Job(
-        None, None, options, None, None, 0, 1, 0.0, (256, 256, 3), grids, kl.AutoencoderKL({}, layout, ()), flip, True
-    )
+    codec = kl.OpenAutoencoder(kl.AutoencoderKL(patch=8), kl.Network({}, layout, ()))
+    job = Job(None, None, options, codec, None, 0, 1, 0.0, (256, 256, 3), grids, None, flip, True)
     assert round(sum(field.nbytes for field in job.fields) / 1000) == kilobytes
     assert config.data.flip and sum(field.name.endswith(".mirrored") for field in job.fields) == 5 * flip
 
@@ -337,11 +336,18 @@ def test_latents_of_other_weights_are_refused(encoded, network, weights, tmp_pat
         (dict(path=""), "config.codec.weights is '': sd_vae needs the autoencoder's weights; give a file"),
         (dict(patch=8), "codec.patch is 8, codec.channels 4: set them to 2 and 4"),
         (dict(dtype="float16"), "codec.dtype: 'float16' given; choose from 'float32', 'bfloat16'"),
-        (dict(scale=-1.0), "codec.scale -1.0, codec.batch_size 4 given; the scale is positive, or 0 to measure it"),
-        (dict(batch_size=0), "codec.batch_size 0 given"),
-        (dict(name="patch_pca"), "npz' given, but codec.name 'patch_pca' has no weights; leave it '', or set cod"),
-        (dict(name="pixels", path="", batch_size=16, scale=0.3), "codec.scale: 0.3 given, but codec.name 'pixels'"),
-        (dict(name="pixels", path="", batch_size=4), "codec.batch_size: 4 given, but codec.name 'pixels'"),
+        (dict(scale=-1.0), "config.codec: scale -1.0, batch_size 4 given; the scale is positive, or 0 to measure it"),
+        (dict(batch_size=0), "batch_size 0 given"),
+        (dict(name="patch_pca"), "npz', but 'patch_pca' does not read it, only sd_vae; set it to ''"),
+        (
+            dict(name="pixels", path="", batch_size=16, scale=0.3),
+            "config.codec.scale is 0.3, but 'pixels' does not",
+        ),
+        (dict(name="pixels", path="", batch_size=4), "config.codec.batch_size is 4, but 'pixels' does not read it"),
+        (
+            dict(name="pixels", path="", batch_size=16, patch=4),
+            "config.codec.patch is 4, but 'pixels' does not",
+        ),
         (dict(name="jpeg"), "codec.name: 'jpeg' given; choose from 'pixels', 'patch_pca', 'sd_vae'"),
     ],
 )

@@ -10,9 +10,9 @@ import pytest
 
 from nested.encoders import grids
 from nested.spaces import svd
-from nested.spaces.features import fit_level
-from nested.spaces.patch_pca import PatchPCA, patchify, unpatchify
-from nested.spaces.pixels import DOWNSAMPLINGS, Pixels, Pyramid, normalise
+from nested.spaces.features import fit_features
+from nested.spaces.patch_pca import PatchSpace, patchify, unpatchify
+from nested.spaces.pixels import DOWNSAMPLINGS, Images, Pyramid, normalise
 
 
 def features(seed, images=60, grid=(3, 4), channels=7, offset=3.0):
@@ -166,12 +166,12 @@ def test_pooled_standardisation_equals_brute_force(shape):
     z = features(4, channels=5).astype(np.float16)
     moments = svd.Moments.of(z[:23]).merge(svd.Moments.of(z[23:]))
     assert moments.n == 60
-    transform = fit_level(moments, (3, 4), shape)
+    transform = fit_features(moments, (3, 4), shape)
     rows, columns = grids.pooling_matrix(3, shape[0]), grids.pooling_matrix(4, shape[1])
     pooled = np.einsum("bhwk,ih,jw->bijk", z.astype(np.float64), rows, columns)[..., : shape[2]]
     np.testing.assert_allclose(transform.mean, pooled.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(transform.std, pooled.std((0, 1, 2)), rtol=1e-10)
-    y = np.asarray(jax.jit(transform.encode)(z))
+    y = np.asarray(jax.jit(lambda z: transform.variable({"": z}, None))(z))
     assert y.shape == (60, *shape) and y.dtype == np.float32
     np.testing.assert_allclose(y, (pooled - pooled.mean((0, 1, 2))) / pooled.std((0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(y.mean((0, 1, 2)), 0.0, atol=1e-5)
@@ -182,7 +182,7 @@ def test_a_channel_without_variance_is_refused():
     z = features(5, channels=4)
     z[..., 2] = 1.5
     with pytest.raises(ValueError, match="channel 2 of 4 has no variance left.*use at most 2 channels"):
-        fit_level(svd.Moments.of(z), (3, 4), (1, 1, 4))
+        fit_features(svd.Moments.of(z), (3, 4), (1, 1, 4))
 
 
 def test_information_is_the_mean_divergence():
@@ -205,10 +205,15 @@ def test_patchify_round_trip_and_order():
 
 def test_pixels_round_trip_and_clip():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    z = Pixels().encode(images)
+    space = Images((16, 16, 1))
+    z = space.variable({"image": images}, None)
     assert float(z.min()) == -1.0 and float(z.max()) == 1.0
-    np.testing.assert_array_equal(Pixels().decode(z), images)
-    np.testing.assert_array_equal(Pixels().decode(jnp.array([-3.0, -0.001, 0.001, 3.0])), [0, 127, 128, 255])
+    np.testing.assert_array_equal(space.decode(z, {}), images)
+    np.testing.assert_array_equal(space.decode(jnp.array([-3.0, -0.001, 0.001, 3.0]), {}), [0, 127, 128, 255])
+
+
+def variable(space, images):
+    return jax.jit(lambda image: space.variable({"image": image}, None))(images)
 
 
 def images_and_codec(channels, patch=4):
@@ -218,20 +223,20 @@ def images_and_codec(channels, patch=4):
     images = np.asarray(jax.image.resize(coarse, (50, 16, 16, 3), "bilinear")).round().astype(np.uint8)
     patches = patchify(normalise(images), patch)
     basis = svd.fit_basis(stream(np.asarray(patches)), channels)
-    return images, PatchPCA.from_basis(basis, patch, channels), basis
+    return images, PatchSpace.from_basis(basis, patch, (4, 4, channels)), basis
 
 
 def test_patch_pca_is_exact_at_full_rank():
     images, codec, _ = images_and_codec(48)
-    z = jax.jit(codec.encode)(images)
+    z = variable(codec, images)
     assert z.shape == (50, 4, 4, 48) and z.dtype == jnp.float32
-    np.testing.assert_array_equal(jax.jit(codec.decode)(z), images)
+    np.testing.assert_array_equal(jax.jit(codec.decode)(z, {}), images)
 
 
 def test_patch_pca_keeps_what_it_says():
     """Truncated: the mean squared error is the sum of the dropped eigenvalues, and the variance of z over all is 1."""
     images, codec, basis = images_and_codec(8)
-    z = np.asarray(codec.encode(images), np.float64)
+    z = np.asarray(variable(codec, images), np.float64)
     np.testing.assert_allclose(z.mean((0, 1, 2)), 0.0, atol=1e-5)
     assert np.mean(z**2) == pytest.approx(1.0, rel=1e-5)
     x = np.asarray(patchify(normalise(images), 4), np.float64)
@@ -243,7 +248,7 @@ def test_patch_pca_keeps_what_it_says():
 def test_patch_pca_refuses_flat_images():
     basis = svd.fit_basis(stream(np.zeros((4, 1, 1, 4), np.float32)), 2)
     with pytest.raises(ValueError, match="images do not vary"):
-        PatchPCA.from_basis(basis, 2, 2)
+        PatchSpace.from_basis(basis, 2, (1, 1, 2))
 
 
 # --- resolutions of one image ----------------------------------------------------------------------------------------
@@ -252,19 +257,19 @@ def test_patch_pca_refuses_flat_images():
 def test_a_pyramid_averages_blocks():
     images = np.random.default_rng(8).integers(0, 256, (3, 8, 12, 2), np.uint8)
     pyramid = Pyramid(((2, 3, 2), (4, 6, 2), (8, 12, 2)))
-    coarse, middle, fine = jax.jit(pyramid.encode)(images)
+    coarse, middle, fine = variable(pyramid, images)
     x = images / 127.5 - 1
     np.testing.assert_allclose(fine, x, atol=1e-6)
     np.testing.assert_allclose(middle[1, 2, 3], x[1, 4:6, 6:8].mean((0, 1)), atol=1e-6)
     np.testing.assert_allclose(coarse[2, 1, 2], x[2, 4:8, 8:12].mean((0, 1)), atol=1e-6)
-    np.testing.assert_array_equal(pyramid.decode((coarse, middle, fine)), images)
+    np.testing.assert_array_equal(pyramid.decode((coarse, middle, fine), {}), images)
 
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_bilinear_looks_at_the_four_pixels_in_the_middle_of_a_block(factor):
     images = np.random.default_rng(9).integers(0, 256, (2, 8, 8, 1), np.uint8)
     side = 8 // factor
-    found = Pyramid((side, side, 1), "bilinear").encode(images)
+    found = variable(Pyramid((side, side, 1), "bilinear"), images)
     blocks = (images / 127.5 - 1).reshape(2, side, factor, side, factor, 1)
     middle = slice(factor // 2 - 1, factor // 2 + 1)
     np.testing.assert_allclose(found, blocks[:, :, middle][:, :, :, :, middle].mean((2, 4)), atol=1e-6)
@@ -274,19 +279,19 @@ def test_a_pyramid_of_a_clip_may_begin_with_its_first_frame():
     clips = np.random.default_rng(10).integers(0, 256, (2, 3, 4, 4, 1), np.uint8)
     for downsampling in DOWNSAMPLINGS:
         pyramid = Pyramid(((2, 2, 1), (3, 2, 2, 1), (3, 4, 4, 1)), downsampling)
-        first, low, whole = pyramid.encode(clips)
+        first, low, whole = variable(pyramid, clips)
         assert (first.shape, low.shape) == ((2, 2, 2, 1), (2, 3, 2, 2, 1))
         np.testing.assert_allclose(first, low[:, 0], atol=1e-6)
         np.testing.assert_allclose(low[1, 2, 0, 1], (clips[1, 2, :2, 2:] / 127.5 - 1).mean((0, 1)), atol=1e-6)
-        np.testing.assert_array_equal(pyramid.decode((first, low, whole)), clips)
+        np.testing.assert_array_equal(pyramid.decode((first, low, whole), {}), clips)
 
 
 def test_a_pyramid_of_one_resolution():
     images = np.full((2, 4, 4, 1), 255, np.uint8)
     pyramid = Pyramid((2, 2, 1))
-    z = pyramid.encode(images)
+    z = variable(pyramid, images)
     np.testing.assert_array_equal(z, np.ones((2, 2, 2, 1)))
-    np.testing.assert_array_equal(pyramid.decode(z), images[:, :2, :2])
+    np.testing.assert_array_equal(pyramid.decode(z, {}), images[:, :2, :2])
 
 
 def test_unknown_downsampling():

@@ -23,12 +23,14 @@ from helpers.toy_encoding import (
     one_line,
     run,
 )
+from helpers.toy_encoding import level as level_source
 
 from input_pipeline import latent_records as records
 from nested.encoders import efficientnet, grids
-from nested.latents import job as encoding
-from nested.latents import passes as encode
-from nested.latents import store as latents
+from nested.latents import job as jobs
+from nested.latents import passes
+from nested.latents.job import load_parts, plan_job
+from nested.latents.store import read_latents
 from nested.spaces.svd import Basis, CovarianceStream, fit_basis, project
 
 
@@ -74,11 +76,11 @@ def test_json_says_what_made_it(finished):
 
 def test_fit_images_limits_the_basis_not_the_statistics(tmp_path, finished):
     run(tmp_path, config=dataclasses.replace(CONFIG, fit_images=20, shard_images=11))
-    basis = encoding.load(tmp_path / "statistics.npz", Basis, "basis/")["map"]
+    basis = load_parts(tmp_path / "statistics.npz", Basis, "basis/")["map"]
     fitted = np.r_[:11, 22:31]  # all of shard 0, a part of shard 2 of 4
     rows = np.asarray(Toy().features(Source().images[fitted])["map"], np.float64).reshape(-1, 9)
     np.testing.assert_allclose(basis.mean[0], rows.mean(0), atol=1e-6)
-    z = latents.read(tmp_path, LEVELS).variables(batch(tmp_path), jax.random.key(0))["z2"]
+    z = read_latents(tmp_path, LEVELS).variables(batch(tmp_path), jax.random.key(0))["z2"]
     np.testing.assert_allclose(np.std(z, (0, 1, 2)), 1.0, atol=1e-5)
 
 
@@ -112,7 +114,7 @@ def test_features_of_the_codec_are_made_of_its_latents(tmp_path, caplog, svd, ce
     assert "each went through the encoder 0.00 times" in caplog.text
     raw = batch(tmp_path)
     assert raw["codec"].shape == (IMAGES, 4, 4, 6) and raw["codec3"].shape == (IMAGES, 3, 3, 6)
-    finest = latents.read(tmp_path, (latents.LevelSource("z1", "patch_pca", (4, 4, 6)),))
+    finest = read_latents(tmp_path, (level_source("z1", "patch_pca", (4, 4, 6)),))
     z = finest.variables(raw, jax.random.key(0))["z1"]
     for name, grid in (("codec", z), ("codec3", grids.adaptive_pool(z, 3))):
         sums = CovarianceStream(svd == "per_position")
@@ -136,7 +138,7 @@ def test_the_rate_is_said_and_what_would_save_time(tmp_path, monkeypatch, caplog
     caplog.set_level("INFO")
     run(tmp_path / "cached")
     assert "encoded 44 images" in caplog.text and "each went through the encoder 1.00 times\n" in caplog.text
-    monkeypatch.setattr(encode, "FEATURE_CACHE_BYTES", 0)
+    monkeypatch.setattr(passes, "FEATURE_CACHE_BYTES", 0)
     run(tmp_path / "twice")
     assert "each went through the encoder 2.00 times; a smaller encoder.fit_images saves time" in caplog.text
     run(tmp_path / "part", config=dataclasses.replace(CONFIG, fit_images=10))
@@ -151,7 +153,7 @@ def test_shards_of_the_fit_are_spread_over_the_data():
 
     def shards(fit_images, count=44, size=4):
         config = dataclasses.replace(CONFIG, fit_images=fit_images, shard_images=size)
-        return encoding.plan(Source(count), Toy(), config, CODEC, "").fit_shards
+        return plan_job(Source(count), Toy(), config, CODEC, "").fit_shards
 
     assert shards(0) == shards(44) == shards(99) == dict.fromkeys(range(11), 4)
     assert shards(0, count=42) == dict.fromkeys(range(10), 4) | {10: 2}
@@ -160,11 +162,11 @@ def test_shards_of_the_fit_are_spread_over_the_data():
 
 
 def test_real_encoder(tmp_path):
-    config = dataclasses.replace(CONFIG, name=efficientnet.NAME, components=(8,), batch_size=8, shard_images=24)
+    config = dataclasses.replace(CONFIG, components=(8,), batch_size=8, shard_images=24)
     encoder = efficientnet.load_efficientnet("", input_size=32, map="stage4", vector="pool", features=("crops1", "map"))
     run(tmp_path, Source(24), encoder, config)
-    levels = (latents.LevelSource("z2", "map", (1, 1, 8)), *LEVELS[2:])
-    z = latents.read(tmp_path, levels).variables(batch(tmp_path), jax.random.key(0))
+    levels = (level_source("z2", "map", (1, 1, 8)), *LEVELS[2:])
+    z = read_latents(tmp_path, levels).variables(batch(tmp_path), jax.random.key(0))
     np.testing.assert_allclose(np.std(z["z2"], (0, 1, 2)), 1.0, atol=1e-5)
 
 
@@ -186,7 +188,7 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path_factory, finished, killed
     if svd != "shared":
         config = dataclasses.replace(CONFIG, svd=svd, features=("map", "codec2"))
         run(whole := tmp_path_factory.mktemp("whole"), config=config)
-    monkeypatch.setattr(encode, "FEATURE_CACHE_BYTES", 0)
+    monkeypatch.setattr(passes, "FEATURE_CACHE_BYTES", 0)
     shard = killed_at // 16
     with pytest.raises(Killed):
         run(tmp_path, Source(killed_at={killed_at: 1}), config=config)
@@ -241,7 +243,7 @@ def test_feature_cache_changes_nothing(tmp_path, finished, monkeypatch):
             calls.append(len(images))
             return super().features(images)
 
-    monkeypatch.setattr(encode, "FEATURE_CACHE_BYTES", 4 * (9 + 16 * 9) * 32)  # two of the three shards
+    monkeypatch.setattr(passes, "FEATURE_CACHE_BYTES", 4 * (9 + 16 * 9) * 32)  # two of the three shards
     run(tmp_path, encoder=Counting())
     assert len(calls) == 1 + 8 + 2  # the shapes; pass 1; pass 2 of the third shard
     assert content(tmp_path) == content(finished)
@@ -259,7 +261,7 @@ def test_waiting_ends(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"config": dataclasses.replace(CONFIG, input_size=64)}, "encoder.input_size 32, config says 64: use"),
+        ({"encoder": Toy(input_size=64)}, "encoder.input_size 32, config says 64: use"),
         ({"config": dataclasses.replace(CONFIG, components=(4,))}, "encoder.components \\[5\\], config says \\[4\\]"),
         ({"config": dataclasses.replace(CONFIG, svd="per_position")}, "encoder.svd shared, config says per_position"),
         ({"config": dataclasses.replace(CONFIG, center=False)}, "encoder.center True, config says False"),
@@ -281,8 +283,8 @@ def test_refuses_latents_made_from_something_else(finished, change, message):
     assert content(finished) == before
 
 
-def test_batch_size_and_weights_path_do_not_matter(finished):
-    run(finished, config=dataclasses.replace(CONFIG, batch_size=9, weights="elsewhere.pth"))
+def test_batch_size_does_not_matter(finished):
+    run(finished, config=dataclasses.replace(CONFIG, batch_size=9))
 
 
 def test_refuses_shards_of_unknown_origin(copy):
@@ -328,17 +330,16 @@ BAD_DATA = [
         {"config": dataclasses.replace(CONFIG, features=("codec",)), "codec": PIXELS},
         "encoder.features: 'codec' given, but codec.name 'pixels' has no latents",
     ),
-    ({"codec": dataclasses.replace(CODEC, name="jpeg")}, "codec.name: 'jpeg' given; choose from 'pixels', 'patch_pca'"),
     ({"codec": dataclasses.replace(CODEC, patch=3)}, "codec.patch: 3 does not divide the images' 8x8"),
     ({"codec": dataclasses.replace(CODEC, channels=13)}, "codec.channels: 13 given; a 2x2 patch .* has 1 to 12"),
 ]
 
 
 def test_refuses_covariances_that_do_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "COVARIANCE_BYTES", 8 * 16 * 81)
+    monkeypatch.setattr(jobs, "COVARIANCE_BYTES", 8 * 16 * 81)
     config = dataclasses.replace(CONFIG, svd="per_position")
     run(tmp_path, config=config)
-    monkeypatch.setattr(encoding, "COVARIANCE_BYTES", 8 * 16 * 81 - 1)
+    monkeypatch.setattr(jobs, "COVARIANCE_BYTES", 8 * 16 * 81 - 1)
     with pytest.raises(ValueError, match="'per_position' given, but 'map' has 4x4 positions of 9 channels") as error:
         run(tmp_path, config=config)
     assert one_line(error) and "name it pooled ('mapN', 'codecN')" in str(error.value)

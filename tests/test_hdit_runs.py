@@ -23,7 +23,7 @@ from nested.diffusion.level import buffer_predicate, row_keys, select_context
 from nested.modes import train
 from nested.runtime import checkpoint
 from nested.spaces import svd
-from nested.spaces.patch_pca import PatchPCA, patchify
+from nested.spaces.patch_pca import PatchSpace, patchify
 from nested.spaces.pixels import normalise
 from nested.training import loop as training_loop
 
@@ -59,9 +59,10 @@ def test_augmented_images_are_not_normalised_twice():
     covariance = svd.CovarianceStream()
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), np.uint8)
     covariance.add(patchify(normalise(images), 2), 9)
-    codec = PatchPCA.from_basis(svd.fit_basis(covariance.result(), 3), 2, 3)
+    space = PatchSpace.from_basis(svd.fit_basis(covariance.result(), 3), 2, (4, 4, 3))
     image = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 1), np.uint8)
-    np.testing.assert_allclose(codec.encode(normalise(image)), codec.encode(image), atol=1e-6)
+    moved, stored = (space.variable({"image": x}, None) for x in (normalise(image), image))
+    np.testing.assert_allclose(moved, stored, atol=1e-6)
 
 
 def test_sampling_needs_no_images_where_the_variables_are_images(tmp_path):

@@ -12,6 +12,7 @@ from helpers.probes import draw, make_levels
 from helpers.processes import run_python
 from helpers.refusals import refused
 from helpers.tiny_mdm import get_config
+from helpers.toy_encoding import level as level_source
 from helpers.trees import assert_equal
 
 from input_pipeline import loader
@@ -19,7 +20,7 @@ from nested.build import data as build_data
 from nested.build.text import load_text_encoder
 from nested.diffusion import conditioning, hierarchy, schedules
 from nested.diffusion.level import ConditionNoise, row_keys, select_context
-from nested.latents import store as latents
+from nested.latents.store import latents_of_images
 from nested.modes import train
 from nested.runtime import partition
 from nested.sampling import generator as sampling
@@ -255,7 +256,7 @@ def test_a_generator_shows_every_resolution():
     biases = (-0.2, -0.5)
     params = {f"bias_{i}": jnp.full(1, bias) for i, bias in enumerate(biases)}
     params = {"x": params | {"gain_0": jnp.zeros(1), "gain_1": jnp.zeros(1)}}
-    made = latents.of_images((latents.LevelSource("x", "pixels", SHAPES),), (4, 4, 1))
+    made = latents_of_images((level_source("x", "pixels", SHAPES),), (4, 4, 1))
     gen = sampling.Generator(get_config("nest"), (level,), made, partition.make_mesh(1, 1), None, None)
     for number, times in ((3, (1.0, 0.334, 1e-3)), (9, (1.0, 0.667, 0.334, 1e-3))):
         steps = gen.steps(params, 0, number)

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 from helpers.toy_encoding import CONFIG, IMAGES, LEVELS, PIXELS, Source, Toy, batch, one_line, run
+from helpers.toy_encoding import level as level_source
 
 from input_pipeline import latent_records as records
-from nested.latents import store as latents
+from nested.latents.store import format_report, latents_of_images, read_latents
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def copy(finished, tmp_path):
 
 
 def test_variables_are_standardised_and_decode(finished):
-    levels = latents.read(finished, LEVELS)
+    levels = read_latents(finished, LEVELS)
     assert levels.fields == ("crops1", "map", "image")
     raw = batch(finished, levels.fields)
     assert set(raw) == set(levels.fields)
@@ -46,18 +47,18 @@ def test_variables_are_standardised_and_decode(finished):
 def test_pixels_need_no_encoder(tmp_path):
     config = dataclasses.replace(CONFIG, features=())
     run(tmp_path, config=config, codec=PIXELS)
-    levels = latents.read(tmp_path, [latents.LevelSource("z1", "pixels", (8, 8, 3))])
+    levels = read_latents(tmp_path, [level_source("z1", "pixels", (8, 8, 3))])
     z = levels.variables(batch(tmp_path), jax.random.key(0))
     np.testing.assert_allclose(z["z1"], Source().images / 127.5 - 1.0, atol=1e-6)
     np.testing.assert_array_equal(levels.decode(z["z1"]), Source().images)
 
 
 def test_report(finished):
-    rows = latents.read(finished, LEVELS).report({"z3": 1.0, "z2": 0})
+    rows = read_latents(finished, LEVELS).report({"z3": 1.0, "z2": 0})
     assert [row["name"] for row in rows] == ["z3", "z2", "z1"]
     assert rows[0]["bits_per_image"] == pytest.approx(2 / np.log(2))
     assert rows[2]["explained_variance"] == pytest.approx(1.0) and "sigma" not in rows[2]
-    text = latents.format_report(rows).splitlines()
+    text = format_report(rows).splitlines()
     assert "2.9 bits per image at sigma 1" in text[0] and "unlimited information at sigma 0" in text[1]
 
 
@@ -74,18 +75,18 @@ def test_report(finished):
 )
 def test_refuses_levels_that_do_not_fit(finished, level, message):
     with pytest.raises(ValueError, match=message) as error:
-        latents.read(finished, (latents.LevelSource(*level), *LEVELS[2:]))
+        read_latents(finished, (level_source(*level), *LEVELS[2:]))
     assert one_line(error)
 
 
 def test_levels_of_a_basis_per_position_are_not_pooled(tmp_path):
     run(tmp_path, config=dataclasses.replace(CONFIG, svd="per_position"))
-    z = latents.read(tmp_path, (LEVELS[0], latents.LevelSource("z2", "map", (4, 4, 3)), LEVELS[2]))
+    z = read_latents(tmp_path, (LEVELS[0], level_source("z2", "map", (4, 4, 3)), LEVELS[2]))
     z = z.variables(batch(tmp_path), jax.random.key(0))["z2"]
     np.testing.assert_allclose(np.std(z, (0, 1, 2)), 1.0, atol=1e-5)
     message = r"level z2: shape 2x3x3 given, but with encoder.svd 'per_position' 'map' is not pooled: give 4x4 pos"
     with pytest.raises(ValueError, match=message) as error:
-        latents.read(tmp_path, LEVELS)
+        read_latents(tmp_path, LEVELS)
     assert one_line(error)
 
 
@@ -95,11 +96,11 @@ def test_levels_without_an_svd_are_the_features_and_may_be_standardised_by_image
     raw = batch(tmp_path)
     features = Toy().features(Source().images)
     levels = [
-        latents.LevelSource("z3", "crops1", (1, 1, 9), standardize="none"),
-        latents.LevelSource("z2", "map", (2, 2, 9), standardize="sample"),
+        level_source("z3", "crops1", (1, 1, 9), standardize="none"),
+        level_source("z2", "map", (2, 2, 9), standardize="sample"),
         LEVELS[2],
     ]
-    made = latents.read(tmp_path, levels)
+    made = read_latents(tmp_path, levels)
     z = jax.jit(made.variables)(raw, jax.random.key(0))
     np.testing.assert_array_equal(z["z3"], features["crops1"].astype(np.float16))
     x = np.asarray(features["map"], np.float64).reshape(IMAGES, 2, 2, 2, 2, 9).mean((2, 4))
@@ -109,17 +110,18 @@ def test_levels_without_an_svd_are_the_features_and_may_be_standardised_by_image
     np.testing.assert_allclose(np.var(z["z2"], (1, 2, 3), ddof=1), 1.0, atol=1e-5)
     rows = made.report({"z3": 1.0, "z2": 1.0})
     assert "bits_per_image" not in rows[0] and rows[1]["bits_per_image"] == pytest.approx(18 / np.log(2))
-    assert latents.format_report(rows).startswith("z3: 1x1x9 from crops1, 100.0 % of the variance\n")
+    assert format_report(rows).startswith("z3: 1x1x9 from crops1, 100.0 % of the variance\n")
     levels[1] = dataclasses.replace(levels[1], shape=(2, 2, 8))
     with pytest.raises(ValueError, match="'none' the channels of 'map' have no order to cut them by") as error:
-        latents.read(tmp_path, levels)
+        read_latents(tmp_path, levels)
     assert one_line(error)
 
 
 def test_an_image_that_does_not_vary_becomes_zero(finished):
-    level = latents.LevelSource("z2", "map", (2, 3, 3), standardize="sample")
-    transform = latents.read(finished, (level, LEVELS[2])).transforms[0]
-    np.testing.assert_array_equal(transform.encode(np.full((2, 4, 4, 5), 3.0, np.float16)), np.zeros((2, 2, 3, 3)))
+    level = level_source("z2", "map", (2, 3, 3), standardize="sample")
+    space = read_latents(finished, (level, LEVELS[2])).spaces[0]
+    z = space.variable({"map": np.full((2, 4, 4, 5), 3.0, np.float16)}, None)
+    np.testing.assert_array_equal(z, np.zeros((2, 2, 3, 3)))
 
 
 @pytest.mark.parametrize(
@@ -134,31 +136,33 @@ def test_an_image_that_does_not_vary_becomes_zero(finished):
 def test_refuses_standardisations(finished, level, message):
     source, shape, standardize = level
     with pytest.raises(ValueError, match=message) as error:
-        latents.read(finished, (latents.LevelSource("z2", source, shape, standardize=standardize), LEVELS[2]))
+        read_latents(finished, (level_source("z2", source, shape, standardize=standardize), LEVELS[2]))
     assert one_line(error)
 
 
 def test_the_finest_level_needs_a_decoder(finished):
-    with pytest.raises(ValueError, match=r"level z2: source 'map' has no decoder.*'pixels', 'patch_pca', 'sd_vae'"):
-        latents.read(finished, LEVELS[:2])
+    with pytest.raises(
+        ValueError, match=r"level z2: source 'map' has no decoder; the finest level's source must be that"
+    ):
+        read_latents(finished, LEVELS[:2])
 
 
 def test_a_dead_channel_names_the_level(tmp_path):
     """3 images span 2 dimensions of crops1: the third channel is empty."""
     run(tmp_path, Source(3))
     with pytest.raises(ValueError, match=r"level z3 \(crops1\): channel 2 of 4 has no variance left.*at most 2 ch"):
-        latents.read(tmp_path, LEVELS)
+        read_latents(tmp_path, LEVELS)
 
 
 def test_reading_refuses_unfinished_and_damaged_directories(copy, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"latents.json: not found: .* run --mode=encode"):
-        latents.read(tmp_path / "nowhere", LEVELS)
+        read_latents(tmp_path / "nowhere", LEVELS)
     (copy / "statistics.npz").write_bytes(b"other")
     with pytest.raises(ValueError, match="statistics.npz: damaged, or of another encoding"):
-        latents.read(copy, LEVELS)
+        read_latents(copy, LEVELS)
     (copy / "statistics.npz").unlink()
     with pytest.raises(FileNotFoundError, match="statistics.npz: not found"):
-        latents.read(copy, LEVELS)
+        read_latents(copy, LEVELS)
     (copy / "latents.json").write_text("{")
     with pytest.raises(ValueError, match="latents.json: not valid JSON"):
         records.LatentRecords(copy)
@@ -192,7 +196,7 @@ def test_pack_checks_shapes():
 
 
 def of_images(shape, image_shape=(8, 8, 3), **options):
-    return latents.of_images((latents.LevelSource("x", "pixels", shape, **options),), image_shape)
+    return latents_of_images((level_source("x", "pixels", shape, **options),), image_shape)
 
 
 def test_levels_of_images_are_averaged_by_the_configs_word():
@@ -212,7 +216,7 @@ def test_levels_of_images_are_averaged_by_the_configs_word():
 def test_the_report_of_joint_levels_counts_all_resolutions():
     (row,) = of_images(((1, 1, 3), (2, 2, 3))).report({"x": 1.0})
     assert row["shape"] == [(1, 1, 3), (2, 2, 3)] and row["bits_per_image"] == pytest.approx(7.5 / np.log(2))
-    assert latents.format_report([row]).startswith("x: 1x1x3 + 2x2x3 from pixels, 100.0 %")
+    assert format_report([row]).startswith("x: 1x1x3 + 2x2x3 from pixels, 100.0 %")
 
 
 @pytest.mark.parametrize(

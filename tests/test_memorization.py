@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.toy_encoding import level as level_source
 from PIL import Image
 
 from configs import common
 from input_pipeline.in_memory import ImagesInMemory
 from nested.build import data as build_data
 from nested.evaluation import memorization
-from nested.latents import store as latents
+from nested.latents.store import latents_of_images
 from nested.runtime import partition
 
 HOLDOUT, SAMPLES = 20, 12
@@ -80,7 +81,7 @@ def test_the_report_is_the_definition(images, tmp_path):
     """Samples 0 to 2 are training images, 3 is one of the two that are equal, 4 is almost one; the others are noise."""
     samples = np.random.default_rng(2).integers(0, 256, (SAMPLES, 4, 4, 1), dtype=np.uint8)
     samples[:4], samples[4] = images[[10, 20, 49, 3]], images[30] ^ 1
-    made = latents.of_images((latents.LevelSource("x", "pixels", (4, 4, 1)),), (4, 4, 1))
+    made = latents_of_images((level_source("x", "pixels", (4, 4, 1)),), (4, 4, 1))
     lines, content = report(images, samples, make_config(), made, tmp_path)
     counts = ("step", "num_compared_with", "num_samples", "num_held_out", "num_training")
     assert [content[name] for name in counts] == [7, 50, SAMPLES, HOLDOUT, SAMPLES]
@@ -114,7 +115,7 @@ def test_the_report_is_the_definition(images, tmp_path):
 def test_images_are_compared_as_the_samples_are_made(images):
     """A level of 2x2 pixels: training images are averaged to that; a sample that is one of them is at distance 0."""
     averages = np.round(images.reshape(70, 2, 2, 2, 2, 1).mean((2, 4))).astype(np.uint8)
-    made = latents.of_images((latents.LevelSource("x", "pixels", (2, 2, 1)),), (4, 4, 1))
+    made = latents_of_images((level_source("x", "pixels", (2, 2, 1)),), (4, 4, 1))
     seen = memorization.make_decoder(made, Generator.mesh)(images)
     assert seen.shape == (70, 2, 2, 1) and np.abs(seen.astype(int) - averages).max() <= 1  # halves round either way
     found = memorization.compare_groups(
@@ -132,7 +133,7 @@ def test_the_most_suspicious_are_drawn_beside_their_originals(images, monkeypatc
     samples[8], samples[5] = images[40], images[41] ^ 1
     drawn = []
     monkeypatch.setattr(memorization, "draw_nearest_pairs", lambda *arguments: drawn.extend(arguments))
-    made = latents.of_images((latents.LevelSource("x", "pixels", (4, 4, 1)),), (4, 4, 1))
+    made = latents_of_images((level_source("x", "pixels", (4, 4, 1)),), (4, 4, 1))
     report(images, samples, make_config(), made, tmp_path)
     shown, partners, apart, _, path = drawn
     assert len(shown) == SAMPLES and path == str(tmp_path / "memorization.png")
@@ -145,7 +146,7 @@ def test_samples_with_text_have_the_captions_of_the_data(images, monkeypatch, tm
     config = make_config()
     config.text.encoder = "minilm"
     monkeypatch.setattr(build_data, "some_captions", lambda config, number: ("a",) * number)
-    made = latents.of_images((latents.LevelSource("x", "pixels", (4, 4, 1)),), (4, 4, 1))
+    made = latents_of_images((level_source("x", "pixels", (4, 4, 1)),), (4, 4, 1))
     _, content = report(images, images[:SAMPLES], config, made, tmp_path)
     assert content["pixels"]["quantiles"]["samples"]["99%"] == 0
 

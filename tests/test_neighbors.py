@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from helpers import toy_encoding as toy
 from helpers.neighbors import by_definition
+from helpers.toy_encoding import level as level_source
 from PIL import Image
 
 from configs import common
 from input_pipeline import latent_records as records
 from input_pipeline.in_memory import ImagesInMemory
 from nested.build import data as build_data
-from nested.latents import store as latents
+from nested.latents.store import latents_of_images, read_latents
 from nested.modes import neighbors
 
 
@@ -22,7 +23,7 @@ def encoded(tmp_path_factory):
     """(records, Latents) of 44 random images with 4 labels: z3 1x1x4, z2 2x3x3, z1 4x4x12."""
     directory = tmp_path_factory.mktemp("latents")
     toy.run(directory)
-    result = latents.read(directory, toy.LEVELS)
+    result = read_latents(directory, toy.LEVELS)
     return records.LatentRecords(directory, ("label", *result.fields)), result
 
 
@@ -90,8 +91,8 @@ def test_resolutions_are_compared_one_by_one_and_whole_images_once(monkeypatch, 
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
     source = ImagesInMemory(images, random.integers(0, 2, 50), 2, (), "toy")
-    levels = (latents.LevelSource("y", "pixels", (2, 2, 1)), latents.LevelSource("x", "pixels", ((4, 4, 1), (8, 8, 1))))
-    made = latents.of_images(levels, (8, 8, 1))
+    levels = (level_source("y", "pixels", (2, 2, 1)), level_source("x", "pixels", ((4, 4, 1), (8, 8, 1))))
+    made = latents_of_images(levels, (8, 8, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir: (source, made))
     found = neighbors.compared(make_config(levels, num_classes=2), str(tmp_path))
     assert {name: x.shape for name, x in found.values.items()} == {

@@ -22,8 +22,8 @@ from nested.modes import sample
 from nested.runtime import partition
 from nested.sampling import generator as sampling
 from nested.sampling import requests
-from nested.spaces import autoencoder_kl
 from nested.spaces.pixels import to_images
+from nested.spaces.space import equal_slices
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ class Decoder:
 
     def slices(self, rows, devices):
         assert devices == 1
-        return autoencoder_kl.slices_of(rows, self.most)
+        return equal_slices(rows, self.most)
 
 
 def make_generator(config, mesh):

@@ -335,12 +335,11 @@ def test_encodes_and_tells_its_options_apart(files, tiny_variants, tmp_path):
     """A run of nested/latents/passes.py; products in bfloat16, or another encoder of the same file, make other
     latents."""
     path = files[0]["mocov3_vitb16"][0]
-    options = dict(name="mocov3_vitb16", map="last", vector="projected", features=("crops1", "map2"), components=(4,))
-    config = dataclasses.replace(toy_encoding.CONFIG, **options)
+    config = dataclasses.replace(toy_encoding.CONFIG, features=("crops1", "map2"), components=(4,))
 
     def encode(**changes):
         encoder = load("mocov3_vitb16", path, vector="projected", features=config.features, **changes)
-        toy_encoding.run(tmp_path, encoder=encoder, config=dataclasses.replace(config, **changes))
+        toy_encoding.run(tmp_path, encoder=encoder, config=config)
 
     encode()
     rows = toy_encoding.batch(tmp_path)

@@ -19,7 +19,8 @@ from input_pipeline import augment, captions, loader
 from input_pipeline import latent_records as records
 from input_pipeline.composition import Subset, select_fields
 from nested.build.levels import as_shape
-from nested.build.options import choose, construct
+from nested.build.options import check_unread, choose, construct, declared, declared_by_all
+from nested.build.parts import SPACES
 from nested.build.process import is_joint
 from nested.build.sources import build_source, images, shard_window, source_kind
 from nested.build.text import load_text_encoder
@@ -27,15 +28,18 @@ from nested.encoders import efficientnet, grids, vit
 from nested.encoders.text_encoder import TextEncoder
 from nested.latents import captions as text_store
 from nested.latents import cost as encode_cost
-from nested.latents import job as encoding
-from nested.latents import passes as encode
-from nested.latents import store as latents_
+from nested.latents import passes
+from nested.latents.job import EncodingOptions, Job, plan_job
+from nested.latents.store import Latents, format_report, latents_of_images, read_latents
 from nested.runtime import partition
 from nested.runtime.files import atomic_write
-from nested.spaces import autoencoder_kl, codecs
+from nested.spaces.features import Feature
+from nested.spaces.space import Codec, LevelSource, VariableSource
+from nested.spaces.synthetic import Synthetic, SyntheticSpace
 
 ENCODERS = {efficientnet.NAME: efficientnet.load_efficientnet}
 ENCODERS |= {name: functools.partial(vit.load_vit, name) for name in vit.VARIANTS}
+ENCODER_OPTIONS = ("name", "weights", "input_size", "map", "vector", "prefix", "dtype")
 
 
 def encoder(config):
@@ -58,32 +62,12 @@ def encoder(config):
     return dataclasses.replace(found, params=jax.device_put(found.params, partition.local_devices()))
 
 
-def codec(config) -> codecs.CodecConfig:
-    """config.codec, checked."""
-    options = construct("codec", codecs.CodecConfig, dict(config.codec), {})
-    codecs.check_codec(options)
-    return options
-
-
-def autoencoder(options: codecs.CodecConfig, decoding: bool) -> autoencoder_kl.AutoencoderKL | None:
-    """The autoencoder of the codec sd_vae, to encode or to decode with, its parameters on the host."""
-    if options.name != "sd_vae":
-        return None
-    path, prefix, what = options.weights, options.prefix, "config.codec.weights"
-    if decoding and options.decoder_weights:
-        path, prefix, what = options.decoder_weights, "", "config.codec.decoder_weights"
-    return autoencoder_kl.load_autoencoder(
-        path, prefix=prefix, patch=options.patch, channels=options.channels, what=what
-    )
-
-
-def decoding(config) -> tuple[autoencoder_kl.Codec | None, dict | None]:
-    """(codec, parameters of its decoder) of latents that an autoencoder decodes, else (None, None)."""
-    options = codec(config)
-    network = autoencoder(options, decoding=True)
-    if network is None:
-        return None, None
-    return autoencoder_kl.Codec(options.scale, options.batch_size, options.dtype), network.decoder
+def codec(config) -> Codec:
+    """The finest level's space as configured."""
+    kind = choose("codec.name", config.codec.name, SPACES)
+    check_unread("codec", config.codec, config.codec.name, SPACES)
+    unread = {"name", *declared_by_all(SPACES.values())} - set(declared(kind))
+    return construct("codec", kind, {key: value for key, value in config.codec.items() if key not in unread}, {})
 
 
 def score_encoder(config):
@@ -97,39 +81,22 @@ def latents_dir(config, workdir: str) -> str:
     return os.path.expanduser(config.latents_dir) or os.path.join(workdir, "latents")
 
 
-def wanted(config) -> tuple[latents_.LevelSource, ...]:
+def level_sources(config) -> tuple[LevelSource, ...]:
     """Where every level's variable comes from."""
+    own = codec(config)
+
+    def source_of(name: str) -> VariableSource:
+        if source_kind(config).synthetic:
+            return Synthetic()
+        if name == own.name:
+            return own
+        return SPACES[name]() if name in SPACES else Feature(name, own)
+
     downsampling = config.data.downsampling
     return tuple(
-        latents_.LevelSource(level.name, level.source, as_shape(level.shape), downsampling, level.standardize)
+        LevelSource(level.name, source_of(level.source), as_shape(level.shape), downsampling, level.standardize)
         for level in config.levels
     )
-
-
-class SyntheticVariables:
-    """The place of Latents where the data are random latents: the records are the variables, leaf by leaf.
-
-    shapes: {level: shape}; a leaf of a level of several resolutions is the field 'level.0', 'level.1', ..."""
-
-    params = {}
-
-    def __init__(self, shapes):
-        self.names = {
-            name: tuple(f"{name}.{i}" for i in range(len(shape))) if is_joint(shape) else name
-            for name, shape in shapes.items()
-        }
-        self.fields = tuple(
-            field
-            for name, shape in shapes.items()
-            for field in (zip(self.names[name], shape, strict=True) if is_joint(shape) else [(name, shape)])
-        )
-
-    def variables(self, raw, key):
-        del key
-        return jax.tree.map(lambda name: raw[name], self.names)
-
-    def decode(self, z, params=None):
-        raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
 
 
 def latents(config, workdir: str, text: TextEncoder | None = None):
@@ -139,13 +106,14 @@ def latents(config, workdir: str, text: TextEncoder | None = None):
     shard_window(config)
     check_augmentation(config)
     if source_kind(config).synthetic:
-        made = SyntheticVariables({level.name: as_shape(level.shape) for level in config.levels})
+        made = latents_of_images(level_sources(config), (None,))
+        leaves = tuple(leaf for space in made.spaces if isinstance(space, SyntheticSpace) for leaf in space.leaves)
         tokens = (config.text.max_tokens, config.text.width) if config.text.encoder else ()
-        return build_source(config, made.fields, tokens).open(), made
+        return build_source(config, leaves, tokens).open(), made
     if images_only(config):
         logging.info("the variables are the images themselves: nothing is encoded")
         source = images(config)
-        made = latents_.of_images(wanted(config), source.image_shape)
+        made = latents_of_images(level_sources(config), source.image_shape)
         check_once(config, source, workdir)
         if not config.text.encoder:
             return select_fields(source, ("label", "image")), made
@@ -170,9 +138,9 @@ def latents(config, workdir: str, text: TextEncoder | None = None):
 def encoded(config, workdir: str):
     """(Latents, directory) of levels that are encoded, which is done first where it has not been."""
     directory = encode_images(config, workdir)
-    result = latents_.read(directory, wanted(config), *decoding(config))
+    result = read_latents(directory, level_sources(config))
     report = result.report({level.name: float(level.sigma) for level in config.levels[:-1]})
-    logging.info("levels, coarse to fine:\n%s", latents_.format_report(report))
+    logging.info("levels, coarse to fine:\n%s", format_report(report))
     if jax.process_index() == 0:
         atomic_write(os.path.join(workdir, "levels.json"), json.dumps(report, indent=2) + "\n")
     return result, directory
@@ -192,10 +160,10 @@ def decoder(config, workdir: str):
     autoencoder decodes and config.codec.scale is given."""
     if source_kind(config).synthetic:
         return latents(config, workdir)[1]
-    if images_only(config):
-        return latents_.of_images(wanted(config), finest_shape(config))
-    if config.levels[-1].source == "sd_vae" and config.codec.scale:
-        return latents_.of_codec(wanted(config)[-1], *decoding(config))
+    levels = level_sources(config)
+    finest = codec(config).fit_without_data(levels[-1]) if levels[-1].source == codec(config) else None
+    if finest is not None:
+        return Latents(levels[-1:], (finest,), "no data")
     return encoded(config, workdir)[0]
 
 
@@ -254,8 +222,8 @@ def scored_against(config, source):
 
 
 def images_only(config) -> bool:
-    """Whether every level's variable is the image itself."""
-    return all(level.source == "pixels" for level in config.levels)
+    """Whether nothing has to be encoded: every level's variable is computed from the image alone."""
+    return not any(level.source.needs_encoding for level in level_sources(config))
 
 
 def check_augmentation(config) -> None:
@@ -267,7 +235,7 @@ def check_augmentation(config) -> None:
             f"config.data.augment_prob {config.data.augment_prob}: the augmentation is of square images, "
             f"{config.levels[-1].name} is {height}x{width}; set it to 0 or data.image_size to a side"
         )
-    others = [level.name for level in config.levels if level.source not in latents_.OF_IMAGES]
+    others = [level.name for level in level_sources(config) if not level.source.reads_images]
     if others and config.data.augment_prob:
         raise ValueError(
             f"config.data.augment_prob {config.data.augment_prob}: what is encoded for {', '.join(others)} is of "
@@ -285,22 +253,21 @@ def augmentation(config):
 def encode_images(config, workdir: str) -> str:
     """Encodes config.data into the latents' directory, unless it is there; returns the directory."""
     directory = latents_dir(config, workdir)
-    encode.encode(encoding_job(config, directory))
+    passes.encode(encoding_job(config, directory))
     return directory
 
 
-def encoding_job(config, directory: str) -> encoding.Job:
+def encoding_job(config, directory: str) -> Job:
     """What encoding config.data into a directory takes."""
-    options = codec(config)
     frozen = encoder(config)  # before the data: one that is not available is said before anyone fetches a data set
-    network = autoencoder(options, decoding=False)
-    return encoding.plan(
+    opened = codec(config).open()
+    options = {key: value for key, value in config.encoder.items() if key not in ENCODER_OPTIONS}
+    return plan_job(
         images(config),
         frozen,
-        construct("encoder", encoding.EncoderConfig, dict(config.encoder), {}),
-        options,
+        construct("encoder", EncodingOptions, options, {}),
+        opened,
         directory,
-        autoencoder=network,
         flip=config.data.flip,
         check=config.data.check,
         process_index=jax.process_index(),
@@ -312,23 +279,22 @@ def plan_encoding(config, workdir: str, out: str) -> None:
     """The mode `encode` with --plan: what it would cost, printed; as JSON to `out`, where it is not ''."""
     if images_only(config) or source_kind(config).synthetic:
         raise ValueError("--plan: this config encodes nothing, its variables are the images themselves or random")
-    encode_cost.plan(encoding_job(config, latents_dir(config, workdir)), out)
+    encode_cost.report_cost(encoding_job(config, latents_dir(config, workdir)), out)
     if config.text.encoder and config.text.stored and jax.process_index() == 0:
         number = len(set(captions.every_text(captions.captions(images(config)))))
         size = 2 * number * config.text.max_tokens * config.text.width
-        print(f"text:    {number:,} captions, at most {encode_cost.in_bytes(size)} of features beside (text.stored)")
+        print(
+            f"text:    {number:,} captions, at most {encode_cost.format_bytes(size)} of features beside (text.stored)"
+        )
 
 
 def encode_data(config, workdir: str) -> None:
     """The mode `encode`: as latents(); prints the scale that an autoencoder's latents turned out to need."""
     latents(config, workdir)
-    encoded_here = config.codec.name == "sd_vae" and not source_kind(config).synthetic and not images_only(config)
-    if encoded_here and jax.process_index() == 0:
-        scale = records.read_index(latents_dir(config, workdir))["sd_vae"]["measured_scale"]
-        print(
-            f"codec.scale: 1 / std of these latents is {scale:.5f}, the config has {config.codec.scale:g} (0: the "
-            f"measured one); --config.codec.scale={scale:.5f} fixes it for all later runs"
-        )
+    if source_kind(config).synthetic or images_only(config) or jax.process_index():
+        return
+    if said := codec(config).report(records.read_index(latents_dir(config, workdir))):
+        print(said)
 
 
 def held_out(config, number: int) -> np.ndarray:

@@ -22,6 +22,9 @@ from nested.models.hdit import HDiT
 from nested.models.nested_unet import NestedUNet
 from nested.models.res_mlp import ResMLP
 from nested.models.uvit import UViT
+from nested.spaces.autoencoder_kl import AutoencoderKL
+from nested.spaces.patch_pca import PatchPCA
+from nested.spaces.pixels import Pixels
 from nested.weights.fit import CONDITIONINGS as CONDITIONINGS
 
 BACKBONES = {"uvit": UViT, "hdit": HDiT, "dit": DiT, "nested_unet": NestedUNet, "res_mlp": ResMLP}
@@ -79,3 +82,4 @@ SOURCES = {
     "parquet": Parquet,
     "synthetic": SyntheticLatents,
 }
+SPACES = {codec.name: codec for codec in (Pixels, PatchPCA, AutoencoderKL)}

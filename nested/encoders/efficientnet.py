@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +153,13 @@ class EfficientNetLite0:
     fingerprint: str
     input_size: int
     map: str
-    feature_names: tuple
-    name = NAME
+    feature_names: tuple[str, ...]
+    name: ClassVar[str] = NAME
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The options that the features depend on."""
+        return {"input_size": self.input_size, "map": self.map, "vector": "pool", "prefix": "", "dtype": "float32"}
 
     def features(self, images):
         """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}: the grids of

@@ -28,6 +28,7 @@ bfloat16 with float32 sums; norms, softmax and the residual stream are float32 i
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -233,7 +234,15 @@ class VitEncoder:
     fingerprint: str
     input_size: int
     vector: str
-    feature_names: tuple
+    feature_names: tuple[str, ...]
+    prefix: str = ""
+    dtype: str = "float32"
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The options that the features depend on."""
+        options = {"input_size": self.input_size, "map": MAP, "vector": self.vector}
+        return {**options, "prefix": self.prefix, "dtype": self.dtype}
 
     def features(self, images):
         """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}: the grids of
@@ -276,4 +285,4 @@ def load_vit(name, path, *, input_size, map, vector, features, prefix, dtype):
     files = weights.find_weight_files(path)
     params = vit_files.read_vit(files, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
     fingerprint = "-".join(weights.sha256(file) for file in files)
-    return VitEncoder(name, vit, params, fingerprint, input_size, vector, tuple(features))
+    return VitEncoder(name, vit, params, fingerprint, input_size, vector, tuple(features), prefix, dtype)

@@ -133,12 +133,12 @@ def summary_line(kind: str, said: dict[str, Any]) -> str:
 def make_decoder(latents, mesh) -> Callable:
     """Stored images [N, H, W, C], or their latents' moments -> the uint8 images that the finest level's codec makes of
     them, at the samples' resolution. The rows are split over the mesh."""
-    codec, size = latents.transforms[-1], -(-BATCH // mesh.size) * mesh.size
+    space, size = latents.finest, -(-BATCH // mesh.size) * mesh.size
     size = latents.slices(size, mesh.size)[0].stop
 
     @functools.partial(jax.jit, out_shardings=partition.replicated(mesh))
     def decoded(stored, params):
-        return latents.decode(codec.encode(stored), params)
+        return latents.decode(space.variable({space.fields[0]: stored}, None), params)
 
     def seen(stored):
         chunks = (stored[start : start + size] for start in range(0, len(stored), size))
@@ -170,7 +170,7 @@ def report_memorization(gen, ema, source, features: Callable, step: int, workdir
     Raises ValueError as check_options() does."""
     config = gen.config
     check_options(config)
-    number, field = config.evaluate.memorization, gen.latents.codec_field
+    number, field = config.evaluate.memorization, gen.latents.finest.fields[0]
     seen = make_decoder(gen.latents, gen.mesh)
     if config.text.encoder:
         gen = dataclasses.replace(gen, prompts=build_data.some_captions(config, number))

@@ -196,7 +196,7 @@ def make_generator(
         prompts = tuple(config.sample.prompts) or build_data.some_captions(config, config.sample.num_samples)
     programs = Programs() if programs is None else programs
     if latents.params:
-        latents = dataclasses.replace(latents, params=jax.device_put(latents.params, partition.replicated(mesh)))
+        latents = latents.with_params(jax.device_put(latents.params, partition.replicated(mesh)))
     draw_variables, decode = make_draw(config.seed, tuple(levels), latents, mesh, programs)
     return Generator(config, tuple(levels), latents, mesh, draw_variables, decode, text, prompts, programs)
 

@@ -22,13 +22,29 @@ blocks and channels are read off the tensors; the 32 groups are not in them.
 import dataclasses
 import functools
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
+from input_pipeline import latent_records as records
+from nested.runtime.partition import local_devices
 from nested.spaces.pixels import normalise, to_images
+from nested.spaces.space import (
+    Arrays,
+    Encoded,
+    Grid,
+    LatentGrid,
+    LevelSource,
+    Params,
+    PatchOptions,
+    Shape,
+    equal_slices,
+)
+from nested.spaces.svd import Basis, Covariance, Moments, standardisation
 from nested.weights import files as weights
 
 GROUPS, EPS = 32, 1e-6
@@ -36,8 +52,7 @@ LOGVAR = (-30.0, 20.0)
 ANCHOR = "encoder.conv_in.weight"
 UNUSED = ("loss.", "model_ema.")  # of training: the discriminator, the average's counters
 PRECISION = jax.lax.Precision.HIGHEST  # float32 is float32 on accelerators too
-
-Params = dict[str, Any]
+FIELD = "sd_vae"  # the record field of the moments, and the key of what latents.json says of them
 
 
 # --- the network -------------------------------------------------------------------------------------------------
@@ -140,48 +155,183 @@ def decode(params: Params, z_BhwC: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec:
-    """The transform of a level of these latents (nested/latents/store.py), from stored moments and to images.
+class AutoencoderKL(PatchOptions):
+    """The codec `sd_vae`: records hold the moments of the latents in place of the image, and a latent is drawn from
+    them anew in every step.
 
-    batch_size: images decoded at once on each device; dtype: of decoding, 'float32' | 'bfloat16'."""
+    Moments are stored as float16, means before log-variances, where U-ViT stores float32: a relative rounding of 5e-4.
+    Encoding also measures the scale: 1 / std of all numbers of all latents, whose variance is that of the means plus
+    the mean of the variances.
+    """
 
+    name: ClassVar[str] = "sd_vae"
+    needs_encoding: ClassVar[bool] = True
+    reads_images: ClassVar[bool] = False
+
+    weights: Annotated[str, "a file, or a folder that diffusers saved the autoencoder to"] = ""
+    prefix: Annotated[str, "start of its names in a file that holds more; '': found, '.': nothing"] = ""
+    scale: Annotated[float, "multiplies latents: .18215 SD's, .23010 U-ViT's on COCO; 0: 1 / std of these data's"] = 0.0
+    decoder_weights: Annotated[str, "another file to decode with, such as an average; '': weights"] = ""
+    batch_size: Annotated[int, "images at a time on each device: memory does not grow with the samples"] = 16
+    dtype: Annotated[Literal["float32", "bfloat16"], "of decoding; encoding is float32"] = "float32"
+
+    def __post_init__(self):
+        if self.scale < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"scale {self.scale}, batch_size {self.batch_size} given; the scale is positive, or 0 to measure it, "
+                "and at least one image is decoded at a time"
+            )
+
+    def open(self) -> "OpenAutoencoder":
+        return OpenAutoencoder(self, self._load(self.weights, self.prefix, "config.codec.weights"))
+
+    def fit(self, level: LevelSource, encoded: Encoded) -> "LatentSpace":
+        if FIELD not in encoded.fields:
+            level.refuse_absent_source(encoded)
+        level.require_standardize_channel()
+        stored = encoded.index[FIELD]
+        level.require_shape((*stored["grid"], stored["channels"]), "the autoencoder")
+        if not self.scale:
+            logging.info("codec.scale 0: the measured one, %.5f", self.latent_scale(encoded))
+        return self._space(level, self.latent_scale(encoded))
+
+    def fit_without_data(self, level: LevelSource) -> "LatentSpace | None":
+        """The space of a scale that is given, else None."""
+        if not self.scale:
+            return None
+        level.require_standardize_channel()
+        level.require_shape((*level.shape[:2], self.channels), "the autoencoder")
+        return self._space(level, self.scale)
+
+    def latent_scale(self, encoded: Encoded) -> float:
+        return self.scale or encoded.index[FIELD]["measured_scale"]
+
+    def report(self, index: Mapping[str, Any]) -> str:
+        scale = index[FIELD]["measured_scale"]
+        return (
+            f"codec.scale: 1 / std of these latents is {scale:.5f}, the config has {self.scale:g} (0: the measured "
+            f"one); --config.codec.scale={scale:.5f} fixes it for all later runs"
+        )
+
+    def _space(self, level: LevelSource, scale: float) -> "LatentSpace":
+        if self.decoder_weights:
+            network = self._load(self.decoder_weights, "", "config.codec.decoder_weights")
+        else:
+            network = self._load(self.weights, self.prefix, "config.codec.weights")
+        return LatentSpace(tuple(level.shape), scale, self.batch_size, self.dtype, network.decoder)
+
+    def _load(self, path: str, prefix: str, what: str) -> "Network":
+        return load_autoencoder(path, prefix=prefix, patch=self.patch, channels=self.channels, what=what)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenAutoencoder:
+    """The codec with its weights, for encoding."""
+
+    codec: AutoencoderKL
+    network: "Network"
+    stores_images: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return self.codec.name
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        return {
+            "codec.patch": self.codec.patch,
+            "codec.channels": self.codec.channels,
+            "codec.weights_sha256": self.network.fingerprint,
+            "codec.prefix": self.codec.prefix,
+        }
+
+    @functools.cached_property
+    def _params(self) -> Params:
+        """The encoder's parameters, on every device."""
+        return jax.device_put(self.network.encoder, local_devices())
+
+    def latent_grid(self, image_shape: Grid) -> LatentGrid:
+        """The grid of the means, without the scale."""
+        return LatentGrid(self.network.grid(image_shape), self.codec.channels)
+
+    def statistics(self, image_shape: Grid) -> dict[str, Grid]:
+        return {}
+
+    def fields(self, image_shape: Grid) -> tuple[records.Field, ...]:
+        height, width, channels = self.network.grid(image_shape)
+        return (records.Field(FIELD, "float16", (height, width, 2 * channels)),)
+
+    def encode(self, images: np.ndarray, rows: jax.sharding.NamedSharding) -> dict[str, jax.Array]:
+        return {FIELD: stored_moments(self._params, images, self.codec.batch_size, rows)}
+
+    def latents(self, encoded: Mapping[str, jax.Array]) -> jax.Array:
+        return encoded[FIELD][..., : self.codec.channels]
+
+    def bases(self, covariances: Mapping[str, Covariance]) -> dict[str, Basis]:
+        return {}
+
+    def projection(self, bases: Mapping[str, Basis]) -> None:
+        return None
+
+    def moments(self, field: str, stored: np.ndarray) -> Moments:
+        """The moments of all numbers of the latents drawn from stored moments, as of one position of one channel."""
+        mean, logvar = np.split(stored.astype(np.float64), 2, axis=-1)
+        square = np.square(mean).sum() + np.exp(logvar).sum()
+        return Moments(mean.size, mean.sum().reshape(1, 1), square.reshape(1, 1, 1))
+
+    def summary(self, image_shape: Grid, moments: Mapping[str, Moments]) -> dict[str, Any]:
+        """The grid of the latents, and the scale that brings them to variance 1 about their mean."""
+        _, std = standardisation(moments[FIELD], np.eye(1), 1)
+        *grid, channels = self.network.grid(image_shape)
+        return {FIELD: {"grid": grid, "channels": channels, "measured_scale": float(1 / std[0])}}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentSpace:
+    """The fitted space: a latent is drawn from its stored moments and multiplied by the scale.
+
+    rows_at_once: images that each device decodes at a time. dtype: of decoding, 'float32' | 'bfloat16'. params: of the
+    decoder.
+    """
+
+    shape: Shape
     scale: float
-    batch_size: int
+    rows_at_once: int
     dtype: str
+    params: Params
+    fields: ClassVar[tuple[str, ...]] = (FIELD,)
+    explained_variance: ClassVar[float] = 1.0
+    standardised: ClassVar[bool] = True
 
-    def encode(self, moments_BhwC: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Stored moments [B, h, w, 2 c] -> float32 latents [B, h, w, c], times the scale: row i drawn from (key, i), so
-        that devices and hosts do not matter, or without a key the mean."""
-        mean, logvar = jnp.split(jnp.asarray(moments_BhwC).astype(jnp.float32), 2, axis=-1)
+    def variable(self, raw: Arrays, key: jax.Array | None) -> jax.Array:
+        """Stored moments [B, h, w, 2 c] -> float32 latents [B, h, w, c] times the scale.
+
+        Row i is drawn from (key, i), so that devices and hosts do not matter; without a key it is the mean.
+        """
+        mean, logvar = jnp.split(jnp.asarray(raw[FIELD]).astype(jnp.float32), 2, axis=-1)
         if key is None:
             return self.scale * mean
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(mean)))
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         return self.scale * (mean + jnp.exp(0.5 * logvar) * noise)
 
-    def decode(self, z_BhwC: jax.Array, params: Params) -> jax.Array:
-        """Latents -> uint8 images."""
-        x_BHWC = decode(params, (z_BhwC / self.scale).astype(self.dtype))
+    def decode(self, z: jax.Array, params: Params) -> jax.Array:
+        """Latents [B, h, w, c] -> uint8 images."""
+        x_BHWC = decode(params, (z / self.scale).astype(self.dtype))
         return to_images(x_BHWC.astype(jnp.float32))
+
+    def resolutions(self, z: jax.Array, params: Params) -> tuple[jax.Array, ...]:
+        return (self.decode(z, params),)
 
 
 def stored_moments(params: Params, images: np.ndarray, batch_size: int, rows: jax.sharding.NamedSharding) -> jax.Array:
-    """uint8 images [B, H, W, C] -> float32 [B, H/f, W/f, 2 c], means before log-variances, in slices_of(B, batch_size,
-    the devices of `rows`, which share each slice)."""
-    slices = slices_of(len(images), batch_size, rows.mesh.size)
+    """uint8 images [B, H, W, C] -> float32 [B, H/f, W/f, 2 c], means before log-variances.
+
+    The images are encoded in equal_slices(B, batch_size, number of devices); the devices of `rows` share each slice.
+    """
+    slices = equal_slices(len(images), batch_size, rows.mesh.size)
     parts = [moments(params, normalise(jax.device_put(images[some], rows))) for some in slices]
     return jnp.concatenate([jnp.concatenate(part, -1) for part in parts])
-
-
-def slices_of(rows: int, most: int, devices: int = 1) -> list[slice]:
-    """Equal slices of `rows`, so that memory does not grow with them: at most `most` for each of the devices, which are
-    to divide them. Python's loop over them, not one in the program: XLA's convolutions in loops take 10 times as long
-    on a CPU."""
-    if rows < 1 or rows % devices:
-        raise ValueError(f"{rows} images at a time do not divide by {devices} devices; use a multiple")
-    each = rows // devices
-    size = devices * max(number for number in range(1, min(most, each) + 1) if each % number == 0)
-    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -251,7 +401,7 @@ def _add_middle(found, name, width):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class AutoencoderKL:
+class Network:
     """The weights of one download, {name: float32 array} on the host, and what their shapes say."""
 
     params: Params
@@ -285,7 +435,7 @@ class AutoencoderKL:
         return height // patch, width // patch, self.layout.channels
 
 
-def load_autoencoder(path: str, *, prefix: str, patch: int, channels: int, what: str) -> AutoencoderKL:
+def load_autoencoder(path: str, *, prefix: str, patch: int, channels: int, what: str) -> Network:
     """The autoencoder in a weight file, or in a folder that diffusers saved it to.
 
     prefix: what stands before the names, such as 'first_stage_model.' in a file of all of Stable Diffusion; '' finds
@@ -313,7 +463,7 @@ def load_autoencoder(path: str, *, prefix: str, patch: int, channels: int, what:
             f"{layout.patch} and {layout.channels}, or give another file"
         )
     params = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-    return AutoencoderKL(params, layout, tuple(files))
+    return Network(params, layout, tuple(files))
 
 
 _RENAMED = (  # of CompVis', then of older diffusers' files

@@ -136,6 +136,10 @@ class Basis:
         kept = np.cumsum(self.variances.sum(0)[: self.components])
         return kept / total if total > 0 else np.ones_like(kept)
 
+    def share(self, channels: int) -> float:
+        """The share of the variance that the first `channels` channels keep."""
+        return float(self.explained_variance()[channels - 1])
+
     def after(self, mean_C, vectors_CD):
         """The basis of D channels made from (x - mean) @ vectors, as one of x. vectors: of full column rank."""
         mean = mean_C + self.mean @ np.linalg.pinv(vectors_CD)

@@ -7,27 +7,26 @@ import numpy as np
 
 from input_pipeline import latent_records as records
 from nested.encoders import grids
-from nested.latents import job as encoding
-from nested.latents import passes as encode
-from nested.latents import store as latents
-from nested.spaces import codecs
-from nested.spaces.patch_pca import patchify
+from nested.latents import passes
+from nested.latents.job import EncodingOptions, plan_job
+from nested.spaces.features import Feature
+from nested.spaces.patch_pca import PatchPCA, patchify
+from nested.spaces.pixels import Pixels
+from nested.spaces.space import LevelSource
 
 IMAGES = 44  # 3 shards of 16, 16, 12; batches of 6: every shard ends in a padded batch
-CONFIG = encoding.EncoderConfig(
-    name="toy", weights="", input_size=32, map="stage4", vector="pool", prefix="", dtype="float32",
-    features=("crops1", "map"), components=(5,), svd="shared", center=True, fit_images=0, batch_size=6, shard_images=16,
-)  # fmt: skip
-CODEC = codecs.CodecConfig(
-    name="patch_pca", patch=2, channels=12, weights="", prefix="", scale=0.0, decoder_weights="", batch_size=16,
-    dtype="float32",
-)  # fmt: skip
-PIXELS = dataclasses.replace(CODEC, name="pixels", patch=0, channels=0)
-LEVELS = (
-    latents.LevelSource("z3", "crops1", (1, 1, 4)),
-    latents.LevelSource("z2", "map", (2, 3, 3)),
-    latents.LevelSource("z1", "patch_pca", (4, 4, 12)),
-)
+CONFIG = EncodingOptions(features=("crops1", "map"), components=(5,), fit_images=0, batch_size=6, shard_images=16)
+CODEC = PatchPCA(patch=2, channels=12)
+PIXELS = Pixels()
+
+
+def level(name, source, shape, **options):
+    """A LevelSource by the word of a config."""
+    found = {codec.name: codec for codec in (CODEC, PIXELS)}.get(source) or Feature(source, CODEC)
+    return LevelSource(name, found, shape, **options)
+
+
+LEVELS = (level("z3", "crops1", (1, 1, 4)), level("z2", "map", (2, 3, 3)), level("z1", "patch_pca", (4, 4, 12)))
 
 
 class Killed(BaseException):
@@ -73,6 +72,11 @@ class Toy:
     huge_at: int = -1
     feature_names: tuple = ("crops1", "map")
     params: tuple = ()
+    input_size: int = 32
+
+    @property
+    def made_from(self):
+        return {"input_size": self.input_size, "map": "stage4", "vector": "pool", "prefix": "", "dtype": "float32"}
 
     def features(self, images):
         return grids.of_images(self._outputs, images, self.feature_names)
@@ -91,7 +95,7 @@ class Toy:
 def run(directory, source=None, encoder=None, config=CONFIG, codec=CODEC, **processes):
     source = Source() if source is None else source
     encoder = encoder or Toy(feature_names=tuple(name for name in config.features if not grids.of_codec(name)))
-    return encode.encode(encoding.plan(source, encoder, config, codec, directory, **processes))
+    return passes.encode(plan_job(source, encoder, config, codec, directory, **processes))
 
 
 def content(directory):

@@ -1,0 +1,45 @@
+"""Random variables in the place of data: records hold a level's variable itself, leaf by leaf."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from nested.spaces.space import Arrays, Encoded, ImageSpace, LevelSource, Params, Shape, Tree, is_joint
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+    """The source of a level whose variable is random."""
+
+    name: ClassVar[str] = "synthetic"
+    needs_encoding: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = False
+
+    def fit(self, level: LevelSource, encoded: Encoded) -> "SyntheticSpace":
+        return SyntheticSpace(level.shape, level.name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SyntheticSpace(ImageSpace):
+    """The variable is the field of the level's name, and of several resolutions the fields 'level.0', 'level.1', ..."""
+
+    level: str
+
+    @property
+    def leaves(self) -> tuple[tuple[str, Shape], ...]:
+        """(field, shape) of each resolution: what a source of random records has to have."""
+        if not is_joint(self.shape):
+            return ((self.level, self.shape),)
+        return tuple((f"{self.level}.{i}", shape) for i, shape in enumerate(self.shape))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(field for field, _ in self.leaves)
+
+    def variable(self, raw: Arrays, key: jax.Array | None) -> Tree:
+        leaves = tuple(raw[field] for field in self.fields)
+        return leaves if is_joint(self.shape) else leaves[0]
+
+    def decode(self, z: Tree, params: Params) -> jax.Array:
+        raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
