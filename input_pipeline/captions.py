@@ -24,6 +24,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeGuard
 
 import numpy as np
 
@@ -51,19 +52,19 @@ def captions(source: Source) -> list[Caption]:
 
     Raises: ValueError, one line that counts and names the records without a caption, or with an empty one.
     """
-    found = getattr(source, "captions", None)
-    if found is None:
-        found = [source[i].get("caption") for i in range(len(source))]
-    absent = [i for i, caption in enumerate(found) if not _has_text(caption)]
-    if absent:
+    known: Sequence[Caption] | None = getattr(source, "captions", None)
+    found = [source[i].get("caption") for i in range(len(source))] if known is None else known
+    present = [caption for caption in found if _has_text(caption)]
+    if len(present) < len(found):
+        absent = [i for i, caption in enumerate(found) if not _has_text(caption)]
         raise ValueError(
             f"{len(absent)} of {len(found)} examples have no caption or an empty one, such as {_some(absent)}: "
             f"give each a text ({source.describe()})"
         )
-    return list(found)
+    return present
 
 
-def _has_text(caption: Caption | None) -> bool:
+def _has_text(caption: Caption | None) -> TypeGuard[Caption]:
     return bool(caption) and all(text and not text.isspace() for text in texts_of(caption))
 
 
@@ -156,7 +157,7 @@ def with_captions(source: Source, captions: Sequence[Caption]) -> Mapped:
 
 
 def keys_of(texts: Iterable[str]) -> np.ndarray:
-    """The keys of texts in a store, S32 [N], in the order given."""
+    """The keys of the texts in a store, S32 [N], in the same order."""
     return np.array([hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts], "S32")
 
 
@@ -181,14 +182,14 @@ class LookUpText(RecordMap):
             raise ValueError(
                 f"{self._path}: the features were made by {self.index['name']} with {self.index['max_tokens']} tokens, "
                 f"fingerprint {self.index['encoder'][:16]}, this run's encoder is {self.encoder[:16]}: remove the "
-                "folder to make them anew, give another folder, or the options of that encoder"
+                "folder to make them again, name another folder, or use the options of that encoder"
             )
         for name in ARRAYS:
             file = self._path / f"{name}.npy"
             expected, found = self.index["bytes"][name], file.stat().st_size if file.is_file() else None
             if found != expected:
                 state = "is missing" if found is None else f"has {found} bytes, {expected} were written"
-                raise ValueError(f"{file}: {state}; remove the folder {self._path} and make the features anew")
+                raise ValueError(f"{file}: {state}; remove the folder {self._path} to make the features again")
 
     def require_texts(self, texts: Iterable[str]) -> None:
         """Raises ValueError, one line that counts and names them, for texts that the store has no features of."""
@@ -197,7 +198,7 @@ class LookUpText(RecordMap):
         if len(missing):
             raise ValueError(
                 f"{self._path}: no features for {len(missing)} of {len(distinct)} captions, such as "
-                f"{_some([distinct[i] for i in missing])}: remove the folder to make them anew"
+                f"{_some([distinct[i] for i in missing])}: remove the folder to make them again"
             )
 
     def __call__(self, record: Record, index: int, generator: np.random.Generator | None) -> Record:
@@ -252,11 +253,11 @@ def with_stored_text(source: Source, directory: str | pathlib.Path, encoder: str
 
 
 def read_index(directory: pathlib.Path) -> dict:
-    """text.json of a finished store; FileNotFoundError or ValueError, in one line, where there is none."""
+    """The content of text.json of a finished store. Raises: FileNotFoundError or ValueError, in one line."""
     path = pathlib.Path(directory) / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found: the text features were not (completely) made; make them first")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); remove the folder and make the features anew") from error
+        raise ValueError(f"{path}: not valid JSON ({error}); remove the folder to make the features again") from error

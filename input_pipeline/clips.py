@@ -1,6 +1,6 @@
-"""Folders of short video clips, as sources of images with a time axis: record["image"] is uint8 [T, H, W, C].
+"""Folders of short video clips: sources of images with a time axis, whose record["image"] is uint8 [T, H, W, C].
 
-Read are animated WebP, GIF and PNG files through Pillow, and .mp4 and .avi files through OpenCV, which is optional
+Animated WebP, GIF and PNG files are read through Pillow, .mp4 and .avi files through OpenCV, which is optional
 (pip install opencv-python-headless). A record has `frames` frames of the clip, every
 `frame_stride`-th from the first one: Matryoshka's video model (arXiv 2310.15111, appendix E) has 16 frames, every
 fourth of WebVid's. The start is not drawn at random, so that a record is the same each time it is read. How long a file
@@ -21,7 +21,7 @@ from input_pipeline.options import ClipOptions
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, open_image, to_array, to_channels
 
 ANIMATION_FORMATS = ("WEBP", "GIF", "PNG")
-VIDEO_SUFFIXES = (".mp4", ".avi")  # others are handed to Pillow
+VIDEO_SUFFIXES = (".mp4", ".avi")  # other files are read through Pillow
 CLIP_ERRORS = (*DECODE_ERRORS, EOFError, IndexError, struct.error)  # the last three: Pillow's GIF and PNG readers
 
 
@@ -31,17 +31,19 @@ def is_video(name: str) -> bool:
 
 
 def decode_clip(clip: bytes | pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
-    """The frames 0, stride, ..., (frames - 1) * stride -> uint8 [frames, H, W, channels].
+    """Decodes the frames 0, stride, ..., (frames - 1) * stride. Transparent pixels are laid over white.
 
-    clip: the bytes of an animation, or a video's file. Transparency is laid over white.
+    clip: the bytes of an animation, or the path of a video.
 
-    Raises: ValueError where there are fewer frames; one of CLIP_ERRORS for what is not a whole clip.
+    Returns: uint8 [frames, H, W, channels].
+
+    Raises: ValueError if the clip has fewer frames; one of CLIP_ERRORS for data that are not a whole clip.
     """
     if isinstance(clip, pathlib.Path):
         return _decode_video(clip, frames, stride, channels)
     with open_image(clip, ANIMATION_FORMATS) as opened:
         first = int(getattr(opened, "default_image", False))  # of a PNG file, for viewers that show no animations
-        found, images = opened.n_frames - first, []
+        found, images = getattr(opened, "n_frames", 1) - first, []
         if found < _length(frames, stride):
             raise _too_short(found, frames, stride)
         for number in range(frames):
@@ -51,7 +53,7 @@ def decode_clip(clip: bytes | pathlib.Path, frames: int, stride: int, channels: 
 
 
 def _decode_video(path: pathlib.Path, frames: int, stride: int, channels: int) -> np.ndarray:
-    import cv2
+    import cv2  # pyright: ignore[reportMissingImports]  optional
 
     video, clip = cv2.VideoCapture(str(path)), []
     for number in range(_length(frames, stride)):
@@ -78,11 +80,11 @@ def fingerprint_parts(options: ClipOptions) -> tuple[str, ...]:
 
 
 def require_opencv(files: Sequence[str], root: pathlib.Path) -> None:
-    """Raises ImportError (one line) where some of the files need OpenCV and it is not installed."""
+    """Raises ImportError (one line) if some of the files need OpenCV and it is not installed."""
     videos = [file for file in files if is_video(file)]
     if videos:
         try:
-            import cv2  # noqa: F401  optional, asked for before training starts
+            import cv2  # noqa: F401  # pyright: ignore[reportMissingImports]  optional, required before training starts
         except ImportError as error:
             raise ImportError(
                 f"{len(videos)} of {len(files)} clips in {root} need OpenCV to be read, such as {videos[0]}: "
@@ -91,7 +93,7 @@ def require_opencv(files: Sequence[str], root: pathlib.Path) -> None:
 
 
 def _length(frames: int, stride: int) -> int:
-    """How many frames a file must have."""
+    """How many frames a file must have at least."""
     return (frames - 1) * stride + 1
 
 
@@ -103,10 +105,10 @@ def _too_short(found: int, frames: int, stride: int) -> ValueError:
 class ClipFolder(ClipOptions):
     """The clips below a directory, in one of the layouts of image_files.Folder: with captions, plain, or in classes.
 
-    A file that is damaged or has fewer than (frames - 1) * frame_stride + 1 frames is bad: see decoded.py.
+    A file is bad if it is damaged or has fewer than (frames - 1) * frame_stride + 1 frames: see decoded.py.
 
-    open() raises: as Folder; ValueError for other channels, frames or strides; ImportError (one line) where there are
-      .mp4 or .avi files but OpenCV is not installed.
+    open() raises: as Folder; ValueError for other channels, frames or strides; ImportError (one line) for .mp4 or .avi
+      files if OpenCV is not installed.
     """
 
     def open(self) -> "ClipFolderSource":
@@ -129,10 +131,11 @@ class ClipFolderSource(Folder):
         return (self.frames, None, None, self.channels)
 
     def data(self, index: int) -> bytes | pathlib.Path:
+        """The bytes of an animation, or the path of a video, which OpenCV opens itself."""
         if not is_video(self.name(index)):
             return super().data(index)
         path = self.root / self.name(index)
-        with open(path, "rb"):  # OSError where it cannot be; OpenCV says only that nothing opened
+        with open(path, "rb"):  # raises OSError if it cannot be opened; OpenCV does not say why
             return path
 
     def decode(self, data: bytes | pathlib.Path) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The classes of ImageNet's validation images, from ILSVRC2012_devkit_t12.tar.gz.
 
 data/ILSVRC2012_validation_ground_truth.txt has one number (ILSVRC2012_ID, 1 to 1000) per image; data/meta.mat has a
-struct array `synsets` that says which WordNet id each number is. The .mat file is of MATLAB's level 5: elements of a
-tag (type and bytes, both uint32; four bytes or fewer lie within the tag) and data that fill whole 8 bytes. Read here is
-what such a struct array needs: compressed elements, struct, character and numeric matrices.
+struct array `synsets` that gives the WordNet id of each number. The .mat file has MATLAB's level 5: elements of a tag
+(type and size, both uint32; data of at most four bytes lie within the tag) and data padded to a multiple of 8 bytes.
+Only what such a struct array needs is read: compressed elements, struct, character and numeric matrices.
 
 Source: "MAT-File Format", MathWorks, R2019b, chapter 1, "Level 5 MAT-File Format".
 """
@@ -12,6 +12,8 @@ import pathlib
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -19,14 +21,16 @@ TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8", 16: "u1"}
 MATRIX, COMPRESSED = 14, 15
 STRUCT_CLASS, CHAR_CLASS = 2, 4
-MAX_BYTES = 64 << 20  # of a file of the kit, and of what it is unpacked to: the real ones have less than 2 MB
+MAX_BYTES = 64 << 20  # of a file of the kit, packed and unpacked: the real ones have less than 2 MB
 ERRORS = (
     struct.error, zlib.error, KeyError, IndexError, ValueError, TypeError, OverflowError, RecursionError, StopIteration
 )  # fmt: skip
 
 
 def validation_wnids(path: pathlib.Path) -> list[str]:
-    """The WordNet id of every validation image, in their order.
+    """The WordNet id of every validation image, in order.
+
+    path: of ILSVRC2012_devkit_t12.tar.gz.
 
     Raises: ValueError, one line, for a damaged archive, one without the two files, and numbers without an id.
     """
@@ -40,7 +44,8 @@ def validation_wnids(path: pathlib.Path) -> list[str]:
                     raise ValueError(f"it has no {name}")
                 if found[0].size > MAX_BYTES:
                     raise ValueError(f"its {name} has {found[0].size:,} bytes, at most {MAX_BYTES:,} are read")
-                content[name] = tar.extractfile(found[0]).read()
+                member = tar.extractfile(found[0])
+                content[name] = member.read() if member else b""
         wnid_of = synsets(content[META])
         numbers = [int(line) for line in content[TRUTH].split()]
         unknown = sorted({number for number in numbers if number not in wnid_of})
@@ -52,7 +57,7 @@ def validation_wnids(path: pathlib.Path) -> list[str]:
 
 
 def synsets(mat: bytes) -> dict[int, str]:
-    """{ILSVRC2012_ID: WordNet id} of the bytes of meta.mat. Raises one of ERRORS where they are not such a file."""
+    """{ILSVRC2012_ID: WordNet id} from the bytes of meta.mat. Raises: one of ERRORS if they are not such a file."""
     if mat[126:128] != b"IM":
         raise ValueError(f"{META} is not a little-endian MAT file of level 5")
     for kind, data in _elements(mat[128:]):
@@ -76,7 +81,7 @@ def _unpacked(data: bytes) -> bytes:
     return unpacked
 
 
-def _elements(data: bytes):
+def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yields (type, bytes) of successive elements."""
     position = 0
     while position < len(data):
@@ -89,9 +94,12 @@ def _elements(data: bytes):
             position += 8 + (size if kind == COMPRESSED else -(-size // 8) * 8)
 
 
-def _matrix(data: bytes):
-    """(name, value): of a struct array {field: [value of each]}, of characters a str, of numbers a flat array; other
-    classes are None, and so is an element without data, which is an empty matrix."""
+def _matrix(data: bytes) -> tuple[str, Any]:
+    """(name, value) of a matrix.
+
+    The value of a struct array is {field: [value of each element]}, of characters a str, of numbers a flat array, of
+    other classes and of an empty matrix, an element without data, None.
+    """
     if not data:
         return "", None
     parts = _elements(data)

@@ -1,6 +1,7 @@
 """The handwritten digits that come with scikit-learn."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ class Digits(ImageSourceOptions):
     def open(self) -> ImagesInMemory:
         from sklearn.datasets import load_digits  # the one user of scikit-learn
 
-        data = load_digits()
+        data: Any = load_digits()
         images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
         names = tuple(str(digit) for digit in range(10))
         return ImagesInMemory(images, data.target.astype(np.int32), 10, names, "digits of scikit-learn")

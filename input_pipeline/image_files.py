@@ -1,4 +1,4 @@
-"""Sources whose images are decoded when read: a folder of image files, and a directory prepared by TFDS.
+"""A folder of image files, and a directory prepared by TFDS.
 
 Their images may differ in size, and are brought to one size (transforms.resized) before they are batched. Folder holds
 what folders of images have in common with folders of clips (clips.py).
@@ -9,22 +9,23 @@ import os
 import pathlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from input_pipeline.decoded import JSON_ERRORS, Decoded, choose_classes, is_text, read_file, some
 from input_pipeline.options import ClassOptions, FileOptions, IndexOptions, SplitOptions
 from input_pipeline.sources import Record, fingerprint_of
-from input_pipeline.tars import kept
+from input_pipeline.tars import read_or_make_index
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
 CAPTIONS_FILE = "captions.jsonl"
 
 
 def _read_captions(root: pathlib.Path) -> tuple[list[str], list[str]]:
-    """(files, captions) of the lines of captions.jsonl, in their order."""
+    """(files, captions) of the lines of captions.jsonl, in order."""
     files, captions = [], []
-    lines = (root / CAPTIONS_FILE).read_text(encoding="utf-8").split("\n")  # other line ends may stand in a caption
+    lines = (root / CAPTIONS_FILE).read_text(encoding="utf-8").split("\n")  # a caption may contain other line ends
     for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         where = f"{root / CAPTIONS_FILE} line {number}"
         try:
@@ -43,7 +44,7 @@ def _read_captions(root: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def _list_files(root: pathlib.Path) -> list[str]:
-    """Paths below root, "/" between the parts, sorted; nothing whose name starts with a dot."""
+    """Paths below root, with "/" between their parts, sorted; names that start with a dot are left out."""
     found = []
     for parent, folders, names in os.walk(root, followlinks=True):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
@@ -60,8 +61,10 @@ def _size(path: pathlib.Path) -> int:
 
 
 def _read_pairs(root: pathlib.Path, files: list[str]) -> tuple[list[str], list[str]]:
-    """(files, captions) of a folder with a text file NAME.txt beside every NAME.jpg, NAME.mp4, ... What is not UTF-8 in
-    it becomes the sign for that."""
+    """(files, captions) of a folder with a text file NAME.txt beside every NAME.jpg, NAME.mp4, ...
+
+    Bytes of a text that are not UTF-8 become U+FFFD.
+    """
     texts = {file.removesuffix(".txt") for file in files if file.endswith(".txt")}
     others = [file for file in files if not file.endswith(".txt")]
     stems = [os.path.splitext(file)[0] for file in others]
@@ -77,25 +80,25 @@ def _read_pairs(root: pathlib.Path, files: list[str]) -> tuple[list[str], list[s
 
 
 class Folder(Decoded):
-    """The files below a directory, which has the first of these layouts that fits:
+    """The files below a directory, in the first of these layouts that fits:
 
-      captions  a file captions.jsonl with lines {"file": path below the directory, "caption": text}: the lines are the
-                examples, in their order, and records get a "caption"; no classes.
-      pairs     NAME.txt beside every other file NAME.*, at any depth: its caption; no classes; sorted by path.
-      plain     files only, no sub-folders: no classes, examples sorted by name.
-      classes   sub-folders only: their sorted names are the labels 0, 1, ...; examples sorted by path, at any depth.
+      captions  a file captions.jsonl with lines {"file": path below the directory, "caption": text}: every line is an
+                example, in the order of the file, with a "caption"; no classes
+      pairs     NAME.txt, the caption, beside every other file NAME.*, at any depth; no classes; sorted by path
+      plain     files only, no sub-folders; no classes; sorted by name
+      classes   sub-folders only: their sorted names are the labels 0, 1, ...; sorted by path, at any depth
 
-    Every file is an example, except names with a leading dot; bad ones are treated as decoded.py says. A subclass has
-    NOUN, A_NOUN, ERRORS, image_shape and decode(data) -> uint8 array. A file that is absent when the source is opened
-    is a bad one.
+    Every file is an example, except names with a leading dot. Bad files are treated as decoded.py describes, and a file
+    that is absent when the source is opened is a bad one. A subclass defines NOUN, A_NOUN, ERRORS, image_shape and
+    decode().
 
     Args:
       options: where the directory is, and how many bad files are allowed.
       reading: what decode() depends on, for the fingerprint.
       classes: names of the class folders to read; () for all of them.
 
-    Raises: FileNotFoundError where there is no such directory, ValueError where there are no files, or files beside
-      class folders, or captions that are not as above, or no such classes; when reading, ValueError for bad files.
+    Raises: FileNotFoundError if there is no such directory; ValueError if it has no files, files beside class folders,
+      captions that are not as above, or not all of the classes; when reading, ValueError for too many bad files.
     """
 
     def __init__(self, options: FileOptions, reading: tuple[str, ...], classes: tuple[str, ...] = ()):
@@ -143,7 +146,7 @@ class Folder(Decoded):
     def name(self, index: int) -> str:
         return self._files[index]
 
-    def data(self, index: int) -> bytes:
+    def data(self, index: int) -> Any:
         return read_file(self.root / self._files[index])
 
     def describe(self) -> str:
@@ -194,7 +197,7 @@ class Tfds(SplitOptions, ClassOptions, IndexOptions):
     index_dir: where the labels are kept then (tars.py).
     channels: 3 (RGB) or 1 (grey), whatever the files hold.
 
-    open() raises: FileNotFoundError where path is no prepared data set; ValueError for another file format, other
+    open() raises: FileNotFoundError if path is not a prepared data set; ValueError for another file format, other
       features and an unknown split or class; when reading, ValueError for an example without a label (-1, as in test
       splits).
     """
@@ -206,8 +209,7 @@ class Tfds(SplitOptions, ClassOptions, IndexOptions):
 
 
 class TfdsSource:
-    """An opened Tfds. Images are decoded as those of an ImageFolder are. check() does nothing, because TFDS validated
-    the records when it wrote them."""
+    """An opened Tfds, whose images are decoded as those of an ImageFolder are."""
 
     def __init__(self, options: Tfds):
         import tensorflow_datasets as tfds  # slow to import
@@ -220,7 +222,8 @@ class TfdsSource:
                 f"{root} is not a data set prepared by TFDS (it has no dataset_info.json): set config.data.path to its "
                 "DATA_DIR/NAME/VERSION"
             )
-        builder = tfds.builder_from_directory(root)
+        skip_decoding: Any = tfds.decode.SkipDecoding  # annotated as if it could not be called
+        builder: Any = tfds.builder_from_directory(root)  # its annotations allow None in many places
         file_format = builder.info.file_format.value
         if file_format != "array_record":
             raise ValueError(
@@ -236,15 +239,15 @@ class TfdsSource:
         height, width, _ = features["image"].shape
         self.image_shape = (height, width, options.channels)
         self.name = f"{builder.info.full_name} ({split})"
-        self._data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        self._data = builder.as_data_source(split, decoders={"image": skip_decoding()})
         files = [f"{file.name}:{file.stat().length}" for file in builder.info.splits[split].filepaths]
         self.fingerprint = fingerprint_of((self.name, str(self.image_shape), *files, *sorted(classes)))
-        self._numbers = self._labels = None  # of the chosen classes
+        self._chosen: tuple[np.ndarray, np.ndarray] | None = None  # (indices, labels) of the chosen classes
         if classes:
             made_from = ("tfds", self.name, str(root), *files)
-            labels = kept(options.index_dir, made_from, self._all_labels)["labels"]
-            chosen = choose_classes(self.class_names, labels, classes, self.name)
-            self._numbers, self._labels, self.class_names = chosen
+            labels = read_or_make_index(options.index_dir, made_from, self._all_labels)["labels"]
+            indices, labels, self.class_names = choose_classes(self.class_names, labels, classes, self.name)
+            self._chosen = indices, labels
 
     def _all_labels(self) -> dict[str, np.ndarray]:
         return {"labels": np.array([self._data[i]["label"] for i in range(len(self._data))], np.int32)}
@@ -254,14 +257,15 @@ class TfdsSource:
         return len(self.class_names)
 
     def __len__(self) -> int:
-        return len(self._data) if self._numbers is None else len(self._numbers)
+        return len(self._data) if self._chosen is None else len(self._chosen[0])
 
     def __getitem__(self, index: int) -> Record:
-        if self._numbers is None:
+        if self._chosen is None:
             record = self._data[index]
             label = record["label"] if self.num_classes else 0
         else:
-            record, label = self._data[int(self._numbers[index])], self._labels[index]
+            indices, labels = self._chosen
+            record, label = self._data[int(indices[index])], labels[index]
         if label < 0:  # how TFDS marks a missing label
             raise ValueError(f"TFDS {self.name}: label {label} of example {index} is out of range: take another split")
         try:
@@ -277,4 +281,4 @@ class TfdsSource:
         return f"TFDS {self.name}: {len(self)} images, {self.num_classes} classes"
 
     def check(self) -> None:
-        """TFDS validated the records."""
+        """Does nothing, because TFDS validated the records when it wrote them."""

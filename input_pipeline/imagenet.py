@@ -1,11 +1,11 @@
-"""ImageNet-1k from the tars that its makers give out, without unpacking them.
+"""ImageNet-1k from the tars in which it is distributed, without unpacking them.
 
     train       ILSVRC2012_img_train.tar: a tar of one tar of JPEGs per class, n01440764.tar, ...
-    validation  ILSVRC2012_img_val.tar: 50,000 JPEGs; their classes are in ILSVRC2012_devkit_t12.tar.gz, or in a file
-                val_labels.txt of lines "ILSVRC2012_val_00000001.JPEG n01751748", of which the latter is preferred
+    validation  ILSVRC2012_img_val.tar: 50,000 JPEGs; their classes are read from a file val_labels.txt of lines
+                "ILSVRC2012_val_00000001.JPEG n01751748", or else from ILSVRC2012_devkit_t12.tar.gz
 
-A label is the place of the class' WordNet id among the sorted ids, as in TFDS and torchvision. The kit's own numbers
-(ILSVRC2012_ID) are another order: data/meta.mat says which id each one is (devkit.py).
+A label is the position of the class' WordNet id among the sorted ids, as in TFDS and torchvision. The kit's own numbers
+(ILSVRC2012_ID) have another order: data/meta.mat gives the id of each (devkit.py).
 """
 
 import pathlib
@@ -27,7 +27,7 @@ WNID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetTar(FileOptions, SplitOptions, ClassOptions, IndexOptions):
-    """A split of ImageNet-1k, read at its place in the tar; sorted by class, then by file name.
+    """A split of ImageNet-1k, sorted by class, then by file name. Each image is read at its place in the tar.
 
     path: the folder of the tars. split: "train" or "validation".
     classes: WordNet ids of a subset, whose labels are then 0, 1, ... in sorted order.
@@ -43,7 +43,7 @@ class ImageNetTar(FileOptions, SplitOptions, ClassOptions, IndexOptions):
 class ImageNetTarSource(Decoded):
     """An opened ImageNetTar.
 
-    shard_ends: where each class' examples end: the classes are the shards.
+    shard_ends: where the examples of each class end; the classes are the shards.
     """
 
     NOUN, A_NOUN = "image", "an image"
@@ -59,19 +59,19 @@ class ImageNetTarSource(Decoded):
         if not self.tar.is_file():
             raise FileNotFoundError(f"no {self.tar.name} in {root}: set config.data.path to the folder of the tars")
         walk = _training if split == "train" else _validation
-        index = tars.kept(
+        index = tars.read_or_make_index(
             options.index_dir,
             ("imagenet", split, tars.state_of(self.tar), *_states(root, split)),
             lambda: walk(self.tar),
         )
         names = tuple(index["classes"].astype(str).tolist())
-        numbers, labels = slice(None), index["labels"]
+        indices, labels = np.arange(len(index["labels"])), index["labels"]
         if classes:
-            numbers, labels, names = choose_classes(names, labels, classes, str(self.tar))
-        self._files, self._offsets, self._sizes = (index[key][numbers] for key in ("files", "offsets", "sizes"))
+            indices, labels, names = choose_classes(names, labels, classes, str(self.tar))
+        self._files, self._offsets, self._sizes = (index[key][indices] for key in ("files", "offsets", "sizes"))
         self.shard_ends = np.searchsorted(labels, np.arange(len(names)), side="right")
-        found = (self._files, self._sizes, np.asarray(labels, np.int32))
-        self.fingerprint = fingerprint_of((self.tar.name, str(channels), *names, *(array.tobytes() for array in found)))
+        content = (array.tobytes() for array in (self._files, self._sizes, np.asarray(labels, np.int32)))
+        self.fingerprint = fingerprint_of((self.tar.name, str(channels), *names, *content))
         super().__init__(
             f"images in {self.tar}", len(self._files), max_bad=options.max_bad_images, labels=labels, class_names=names
         )
@@ -94,13 +94,13 @@ class ImageNetTarSource(Decoded):
 
 
 def _states(root: pathlib.Path, split: str) -> list[str]:
-    """Of the files that the labels come from."""
+    """The states of the files that the labels come from."""
     files = [root / LABELS_FILE, root / KIT] if split == "validation" else []
     return [tars.state_of(file) for file in files if file.is_file()]
 
 
 def _index(classes: list[str], entries: list[tuple[str, int, int, int]]) -> dict[str, np.ndarray]:
-    """Arrays of (file, label, offset, size), sorted by label and file."""
+    """The arrays of an index, sorted by label and file. entries: (file, label, offset, size) of each image."""
     entries = sorted(entries, key=lambda entry: (entry[1], entry[0]))
     files, labels, offsets, sizes = zip(*entries, strict=True)
     return {
@@ -113,6 +113,7 @@ def _index(classes: list[str], entries: list[tuple[str, int, int, int]]) -> dict
 
 
 def _training(tar: pathlib.Path) -> dict[str, np.ndarray]:
+    """The index of the training tar."""
     inner = sorted(tars.members(tar))
     odd = [name for name, *_ in inner if not WNID.fullmatch(name.removesuffix(".tar")) or not name.endswith(".tar")]
     if odd or not inner:
@@ -125,11 +126,12 @@ def _training(tar: pathlib.Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{error} (its member {name})") from error
         if not images:
             raise ValueError(f"{tar}: its member {name} holds no images: copy the tar again")
-        entries += [(file, label, *place) for file, *place in images]
+        entries += [(file, label, start, length) for file, start, length in images]
     return _index([name.removesuffix(".tar") for name, *_ in inner], entries)
 
 
 def _validation(tar: pathlib.Path) -> dict[str, np.ndarray]:
+    """The index of the validation tar."""
     wnid_of = _labels(tar.parent)
     classes = sorted(set(wnid_of.values()))
     label_of = {wnid: label for label, wnid in enumerate(classes)}
@@ -138,7 +140,7 @@ def _validation(tar: pathlib.Path) -> dict[str, np.ndarray]:
     if absent or not images:
         what = f"{len(absent)} of {len(images)} images have no label: {some(absent)}" if images else "no images"
         raise ValueError(f"{tar}: {what}; check {LABELS_FILE} or {KIT} beside it")
-    return _index(classes, [(name, label_of[wnid_of[name]], *place) for name, *place in images])
+    return _index(classes, [(name, label_of[wnid_of[name]], start, length) for name, start, length in images])
 
 
 def _labels(root: pathlib.Path) -> dict[str, str]:
@@ -157,6 +159,6 @@ def _labels(root: pathlib.Path) -> dict[str, str]:
         wnids = devkit.validation_wnids(root / KIT)
         return {f"ILSVRC2012_val_{number:08}.JPEG": wnid for number, wnid in enumerate(wnids, 1)}
     raise FileNotFoundError(
-        f"no {LABELS_FILE} and no {KIT} in {root}, of which one says the classes of {TARS['validation']}: put one "
-        "there, or take data.source tfds or a tree of class folders (image_folder)"
+        f"neither {LABELS_FILE} nor {KIT} is in {root}, but one is needed for the classes of {TARS['validation']}: put "
+        "one there, or use data.source tfds or a tree of class folders (image_folder)"
     )

@@ -12,8 +12,13 @@ from input_pipeline.sources import Record, fingerprint_of
 class ImagesInMemory:
     """Images and labels held as two arrays.
 
-    images_NHWC: uint8 [N, H, W, C]. labels_N: integers [N] in 0..num_classes - 1. name: for describe() and errors.
-    Raises: ValueError for no images, numbers that differ, and a label out of range.
+    images_NHWC: uint8 [N, H, W, C].
+    labels_N: integers [N] in 0..num_classes - 1.
+    class_names: one per label, or ().
+    name: for describe() and errors.
+
+    Raises: ValueError for an empty data set, for as many labels or class names as do not fit, and for a label out of
+      range.
     """
 
     images_NHWC: np.ndarray
@@ -48,10 +53,15 @@ class ImagesInMemory:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.images_NHWC.shape[1:]
+        _, height, width, channels = self.images_NHWC.shape
+        return height, width, channels
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     @cached_property
-    def fingerprint(self) -> str:
+    def _fingerprint(self) -> str:
         labels = np.ascontiguousarray(self.labels_N, dtype="<i4")
         shape = str(self.images_NHWC.shape)
         return fingerprint_of((shape, self.images_NHWC.tobytes(), labels.tobytes(), str(self.num_classes)))

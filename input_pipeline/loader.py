@@ -6,43 +6,45 @@ With N examples, seed k and global batch B, let pi_e be the permutation of epoch
     pi_e(j),  where  e, j = divmod(s * B + r, N),
 
 so a batch may span two epochs. Host p of P holds the rows p*B/P <= r < (p+1)*B/P of every batch, in order, and reads no
-others. Nothing else enters: threads, worker processes, the number of hosts and the step a run starts from change which
-process does the work, never a row. So there is no iterator state to save: resuming at step s is `start_step=s`.
+others. A row depends on nothing else: threads, worker processes, the number of hosts and the step a run starts from
+change only which process does the work. There is therefore no iterator state to save: resuming at step s is
+`start_step=s`.
 
-With a `shard_window` of W, pi_e is made for data that lie in shards (sources.shard_ends) and are read best one after
-the other: the shards of an epoch come in a random order; of the sequence of their records every stretch of W is
-shuffled (window w of epoch e by a generator seeded with (k, e, w)). A function of (k, e, j) as before, at a cost that
-grows with the number of shards and with W for the first row of a stretch. An example meets those of its own stretch
-alone, so W is to be many times the batch, and several shards.
+With a `shard_window` of W, pi_e is made for data that lie in shards (sources.shard_ends), which are read best one after
+the other. The shards of an epoch come in a random order; in the sequence of their records every window of W is shuffled
+(window w of epoch e by a generator seeded with (k, e, w)). This is a function of (k, e, j) too, whose cost grows with
+the number of shards, and with W for the first row of a window. An example only meets those of its own window, so W
+should be many times the batch size, and span several shards.
 
-A caption of several texts (sources.draw) and a `transform` of the records, such as augment.Augmentation, draw from a
-generator of its own for each row, seeded by (k, s * B + r), in this order: an example is changed in another way each
-time it comes, and the above stays true. No noise is drawn
-here; that belongs into the jitted step, whose keys also depend on (seed, step, row) only.
+A caption of several texts (sources.draw) and a `transform` of the records, such as augment.Augmentation, draw in this
+order from one generator per row, seeded by (k, s * B + r): an example is changed in another way each time it comes, and
+the above stays true. No noise is drawn here; that belongs in the jitted step, whose keys also depend on (seed, step,
+row) only.
 
-A batch is a dict of numpy arrays with the rows stacked on a new first axis. Numbers keep their dtype; a str becomes one
-numpy unicode array ('<U' as wide as the longest of the batch), so captions travel beside the numbers and through
-worker processes without pickling objects. They are to be tokenised before they reach jax.
+A batch is a dict of numpy arrays with the rows stacked on a new first axis. Numbers keep their dtype. Captions become
+one numpy unicode array ('<U' as wide as the longest of the batch), so that they pass through worker processes without
+pickling objects; they have to be tokenised before they reach jax.
 
-grain's own batching is not used: it acts on the rows of one shard, where here the rows of one host are wanted.
+grain's own batching is not used, because it batches the rows of one shard, not those of one host.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
 
-from input_pipeline.sources import Source, draw, shard_ends
+from input_pipeline.sources import Record, Source, draw, shard_ends
 
-Transform = Callable[[dict, np.random.Generator], dict]
+Transform = Callable[[Record, np.random.Generator], Record]
 
 
-def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
+def collate(records: Sequence[Record]) -> dict[str, np.ndarray]:
     """Stacks records with the same keys and shapes: {"image": [H, W, C]} * B -> {"image": [B, H, W, C]}.
 
-    Raises: ValueError naming the key where records disagree in keys or shapes.
+    Raises: ValueError, which names the key, if records disagree in keys or shapes.
     """
     keys = records[0].keys()
     for record in records:
@@ -61,7 +63,7 @@ def collate(records: Sequence[dict]) -> dict[str, np.ndarray]:
     return batch
 
 
-SHARDS, WINDOW = 1, 2  # which of the two shuffles a generator is for
+SHARDS, WINDOW = 1, 2  # in a generator's seed: which of the two shuffles it is for
 WINDOWS_KEPT = 8
 
 
@@ -72,9 +74,11 @@ def _permutation(seed: tuple[int, ...], size: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class ShardOrder:
-    """position -> index of the example: shards in a random order, records shuffled within windows of their sequence.
+    """position -> index of the example, with shards in a random order and records shuffled within windows.
 
-    ends: where the records of each shard end, int [shards]. seed, window: k and W. epochs: None for no end.
+    ends: where the records of each shard end, int [shards].
+    seed, window: k and W of the module's docstring.
+    epochs: passes over the data, None for no end.
     """
 
     ends: np.ndarray
@@ -95,8 +99,11 @@ class ShardOrder:
         starts = np.concatenate([[0], self.ends[:-1]])
         ends = np.cumsum((self.ends - starts)[shards])  # of the shards in the epoch's order
         place = start + rows[row]
-        at = np.searchsorted(ends, place, side="right")
-        return int(self.ends[shards[at]] - (ends[at] - place))
+        shard = np.searchsorted(ends, place, side="right")  # in the epoch's order
+        return int(self.ends[shards[shard]] - (ends[shard] - place))
+
+
+Order = grain.MapDataset | ShardOrder | range  # position in the repeated, shuffled data -> index of the example
 
 
 @dataclass(frozen=True)
@@ -104,12 +111,12 @@ class _HostRows:
     """step -> this host's rows of the global batch of that step."""
 
     source: Source
-    order: grain.MapDataset | ShardOrder | range  # position in the repeated, shuffled data -> index of the example
+    order: Order
     batch_size: int  # of the global batch
     first_row: int
     end_row: int
     offset: int = 0
-    seed: int | None = None  # None: nothing is drawn
+    seed: int | None = None  # None: nothing is drawn, and records are not transformed
     transform: Transform | None = None
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
@@ -118,8 +125,9 @@ class _HostRows:
         positions = range(start + self.first_row, end)
         return collate([self.record(position) for position in positions])
 
-    def record(self, position: int) -> dict:
-        index = int(self.order[position])
+    def record(self, position: int) -> Record:
+        number: Any = self.order[position]  # a MapDataset of numbers, annotated as of anything
+        index = int(number)
         if self.seed is None:
             return self.source[index]
         generator = np.random.default_rng((self.seed, position))
@@ -129,7 +137,7 @@ class _HostRows:
 
 def _iterate(steps: range, read: _HostRows, threads: int, workers: int) -> grain.DatasetIterator:
     dataset = grain.MapDataset.range(steps.start, steps.stop).map(read)
-    # A thread or a worker reads whole batches, so the order of batches cannot depend on their number.
+    # A thread or a worker reads whole batches, so that the order of batches cannot depend on their number.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
@@ -137,7 +145,7 @@ def _iterate(steps: range, read: _HostRows, threads: int, workers: int) -> grain
 
 
 def _check(source: Source, *bounds: tuple[str, int, int]) -> None:
-    """bounds: (name, value, least value allowed)."""
+    """Raises ValueError for an empty source, and for a value below its bound. bounds: (name, value, least value)."""
     if len(source) == 0:
         raise ValueError(f"the data set is empty: {source.describe()}; check config.data.path")
     for name, value, least in bounds:
@@ -155,13 +163,13 @@ def _check_processes(batch_size: int, process_index: int, process_count: int) ->
         )
 
 
-def _order(source: Source, seed: int, shuffle: bool, window: int, epochs: int | None) -> grain.MapDataset | ShardOrder:
+def _order(source: Source, seed: int, shuffle: bool, window: int, epochs: int | None) -> Order:
     if not window:
         order = grain.MapDataset.range(len(source)).seed(seed)
         return (order.shuffle() if shuffle else order).repeat(epochs)
     ends = shard_ends(source)
     if ends is None or not shuffle:
-        reason = "they are not to be shuffled" if not shuffle else f"{source.describe()} has no shards"
+        reason = "shuffle is False" if not shuffle else f"{source.describe()} has no shards"
         raise ValueError(f"shard_window {window} (data.shuffle 'shards'): {reason}; set data.shuffle to 'global'")
     return ShardOrder(ends, seed, window, epochs)
 
@@ -191,12 +199,12 @@ def batches(
       batch_size: B, rows of the global batch; it may exceed len(source).
       transform: (record, numpy generator) -> record, applied to each row as it is read, drawing from the generator
         alone; picklable when workers > 0. None leaves the records as they are.
-      start_step: the first step wanted; any step costs the same.
-      offset: added to s * B + r. A run that changes its batch size at step s goes on with (old B - new B) * s.
+      start_step: the first step; starting later costs nothing.
+      offset: added to s * B + r. A run that changes its batch size at step s continues with (old B - new B) * s.
       process_index, process_count: p and P; this host gets the rows p*B/P to (p+1)*B/P.
-      threads: batches read at a time in one process (0: read when asked for, no prefetch). 2 * threads wait ready.
-      workers: processes that read, each with its own threads (0: this process reads). They are spawned, so a script
-        needs `if __name__ == "__main__"`, absl's flags must have been parsed, and close() should be called at the end.
+      threads: batches read at a time in one process, with 2 * threads prefetched (0: read on demand, no prefetch).
+      workers: processes that read, each with its own threads (0: this process reads). They are spawned: a script needs
+        `if __name__ == "__main__"`, absl's flags must have been parsed, and close() should be called at the end.
       shuffle: a new permutation each epoch; False keeps the source's order in every epoch.
       shard_window: W of the module's docstring, for sources with shards; 0 for a permutation of all examples.
       epochs: passes over the data before the iterator ends, None for no end. Rows that do not fill the last global
@@ -205,8 +213,8 @@ def batches(
     Returns: an iterator of {name: [B/P, ...] array} with a method close().
 
     Raises: ValueError (one line) for an empty source, a batch size that process_count does not divide, fewer examples
-      than one batch with finite epochs, a process, step, thread or worker number out of range, a shard_window for a
-      source without shards or without a shuffle.
+      than one batch with finite epochs, a process, step, thread or worker number out of range, and a shard_window with
+      a source without shards or without a shuffle.
     """
     bounds = (("seed", seed, 0), ("batch_size", batch_size, 1), ("start_step", start_step, 0))
     _check(source, *bounds, ("threads", threads, 0), ("workers", workers, 0), ("shard_window", shard_window, 0))
@@ -233,18 +241,18 @@ def in_order(
     threads: int = 2,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over the examples start, ..., stop - 1 in order (encoding, evaluation); the last batch may be short.
+    """One pass over the examples start, ..., stop - 1 in order, for encoding and evaluation.
 
-    Records are never transformed.
+    The last batch may be short. Nothing is drawn, and records are not transformed.
 
     Args:
       source, threads, workers: as for batches().
       batch_size: rows of a batch.
-      start, stop: the part of the source to read, for a host or a shard of its own; stop None is len(source).
+      start, stop: the part of the source to read; stop None is len(source).
 
     Returns: an iterator of {name: [batch_size or fewer, ...] array} with a method close().
 
-    Raises: ValueError (one line) for an empty source, or a part that is empty or not within the source.
+    Raises: ValueError (one line) for an empty source, and a part that is empty or not within the source.
     """
     _check(source, ("batch_size", batch_size, 1), ("threads", threads, 0), ("workers", workers, 0))
     stop = len(source) if stop is None else stop

@@ -120,8 +120,8 @@ class DataOptions:
     holdout: Annotated[int, "records, evenly spaced, kept out of training for the validation loss"] = 0
 
     def __post_init__(self) -> None:
-        for name, unset in (("crop", "center"), ("small_images", "resize")):
-            if getattr(self, name) != unset and not self.image_size:
+        for name in ("crop", "small_images"):
+            if getattr(self, name) != getattr(DataOptions, name) and not self.image_size:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r} but image_size is 0, so that nothing is cropped: set both"
                 )

@@ -1,13 +1,13 @@
-"""A folder of Parquet files with a column of encoded images, as Hugging Face's data sets are kept.
+"""A folder of Parquet files with a column of encoded images, the format of Hugging Face's data sets.
 
-The image column holds bytes, or structs {"bytes", "path"} of which the bytes are read; paths alone are refused. Beside
-it stands a column of captions (a text, or a list of texts of one image), or of labels, whose names are taken from
-Hugging Face's note in the file where it has one. Files are taken in the order of their paths, at any depth.
+The image column holds bytes, or structs {"bytes", "path"} whose bytes are read; paths alone are refused. A second
+column holds captions (a text, or a list of texts of one image), or labels, whose names are taken from Hugging Face's
+metadata in the file if it has any. Files are read in the order of their paths, at any depth.
 
-A file is read by row groups, all images of a group at once, and each process keeps the last few of them: images in a
-random order over everything are slow, so train with data.shuffle 'shards', where the row groups are the shards. Each
-process then keeps as many groups as data.shuffle_buffer images come from, so that each is read once in an epoch, or
-twice where two windows of images meet in it.
+A file is read by row groups, all images of a group at once, and each process keeps the last few groups. Reading images
+in a random order over all files is therefore slow: train with data.shuffle 'shards', where the row groups are the
+shards. Each process then keeps as many groups as data.shuffle_buffer images come from, so that each group is read once
+in an epoch, or twice if two windows of images meet in it.
 """
 
 import json
@@ -15,7 +15,7 @@ import pathlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -24,20 +24,20 @@ from input_pipeline.options import CaptionKeyOptions, ClassOptions, FileOptions
 from input_pipeline.sources import fingerprint_of
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
 
-GROUPS_KEPT = 4  # per process, at least: hundreds of MB where a group has 1,000 images
+GROUPS_KEPT = 4  # per process, at least: hundreds of MB if a group has 1,000 images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(FileOptions, ClassOptions, CaptionKeyOptions):
     """Images, with captions or labels or both, of the Parquet files in a folder.
 
-    Of the columns caption_key and label_key one may be absent. An image without bytes is a bad one.
-    classes: names (or numbers, where labels have no names) of the classes to read.
+    One of the columns caption_key and label_key may be absent. An image without bytes is a bad one.
+    classes: names of the classes to read, or their numbers if labels have no names.
     window: how many images in the order of shards are read in any order (loader.ShardOrder); 0: one after the other.
 
-    open() raises: FileNotFoundError for no folder; ValueError for one without *.parquet, damaged files, absent columns
-      or ones of another type, labels out of range; ImportError (one line) without pyarrow. When reading, OSError, which
-      names the file, for a row group that cannot be read.
+    open() raises: FileNotFoundError for an absent folder; ValueError for a folder without *.parquet, damaged files,
+      absent columns or columns of another type, labels out of range; ImportError (one line) without pyarrow. When
+      reading, OSError, which names the file, for a row group that cannot be read.
     """
 
     image_key: Annotated[str, "the column of images"] = "image"
@@ -49,7 +49,7 @@ class Parquet(FileOptions, ClassOptions, CaptionKeyOptions):
 
 
 class ParquetSource(Decoded):
-    """An opened Parquet. shard_ends: where each row group's examples end. A caption that is null is ''."""
+    """An opened Parquet. shard_ends: where the examples of each row group end. A null caption is ''."""
 
     NOUN, A_NOUN = "image", "an image"
     ERRORS = DECODE_ERRORS
@@ -68,24 +68,24 @@ class ParquetSource(Decoded):
         captions = _joined(tables, "captions", caption_key)
         labels = _joined(tables, "labels", label_key)
         class_names = _class_names(tables, labels, label_key)
-        # (file, row group, rows of the ones before it) of every group
+        # (file, row group, its number of rows) of every group
         groups = [(i, group, rows) for i, table in enumerate(tables) for group, rows in enumerate(table.rows)]
         self._groups = [(i, group) for i, group, _ in groups]
         self._group_ends = np.cumsum([rows for *_, rows in groups])
-        self._numbers = np.arange(self._group_ends[-1] if groups else 0)
+        self._numbers = np.arange(self._group_ends[-1] if groups else 0)  # row of each example, over all files
         if not len(self._numbers):
             raise ValueError(f"no rows in the *.parquet files of {self.root}: set config.data.path to others")
         if classes:
-            found = () if labels is None else labels
-            self._numbers, labels, class_names = choose_classes(class_names, found, classes, str(self.root))
+            all_labels = () if labels is None else labels
+            self._numbers, labels, class_names = choose_classes(class_names, all_labels, classes, str(self.root))
             captions = captions and [captions[i] for i in self._numbers]
         captions = captions and _packed(captions)
         self.shard_ends = np.searchsorted(self._numbers, self._group_ends)
-        self._groups_kept = _groups_of(np.diff(self.shard_ends, prepend=0), options.window)
+        self._groups_kept = _groups_to_keep(np.diff(self.shard_ends, prepend=0), options.window)
         sizes = (f"{file.relative_to(self.root)}:{file.stat().st_size}" for file in self._files)
         reading = (str(self.channels), image_key, caption_key, label_key, *class_names)
         self.fingerprint = fingerprint_of((*reading, *sizes))
-        self._kept: OrderedDict[int, list] = OrderedDict()
+        self._kept: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
         super().__init__(
             f"rows in {self.root}", len(self._numbers), max_bad=options.max_bad_images, labels=labels,
@@ -112,14 +112,14 @@ class ParquetSource(Decoded):
         return decode_image(data, self.channels)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """(group, row in it)."""
+        """(group, row within the group) of an example."""
         number = int(self._numbers[index])
         group = int(np.searchsorted(self._group_ends, number, side="right"))
         return group, number - (int(self._group_ends[group - 1]) if group else 0)
 
-    def _images(self, group: int):
-        """The image column of a row group."""
-        with self._lock:  # threads of one process share what they read
+    def _images(self, group: int) -> Any:
+        """The image column of a row group, a pyarrow array."""
+        with self._lock:  # the threads of a process share what they read
             if group not in self._kept:
                 file, number = self._groups[group]
                 self._kept[group] = _read_group(self._files[file], number, self.image_key)
@@ -138,19 +138,21 @@ class ParquetSource(Decoded):
         return f"{len(self._files)} Parquet files in {self.root}: {len(self)} images, {self.kind}"
 
 
-def _groups_of(sizes: np.ndarray, window: int) -> int:
-    """How many groups are kept: all that `window` successive images can come from, whatever the groups' order, and one
-    more, as some images may be held out of training.
+def _groups_to_keep(sizes: np.ndarray, window: int) -> int:
+    """How many groups a process keeps in memory.
+
+    These are all the groups that `window` successive images can come from, in any order of the groups, and one more,
+    because some images may be held out of training.
 
     sizes: of the groups, int [groups].
     """
-    some = np.sort(sizes[sizes > 0])
-    inside = np.searchsorted(np.cumsum(some), window, side="right")  # and parts of one before and one after
+    ascending = np.sort(sizes[sizes > 0])
+    inside = np.searchsorted(np.cumsum(ascending), window, side="right")  # besides parts of one before and one after
     return max(GROUPS_KEPT, int(inside) + 3) if window else GROUPS_KEPT
 
 
-def _read_group(file: pathlib.Path, number: int, column: str):
-    """A column of a row group."""
+def _read_group(file: pathlib.Path, number: int, column: str) -> Any:
+    """A column of a row group, a pyarrow array. Raises: OSError, which names the file, if it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -165,14 +167,16 @@ def _first_line(error: Exception) -> str:
 
 
 class _Table:
-    """What is known of a file without its images: rows of each group, captions, labels, names of the classes."""
+    """What is read of a file without its images: the rows of each group, captions, labels, names of the classes."""
 
     def __init__(self, file: pathlib.Path, image_key: str, caption_key: str, label_key: str):
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise ImportError("Parquet is read by a package that is absent: pip install pyarrow") from error
+            raise ImportError(
+                "Parquet files are read by pyarrow, which is not installed: pip install pyarrow"
+            ) from error
 
         try:
             opened = pyarrow.parquet.ParquetFile(file)
@@ -196,8 +200,8 @@ class _Table:
         self.class_names = _noted_names(file, note, label_key) if label_key in columns else ()
 
 
-def _check_type(file: pathlib.Path, what: str, name: str, found) -> None:
-    """ValueError for a column of another type than images, captions or labels have."""
+def _check_type(file: pathlib.Path, what: str, name: str, found: Any) -> None:
+    """Raises ValueError if the type of a column, found, is not one of images, captions or labels (what)."""
     from pyarrow import types
 
     kinds = {
@@ -217,28 +221,30 @@ def _check_type(file: pathlib.Path, what: str, name: str, found) -> None:
 
 
 def _noted_names(file: pathlib.Path, note: bytes, key: str) -> tuple[str, ...]:
-    """The names of the classes in Hugging Face's note; () where it has none."""
+    """The names of the classes in Hugging Face's metadata; () if there are none."""
     try:
         names = json.loads(note)["info"]["features"][key]["names"]
     except (KeyError, TypeError):
         return ()
     except JSON_ERRORS as error:
-        raise ValueError(f"{file}: its note of Hugging Face is not JSON ({error}): write the file anew") from error
+        raise ValueError(
+            f"{file}: its metadata of Hugging Face are not JSON ({error}): write the file again"
+        ) from error
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _texts(cells: list) -> list:
-    """A list of texts becomes a tuple, what is null ''."""
+    """Captions from the cells of a column: a list of texts becomes a tuple, and null becomes ''."""
     return [tuple(text or "" for text in cell) if isinstance(cell, list) else cell or "" for cell in cells]
 
 
 def _packed(captions: list) -> Texts | list:
-    """One text per image as one array; several stay what they are."""
-    return captions if any(isinstance(caption, tuple) for caption in captions) else Texts.of(captions)
+    """Packs the captions into one array if every image has one text; otherwise returns them as they are."""
+    return captions if any(isinstance(caption, tuple) for caption in captions) else Texts.encode(captions)
 
 
 def _joined(tables: list[_Table], name: str, key: str) -> list | None:
-    """The captions or labels of all files; None where none has them."""
+    """The captions or labels of all files; None if no file has them."""
     found = [getattr(table, name) for table in tables]
     without = [table.file for table, of_table in zip(tables, found, strict=True) if of_table is None]
     if len(without) == len(tables):
@@ -249,7 +255,7 @@ def _joined(tables: list[_Table], name: str, key: str) -> list | None:
 
 
 def _class_names(tables: list[_Table], labels: list | None, key: str) -> tuple[str, ...]:
-    """One name per label: those in the first file, or the numbers."""
+    """One name per label: the names in the first file, or the numbers."""
     if labels is None:
         return ()
     wrong = [label for label in labels if not isinstance(label, int) or label < 0]

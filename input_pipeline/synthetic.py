@@ -11,13 +11,13 @@ from input_pipeline.sources import Record, fingerprint_of
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticLatents(SourceOptions):
-    """Latents of N(0, 1), a pure function of (seed, i), to train and to measure without data. open() is the object.
+    """Latents of N(0, 1), a pure function of (seed, i), for training and measuring without data. It opens to itself.
 
     levels: (name, shape) of each variable; record i holds name -> float32 array of that shape, and "label".
     num_classes: labels are uniform in 0..num_classes - 1; 0 for none.
-    text: (tokens, width) of features "text" with a "text_mask" that is all true; () for none.
+    text: (tokens, width) of the features "text", whose "text_mask" is all true; () for records without text.
 
-    Raises: open() raises ValueError for num_examples below 1.
+    open() raises: ValueError for num_examples below 1.
     """
 
     synthetic: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class SyntheticLatents(SourceOptions):
         if not 0 <= index < self.num_examples:
             raise IndexError(f"example {index} of {self.num_examples}")
         generator = np.random.default_rng((self.seed, index))
-        record = {"label": np.int32(generator.integers(max(self.num_classes, 1)))}
+        record: Record = {"label": np.int32(generator.integers(max(self.num_classes, 1)))}
         for name, shape in self.levels:
             record[name] = generator.standard_normal(shape, dtype=np.float32)
         if self.text:

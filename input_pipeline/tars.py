@@ -1,9 +1,9 @@
-"""Tars as random access files: where the bytes of each member lie, found once and kept.
+"""Tars as random access files: the places of their members are found once, and the index is kept.
 
-A tar has no list of what it holds: its headers stand before each member, so that finding them all takes one seek per
-member. What was found is kept as one .npz in a folder of indexes, whose name covers the tars' names, sizes and times of
-change, so that 1.28 million records open in a moment, and a tar that has changed is walked again. After that a member
-is read at its place, without state: any thread or process reads any member.
+A tar has no table of contents: there is a header before each member, so that finding all members takes one seek for
+each. The index is kept as one .npz in a folder of indexes. Its name covers the tars' names, sizes and times of change,
+so that 1.28 million records open in a moment, and a tar that has changed is walked again. A member is then read at its
+place, without state: any thread or process can read any member.
 """
 
 import contextlib
@@ -20,19 +20,21 @@ import numpy as np
 from absl import logging
 
 BLOCK, CHUNK = 512, 1 << 20
-VERSION = "2"  # of the indexes: those of another version are not read
+VERSION = "2"  # of the indexes; an index of another version is not read
 INDEX_ERRORS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)  # of a damaged .npz
 
 
 def members(path: str | pathlib.Path, start: int = 0, size: int | None = None) -> list[tuple[str, int, int]]:
-    """(name, offset, size in bytes) of the regular files of a tar, in its order; offsets are those of the file.
+    """(name, offset, size in bytes) of the regular files of a tar, in order. Offsets count from the start of the file.
 
     Args:
-      path: a file. start, size: of the tar in it, where it is itself a member; size None: up to the end.
+      path: a file.
+      start, size: where the tar lies in the file, if it is itself a member of a tar; size None: up to the end.
 
-    Raises: ValueError, one line that names the file: not a tar (a compressed one is none); cut off or damaged, which is
-      noticed as the block of zeros at the end is missing; several tars joined to one, as more than zeros come after
-      that block; a member whose name leaves the folder that it would be unpacked into, or that comes twice.
+    Raises: ValueError, one line that names the file, if it is not a tar (or a compressed one); if it is cut off or
+      damaged, which shows in the missing block of zeros at the end; if several tars were joined, which shows in other
+      bytes than zeros after that block; if the name of a member leads out of the folder that it would be unpacked into,
+      or comes twice.
     """
     with open(path, "rb") as file:
         stop = os.fstat(file.fileno()).st_size if size is None else start + size
@@ -59,14 +61,14 @@ def _check_names(path: str | pathlib.Path, names: Sequence[str]) -> None:
     for name in names:
         place = pathlib.PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts:
-            raise ValueError(f"{path} has a member {name!r}, which is not a path below its folder: make the tar anew")
+            raise ValueError(f"{path} has a member {name!r}, which is not a path below its folder: make the tar again")
         if place in seen:
-            raise ValueError(f"{path} has two members {name!r}: make the tar anew, with one of each name")
+            raise ValueError(f"{path} has two members {name!r}: make the tar again, with one of each name")
         seen.add(place)
 
 
 def read(path: str | pathlib.Path, offset: int, size: int) -> bytes:
-    """The bytes of a member. OSError, which names the file, where it cannot be read or has become shorter."""
+    """The bytes of a member. Raises: OSError, which names the file, if it cannot be read or has become shorter."""
     try:
         with open(path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, offset)
@@ -78,34 +80,38 @@ def read(path: str | pathlib.Path, offset: int, size: int) -> bytes:
 
 
 def names_array(names: Iterable[str]) -> np.ndarray:
-    """Names as bytes S[longest]: small, and pickled at once."""
+    """The names as bytes S[longest], which are small and fast to pickle."""
     return np.array([name.encode() for name in names], dtype=np.bytes_)
 
 
-def index_folder(given: str) -> pathlib.Path:
-    """The folder of indexes: the one given, or nested/ in the user's cache folder where that is ''."""
+def index_folder(folder: str) -> pathlib.Path:
+    """The folder of indexes: the folder itself, or nested/ in the user's cache folder if it is ''."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (pathlib.Path(given) if given else pathlib.Path(cache) / "nested").expanduser().absolute()
+    return (pathlib.Path(folder) if folder else pathlib.Path(cache) / "nested").expanduser().absolute()
 
 
 def state_of(path: str | pathlib.Path) -> str:
-    """Name, size and time of change of a file: what an index depends on."""
+    """The name, size and time of change of a file, on which an index depends."""
     status = os.stat(path)
     return f"{pathlib.Path(path).name}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def kept(folder: str, made_from: Sequence[str], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """make()'s arrays: read from the folder of indexes where they were made before from the same, else made and kept.
+def read_or_make_index(
+    folder: str, made_from: Sequence[str], make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The arrays that make() returns, read from the folder of indexes if they were made before.
 
     Args:
-      folder: data.index_dir, see index_folder. made_from: all that the arrays depend on. make: takes the time.
+      folder: data.index_dir, see index_folder.
+      made_from: everything that the arrays depend on.
+      make: makes the arrays, which takes long.
 
-    One process makes them, the others of the same folder wait for its file. A folder that cannot be written is logged:
-    the arrays are then made at every start. A damaged file is replaced.
+    One process makes an index, and the others that use the folder wait for its file. If the folder cannot be written,
+    this is logged, and the index is made at every start. A damaged file is replaced.
     """
     key = hashlib.sha256("\n".join((VERSION, *made_from)).encode()).hexdigest()[:24]
     path = index_folder(folder) / f"index-{key}.npz"
-    with _alone(path.with_suffix(".lock")):
+    with _locked(path.with_suffix(".lock")):
         if path.exists():
             try:
                 with np.load(path, allow_pickle=False) as archive:
@@ -116,18 +122,21 @@ def kept(folder: str, made_from: Sequence[str], make: Callable[[], dict[str, np.
         try:
             _write(path, arrays)
         except OSError as error:
-            form = "%s: the index was not kept (%s) and is made at every start; set data.index_dir to a folder for it"
+            form = "%s: the index cannot be kept (%s) and is made at every start; set data.index_dir to a folder for it"
             logging.warning(form, path, error.strerror)
     return arrays
 
 
 @contextlib.contextmanager
-def _alone(path: pathlib.Path) -> Iterator[None]:
-    """Waits while another process holds this file; that one's end, however it comes, lets go of it. Where the folder
-    cannot be written, or its file system has no locks, nothing is waited for."""
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a file, and waits for it while another process holds it.
+
+    The lock is released when its holder exits, even by a crash. If the folder cannot be written, or its file system has
+    no locks, nothing is locked.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115  it is closed below
+        file = open(path, "w")  # noqa: SIM115  closed below
     except OSError:
         yield
         return
@@ -135,7 +144,7 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logging.info("another process makes the index %s: waiting for it", path.with_suffix(".npz"))
+            logging.info("another process is making the index %s: waiting for it", path.with_suffix(".npz"))
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             logging.warning("%s cannot be locked (%s): every process makes its own index", path, error.strerror)
@@ -143,12 +152,12 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
 
 
 def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all: under another name first."""
+    """Writes the file under another name first, so that it is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  no array is called allow_pickle
             file.flush()
             os.fchmod(handle, 0o644)  # others may read the folder
             os.fsync(file.fileno())

@@ -1,8 +1,8 @@
-"""Images from files to arrays of one size: decoding, crops, resizing, channels. numpy and Pillow only.
+"""Turns image files into arrays of one size: decoding, crops, resizing, channels. numpy and Pillow only.
 
 An image is uint8 [H, W, C] with C = 1 (grey) or 3 (RGB), a clip (clips.py) uint8 [T, H, W, C]. Resampling is Pillow's,
-which filters before it reduces (antialiasing), on 8-bit values: the pictures that the papers' encoders and FID
-references were computed from.
+which filters before it reduces (antialiasing), on 8-bit values: the images from which the papers' encoder features and
+FID references were computed.
 """
 
 import io
@@ -37,19 +37,21 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, TypeError, Imag
 
 
 def check_channels(channels: int) -> None:
-    """Raises ValueError unless channels is 1 or 3."""
+    """Raises ValueError if channels is neither 1 nor 3."""
     if channels not in MODE_OF_CHANNELS:
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), found {channels}")
 
 
 def decode_image(file: str | pathlib.Path | bytes, channels: int = 3) -> np.ndarray:
-    """A file, or a file's bytes, of one of FORMATS in any mode -> uint8 [H, W, channels].
+    """Decodes a file, or a file's bytes, of one of FORMATS in any mode.
 
-    The camera's EXIF rotation is applied, none where EXIF cannot be read; transparency, of palettes too, is laid over
-    white; 16-bit grey keeps its high byte; CMYK, which JPEG files hold inverted as Adobe writes it, becomes RGB by
-    (255 - ink)(255 - black) / 255 without a colour profile; of an animation the first frame is taken.
+    The camera's EXIF rotation is applied, unless EXIF cannot be read. Transparent pixels, also of palettes, are laid
+    over white. 16-bit grey keeps its high byte. CMYK, which JPEG files hold inverted as Adobe writes it, becomes RGB by
+    (255 - ink)(255 - black) / 255 without a colour profile. Of an animation the first frame is decoded.
 
-    Raises: one of DECODE_ERRORS for what is not a whole image, and for one of more than MAX_PIXELS.
+    Returns: uint8 [H, W, channels].
+
+    Raises: one of DECODE_ERRORS for data that are not a whole image, and for an image of more than MAX_PIXELS.
     """
     check_channels(channels)
     with open_image(file, FORMATS) as opened:
@@ -57,17 +59,17 @@ def decode_image(file: str | pathlib.Path | bytes, channels: int = 3) -> np.ndar
 
 
 def open_image(file: str | pathlib.Path | bytes, formats: tuple[str, ...]) -> Image.Image:
-    """A file, or a file's bytes, of one of Pillow's formats. Raises: one of DECODE_ERRORS."""
+    """Opens a file, or a file's bytes, of one of Pillow's formats. Raises: one of DECODE_ERRORS."""
     if not isinstance(file, bytes):
         return Image.open(file, formats=formats)
     try:
         return Image.open(io.BytesIO(file), formats=formats)
-    except UnidentifiedImageError as error:  # whose message is an address in memory
+    except UnidentifiedImageError as error:  # its message is an address in memory
         raise UnidentifiedImageError(f"cannot identify an image in its {len(file):,} bytes") from error
 
 
 def to_array(opened: Image.Image, channels: int) -> np.ndarray:
-    """The frame that an open file is at, in any mode -> uint8 [H, W, channels], as decode_image says."""
+    """The current frame of an open file, converted as decode_image describes, as uint8 [H, W, channels]."""
     if opened.width * opened.height > MAX_PIXELS:
         raise ValueError(f"{opened.width}x{opened.height} pixels, at most {MAX_PIXELS:,} are read: make it smaller")
     opened.load()
@@ -85,10 +87,10 @@ def to_array(opened: Image.Image, channels: int) -> np.ndarray:
 
 
 def _to_upright(opened: Image.Image) -> Image.Transpose | None:
-    """How the camera was held, as EXIF or XMP says; None: upright, or they cannot be read."""
+    """What turns the image upright, from EXIF or XMP; None if it is upright, or if they cannot be read."""
     try:
-        return UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Pillow reads a damaged block with errors of every kind, while the image is whole
+        return UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged block raises errors of every kind, although the image is whole
         return None
 
 
@@ -102,7 +104,7 @@ def _to_pillow(image_HWC: np.ndarray) -> Image.Image:
 
 
 def to_channels(image_HWC: np.ndarray, channels: int) -> np.ndarray:
-    """Grey [H, W, 1] to RGB by repetition, RGB to grey by ITU-R 601 luma (.299 R + .587 G + .114 B, Pillow's "L")."""
+    """Converts grey [H, W, 1] to RGB by repetition, or RGB to grey by ITU-R 601 luma (.299 R + .587 G + .114 B)."""
     check_channels(channels)
     if image_HWC.shape[-1] == channels:
         return image_HWC
@@ -110,17 +112,18 @@ def to_channels(image_HWC: np.ndarray, channels: int) -> np.ndarray:
 
 
 def resize(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The whole image as a square [size, size, C], bicubic; the aspect ratio is not kept."""
+    """Resizes the whole image to a square [size, size, C], bicubic. The aspect ratio is not kept."""
     return _to_array(_to_pillow(image_HWC).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
     """The central square [size, size, C] of the image scaled until its shorter side is `size`.
 
-    As ADM (guided-diffusion image_datasets.py, center_crop_arr), which U-ViT, DiT and the FID references use: halve
-    both sides by box averages while the shorter one is at least twice `size`, then scale by bicubic interpolation, the
-    sides rounded half to even, and cut at floor((side - size) / 2). Departure: images come here upright (decode_image),
-    ADM's as their files store them, so that what a camera held sideways took is turned there.
+    This is ADM's crop (guided-diffusion image_datasets.py, center_crop_arr), which U-ViT, DiT and the FID references
+    use: halve both sides by box averages while the shorter one is at least twice `size`, then scale by bicubic
+    interpolation, with sides rounded half to even, and cut at floor((side - size) / 2). Departure: images are upright
+    here (decode_image), while ADM takes them as their files store them, so that there the photographs of a camera held
+    sideways stay sideways.
     """
     image = _to_pillow(image_HWC)
     while min(image.size) >= 2 * size:
@@ -132,8 +135,10 @@ def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
 
 
 def center_lanczos(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The central square of the image, cut first at floor((side - shorter side) / 2), then resized to [size, size, C]
-    by Lanczos' filter: U-ViT's crop for COCO (datasets.py, center_crop)."""
+    """The central square of the image, as U-ViT crops COCO (datasets.py, center_crop).
+
+    It is cut first, at floor((side - shorter side) / 2), then resized to [size, size, C] by Lanczos' filter.
+    """
     height, width, _ = image_HWC.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

@@ -1,12 +1,12 @@
-"""WebDataset tars: successive members of one name before its first dot are a sample.
+"""WebDataset tars: successive members with the same name up to the first dot are a sample.
 
     000123.jpg (jpeg, png, webp)  the image; or 000123.mp4 (avi, webp, gif), the clip
     000123.json                   its "caption", or another key
-    000123.txt                    its caption, where there is no .json with that key
+    000123.txt                    its caption, if there is no .json with that key
 
-What is not UTF-8 in a .txt becomes the sign for that; other members of a sample are passed over. The tars of a folder
-are its shards, in the order of their names; a record is read at its place in its tar, so that any order costs the same
-on a disk without a moving head. Places and captions are found once and kept (tars.py).
+Bytes of a .txt that are not UTF-8 become U+FFFD; other members of a sample are ignored. The tars of a folder are its
+shards, in the order of their names. A record is read at its place in its tar, so that every order costs the same on a
+disk without a moving head. Places and captions are found once and kept (tars.py).
 """
 
 import json
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -31,19 +32,21 @@ LOG_EVERY = 30  # seconds
 
 
 class _Shards(Decoded):
-    """Samples of the tars in a folder; a subclass says of which kind.
+    """Samples of the tars in a folder; a subclass says whether they are images or clips.
 
-    A sample without a medium or without a caption is left out and named in the log; more than max_bad of them are an
-    error, which counts and names them. Those that cannot be decoded have the same limit, see decoded.py.
+    A sample without an image (or clip) or without a caption is left out and named in the log. More than max_bad_images
+    of them are an error, which counts and names them. The same limit holds for those that cannot be decoded, see
+    decoded.py.
 
     Args:
       options: of the data; tars are found in the folder itself, not below it.
       reading: what decode() depends on, for the fingerprint.
 
-    shard_ends: where each tar's examples end. captions: without decoding.
+    shard_ends: where the examples of each tar end.
 
-    Raises: FileNotFoundError where there is no folder; ValueError for a folder without tars or samples, tars that are
-      cut off or damaged, members whose path leaves its folder, samples that come twice in a tar, too many incomplete.
+    Raises: FileNotFoundError for an absent folder; ValueError for a folder without tars or samples, tars that are cut
+      off or damaged, members whose path leads out of its folder, samples that come twice in a tar, and too many
+      incomplete samples.
     """
 
     SUFFIXES: tuple[str, ...]
@@ -59,7 +62,7 @@ class _Shards(Decoded):
             raise ValueError(f"no *.tar in {self.root}: {where}")
         self._shards = [shard.name for shard in shards]
         made_from = ("webdataset", caption_key, *self.SUFFIXES, *map(tars.state_of, shards))
-        index = tars.kept(options.index_dir, made_from, lambda: _walk(shards, self.SUFFIXES, caption_key))
+        index = tars.read_or_make_index(options.index_dir, made_from, lambda: _walk(shards, self.SUFFIXES, caption_key))
         self._places = index["places"]  # int64 [N, 3]: shard, offset, size
         self._names = Texts(index["names"], index["name_ends"])
         self._refuse_incomplete(index["incomplete"].astype(str).tolist(), max_bad)
@@ -83,7 +86,7 @@ class _Shards(Decoded):
     def name(self, index: int) -> str:
         return f"{self._shards[self._places[index, 0]]}/{self._names[index]}"
 
-    def data(self, index: int) -> bytes:
+    def data(self, index: int) -> Any:
         """The bytes of the image or clip."""
         shard, offset, size = self._places[index].tolist()
         return tars.read(self.root / self._shards[shard], offset, size)
@@ -129,7 +132,7 @@ class WebDatasetClips(ClipOptions, IndexOptions, CaptionKeyOptions):
 
 
 class WebDatasetClipsSource(_Shards):
-    """An opened WebDatasetClips. OpenCV reads files only: an .mp4 is written to a temporary one."""
+    """An opened WebDatasetClips. OpenCV reads only files: an .mp4 is written to a temporary one."""
 
     NOUN, A_NOUN = "clip", "a clip"
     ERRORS = clips.CLIP_ERRORS
@@ -144,8 +147,8 @@ class WebDatasetClipsSource(_Shards):
     def image_shape(self) -> tuple[int, None, None, int]:
         return (self.frames, None, None, self.channels)
 
-    def data(self, index: int):
-        """The bytes of an animation, or an open temporary file of a video."""
+    def data(self, index: int) -> Any:
+        """The bytes of an animation, or an open temporary file with a video."""
         data, name = super().data(index), self._names[index]
         if not clips.is_video(name):
             return data
@@ -154,7 +157,7 @@ class WebDatasetClipsSource(_Shards):
         file.flush()
         return file
 
-    def decode(self, data) -> np.ndarray:
+    def decode(self, data: Any) -> np.ndarray:
         how = (self.frames, self.stride, self.channels)
         if isinstance(data, bytes):
             return clips.decode_clip(data, *how)
@@ -166,7 +169,10 @@ class WebDatasetClipsSource(_Shards):
 
 
 def _walk(shards: list[pathlib.Path], suffixes: tuple[str, ...], caption_key: str) -> dict[str, np.ndarray]:
-    """The index of all shards. Each becomes arrays at once: millions of samples as Python objects take 10 GB."""
+    """The index of all shards.
+
+    The samples of each tar become arrays at once, because millions of them as Python objects take 10 GB.
+    """
     with ThreadPoolExecutor(WALK_THREADS) as pool:
         walks = pool.map(lambda shard: _samples(shard, suffixes, caption_key), shards)
         found = list(_with_progress(walks, len(shards)))
@@ -182,19 +188,22 @@ def _walk(shards: list[pathlib.Path], suffixes: tuple[str, ...], caption_key: st
 
 
 def _with_progress(walks: Iterable[dict], number: int) -> Iterator[dict]:
-    """The same, with a line in the log every LOG_EVERY seconds."""
+    """Yields the walks, and logs the progress every LOG_EVERY seconds."""
     begin = said = time.monotonic()
     for done, walk in enumerate(walks, 1):
         now = time.monotonic()
         if now - said >= LOG_EVERY:
             said, left = now, (now - begin) * (number - done) / done / 60
-            logging.info("%d of %d tars have been walked, %.1f minutes to go", done, number, left)
+            logging.info("%d of %d tars indexed, %.1f minutes to go", done, number, left)
         yield walk
 
 
 def _samples(shard: pathlib.Path, suffixes: tuple[str, ...], caption_key: str) -> dict:
-    """Of a tar: "names" of the media, "places" int64 [N, 2] (offset, size) and "texts" of the complete samples;
-    "incomplete": what the others lack."""
+    """The samples of a tar.
+
+    Returns: "names" of the images or clips, "places" int64 [N, 2] (offset, size) and "texts" of the complete samples;
+      "incomplete": what the other samples lack.
+    """
     complete, incomplete = [], []
     for key, parts in _grouped(shard).items():
         media = [parts[suffix] for suffix in suffixes if suffix in parts]
@@ -204,15 +213,15 @@ def _samples(shard: pathlib.Path, suffixes: tuple[str, ...], caption_key: str) -
         else:
             incomplete.append(f"{shard.name}/{key} (no {'caption' if media else f'.{suffixes[0]}'})")
     return {
-        "names": Texts.of(name for name, *_ in complete),
+        "names": Texts.encode(name for name, *_ in complete),
         "places": np.array([(offset, size) for _, offset, size, _ in complete], np.int64).reshape(-1, 2),
-        "texts": Texts.of(caption for *_, caption in complete),
+        "texts": Texts.encode(caption for *_, caption in complete),
         "incomplete": incomplete,
     }
 
 
 def _grouped(shard: pathlib.Path) -> dict[str, dict[str, tuple[str, int, int]]]:
-    """{sample: {suffix: (name, offset, size)}} of the members of a tar."""
+    """The members of a tar by sample: {sample: {suffix: (name, offset, size)}}."""
     samples: dict[str, dict] = {}
     last = None
     for name, offset, size in tars.members(shard):
@@ -232,17 +241,19 @@ def _grouped(shard: pathlib.Path) -> dict[str, dict[str, tuple[str, int, int]]]:
 
 
 def _caption(shard: pathlib.Path, parts: dict, key: str) -> str:
-    """The caption of a sample, '' where it has none."""
+    """The caption of a sample; '' if it has none."""
     if "json" in parts:
         name, *place = parts["json"]
         data = tars.read(shard, *place)
         try:
             found = json.loads(data)
         except JSON_ERRORS as error:
-            raise ValueError(f"{shard}: {name} is not JSON ({error}): make the tar anew") from error
+            raise ValueError(f"{shard}: {name} is not JSON ({error}): make the tar again") from error
         if isinstance(found, dict) and isinstance(found.get(key), str):
             if not is_text(found[key]):
-                raise ValueError(f"{shard}: {name} has a {key!r} that UTF-8 cannot hold: {found[key]!r:.80}; mend it")
+                raise ValueError(
+                    f"{shard}: {name} has a {key!r} that UTF-8 cannot encode: {found[key]!r:.80}; correct it"
+                )
             return found[key].strip()
     if "txt" in parts:
         return tars.read(shard, *parts["txt"][1:]).decode("utf-8", errors="replace").strip()

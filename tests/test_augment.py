@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from input_pipeline.augment import Augmentation, augment, condition, draw, matrix, warp
+from input_pipeline.augment import Augmentation, augment, describe_warp, draw_warp, warp, warp_matrix
 
 CASES = range(7)
 
@@ -51,9 +51,9 @@ def noise(size, channels=3):
 def test_equals_the_authors_code(recorded, case):
     arrays, meta = recorded
     script = Scripted(meta["cases"][case])
-    a = draw(script, meta["a_prob"])
+    a = draw_warp(script, meta["a_prob"])
     assert script.left == []
-    np.testing.assert_allclose(matrix(a, len(arrays["image"])), arrays[f"c{case}/matrix"], atol=4e-6)
+    np.testing.assert_allclose(warp_matrix(a, len(arrays["image"])), arrays[f"c{case}/matrix"], atol=4e-6)
     image, told = augment(arrays["image"], Scripted(meta["cases"][case]), meta["a_prob"])
     assert image.dtype == told.dtype == np.float32 and told.shape == (9,)
     np.testing.assert_allclose(told, arrays[f"c{case}/cond"], atol=4e-7)
@@ -76,7 +76,7 @@ def test_mirrors_are_exact_and_equal_the_warp(size, mirrors):
     flipped = flipped[:, ::-1] if mirrors[0] else flipped
     np.testing.assert_array_equal(found, flipped.astype(np.float32) / 127.5 - 1)
     with np.errstate(all="raise"):
-        warped = warp(image.astype(np.float32) / 127.5 - 1, matrix(a, size))
+        warped = warp(image.astype(np.float32) / 127.5 - 1, warp_matrix(a, size))
     np.testing.assert_array_equal(found, warped)
     np.testing.assert_array_equal(told, [*mirrors, 0, 0, 0, 0, 0, 0, 0])
 
@@ -88,12 +88,12 @@ def test_whole_pixels_are_taken_from_the_reflected_image(right, down):
     a = np.array([0, 0, 0, 0, 0, 0, 8 * right / size, 8 * down / size])
     padded = np.pad(image, ((30, 30), (30, 30), (0, 0)), mode="reflect")
     expected = padded[30 - down : 30 - down + size, 30 - right : 30 - right + size]
-    np.testing.assert_allclose(warp(image, matrix(a, size)), expected, atol=1e-3)  # of 255
+    np.testing.assert_allclose(warp(image, warp_matrix(a, size)), expected, atol=1e-3)  # of 255
 
 
 def test_laws_of_the_draws():
     generator, prob, count = np.random.default_rng(0), 0.3, 4000
-    a = np.stack([draw(generator, prob) for _ in range(count)])
+    a = np.stack([draw_warp(generator, prob) for _ in range(count)])
     rates = (a != 0).mean(0)
     np.testing.assert_allclose(rates, [0.5, prob / 2] + [prob] * 6, atol=0.03)  # 4 sigma
     assert set(a[:, 0]) == set(a[:, 1]) == {0, 1}
@@ -114,14 +114,14 @@ def test_laws_of_the_draws():
 
 
 def test_the_probability_ends():
-    always = np.stack([draw(np.random.default_rng(seed), 1.0) for seed in range(20)])
+    always = np.stack([draw_warp(np.random.default_rng(seed), 1.0) for seed in range(20)])
     assert (always[:, 2:] != 0).all() and set(always[:, 1]) == {0, 1}
-    never = np.stack([draw(np.random.default_rng(seed), 0.0) for seed in range(20)])
+    never = np.stack([draw_warp(np.random.default_rng(seed), 0.0) for seed in range(20)])
     assert (never[:, 1:] == 0).all() and set(never[:, 0]) == {0, 1}  # Augmentation(0) also turns this one off
 
 
 def test_no_warp_is_told_as_zeros():
-    assert not condition(np.zeros(8)).any()
+    assert not describe_warp(np.zeros(8)).any()
 
 
 def test_augmentation_of_a_record():

@@ -42,7 +42,7 @@ def test_imagenet_tars(tmp_path):
     config.data.update(classes=str(tmp_path / "subset.txt"), num_classes=2)
     assert [int(record["label"]) for record in map(build_data.images(config).__getitem__, range(3))] == [0, 1, 1]
     (tmp_path / "subset.txt").write_text("\n")
-    refused(build_data.images, config, match="subset.txt (config.data.classes): no names of classes; write one a line")
+    refused(build_data.images, config, match="subset.txt (config.data.classes): no names of classes; write one per")
 
 
 def test_webdataset_tars(tmp_path):

@@ -10,10 +10,10 @@ from input_pipeline.decoded import Texts, choose_classes, is_text, read_class_na
 
 def test_texts_as_one_array():
     texts = ["", "ein Bär", "a", ""]
-    packed = pickle.loads(pickle.dumps(Texts.of(iter(texts))))
+    packed = pickle.loads(pickle.dumps(Texts.encode(iter(texts))))
     assert list(packed) == texts and packed[1] == "ein Bär" and len(packed) == 4
-    assert list(Texts.of([])) == [] == list(Texts.joined([])) and Texts.joined([]).ends.dtype == np.int64
-    assert list(Texts.joined([Texts.of(texts), Texts.of([]), Texts.of(["bü"])])) == [*texts, "bü"]
+    assert list(Texts.encode([])) == [] == list(Texts.joined([])) and Texts.joined([]).ends.dtype == np.int64
+    assert list(Texts.joined([Texts.encode(texts), Texts.encode([]), Texts.encode(["bü"])])) == [*texts, "bü"]
 
 
 def test_texts_that_utf8_cannot_hold():

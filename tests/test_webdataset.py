@@ -102,9 +102,12 @@ def test_images_that_cannot_be_decoded(tmp_path, warnings_logged):
         ({"a.jpg": b"", "../b.jpg": b""}, "has a member '../b.jpg', which is not a path below its folder"),
         ([("a.jpg", b""), ("b.jpg", b""), ("a.txt", b"")], "sample 'a' comes twice; give every sample a name"),
         ([("a.jpg", b""), ("a.JPG", b"")], "'a.JPG' comes twice; give every sample"),
-        ({"a.jpg": b"", "a.json": b'{"caption": "\\ud83d"}'}, r"a.json has a 'caption' that UTF-8 cannot hold: '.ud8"),
-        ({"a.jpg": b"", "a.json": b"[" * 100_000}, "a.json is not JSON .*recursion depth.*: make the tar anew"),
-        ({"a.jpg": b"", "a.json": b"{"}, "a.json is not JSON .*: make the tar anew"),
+        (
+            {"a.jpg": b"", "a.json": b'{"caption": "\\ud83d"}'},
+            r"a.json has a 'caption' that UTF-8 cannot encode: '.ud8",
+        ),
+        ({"a.jpg": b"", "a.json": b"[" * 100_000}, "a.json is not JSON .*recursion depth.*: make the tar again"),
+        ({"a.jpg": b"", "a.json": b"{"}, "a.json is not JSON .*: make the tar again"),
         ({"a.mp4": b"", "a.txt": b"clip"}, "1 samples in .* lack a part, .*: 0.tar/a .no .jpg.; complete"),
         ({}, "no samples with a .jpg or .jpeg or .png or .webp and a caption in "),
     ],
@@ -147,7 +150,7 @@ def test_a_long_walk_is_reported(monkeypatch):
     monkeypatch.setattr(webdataset.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(logging, "info", lambda form, *values: said.append(form % values))
     assert list(webdataset._with_progress(iter("abcde"), 5)) == list("abcde")
-    assert said == [f"{n} of 5 tars have been walked, {left:.1f} minutes to go" for n, left in ((2, 1), (5, 0))]
+    assert said == [f"{n} of 5 tars indexed, {left:.1f} minutes to go" for n, left in ((2, 1), (5, 0))]
 
 
 def test_clips_with_captions(tmp_path):
