@@ -187,7 +187,7 @@ def test_batches_grow_and_go_on_with_the_data():
     [
         (
             ("optimizer.groups", (dict(pattern="mapping/", rate=2.0),)),
-            "config.optimizer.groups[0]: unknown option rate",
+            "optimizer.groups[0]: unknown option rate",
         ),
         (("levels[0].process.density.name", "normal"), "process.density.name: 'normal' given; choose from 'logn"),
         (("levels[0].process.density.sigma_min", 5e3), "config.levels[0].process.density: process.density: sigma_min"),
