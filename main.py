@@ -72,7 +72,7 @@ def run() -> None:
     if FLAGS.plan and mode != "encode":
         raise ValueError(f"--plan is of --mode=encode, not of {mode}: leave it out")
     if mode == "summary":
-        print(summary.summary(build_levels(config), train.abstract_state(config), FLAGS.out))
+        print(summary.write_summary(build_levels(config), train.abstract_state(config), FLAGS.out))
         return
     if not FLAGS.workdir:
         raise ValueError(f"--mode={mode} needs --workdir, the folder of the run")
@@ -87,10 +87,10 @@ def run() -> None:
     elif mode == "export":
         export.export_weights(config, workdir, FLAGS.out)
     elif mode == "compare":
-        compare.compare(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
+        compare.run(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
     else:
         dict(
-            train=train.run, encode=build_data.encode_data, search=search.search, neighbors=neighbors.neighbors,
+            train=train.run, encode=build_data.encode_data, search=search.run, neighbors=neighbors.run,
         )[mode](config, workdir)  # fmt: skip
 
 

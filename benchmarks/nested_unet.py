@@ -69,7 +69,7 @@ class Timed:
         self.seconds.append(time.perf_counter() - begin)
 
     def figures(self) -> dict:
-        macs = sum(level.macs for level in summary.levels(self.run.step.levels))
+        macs = sum(level.macs for level in summary.summarize_levels(self.run.step.levels))
         seconds = statistics.median(self.seconds[1:])
         return {
             "macs_per_image": macs,

@@ -72,7 +72,11 @@ def measure(config, workdir: str, steps: int) -> dict:
 
 def of_program(run, update, compile_seconds: float) -> dict:
     """What is known of the compiled step without running it."""
-    levels, batch_size, memory = summary.levels(run.step.levels), run.options.batch_size, update.memory_analysis()
+    levels, batch_size, memory = (
+        summary.summarize_levels(run.step.levels),
+        run.options.batch_size,
+        update.memory_analysis(),
+    )
     macs = sum(level.macs for level in levels)
     flops = update.cost_analysis()["flops"] * jax.device_count()
     return {

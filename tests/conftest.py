@@ -66,7 +66,7 @@ def searched(tmp_path_factory):
     workdir, pooler, printed = tmp_path_factory.mktemp("searched"), Pooler(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(build_data, "score_encoder", lambda config: pooler)
-        search.search(small_runs.config_of(2, search__sigmas=(0.0, 0.5)), str(workdir))
+        search.run(small_runs.config_of(2, search__sigmas=(0.0, 0.5)), str(workdir))
     return workdir, printed.getvalue()
 
 

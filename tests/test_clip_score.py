@@ -154,9 +154,9 @@ def test_an_evaluation_holds_every_sample_to_its_own_prompt(monkeypatch):
 def test_a_sweep_lists_the_scores_that_there_are():
     todo = [types.SimpleNamespace(values={"guidance": w}) for w in (0.0, 1.0)]
     rows = [{"fd": 3.0, "kid": 0.1, "clip": None}, {"fd": 2.0, "kid": 0.2, "clip": None}]
-    assert sweep.table(todo, rows).splitlines()[0] == "| guidance | FD-EffLite0 | KID |"
+    assert sweep.format_table(todo, rows).splitlines()[0] == "| guidance | FD-EffLite0 | KID |"
     rows = [row | {"clip": 20.125} for row in rows]
-    head, line, first, _ = sweep.table(todo, rows).splitlines()
+    head, line, first, _ = sweep.format_table(todo, rows).splitlines()
     assert head == "| guidance | FD-EffLite0 | KID | CLIP score |" and line == "|---|---|---|---|"
     assert first == "| 0 | 3.00 | 0.1000 | 20.12 |"
 

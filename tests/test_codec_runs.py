@@ -284,7 +284,7 @@ def test_training_sampling_scores_and_pictures(encoded, weights, tmp_path, capsy
     assert (len(gen.latents.slices(8, 1)), len(gen.latents.slices(16, 2)), len(gen.latents.slices(16, 1))) == (1, 1, 2)
     whole = gen.images(ema, 8, "tests")
     assert np.abs(np.int32(whole) - np.int32(images)).max() <= 1  # halves round either way
-    neighbors.neighbors(config, str(tmp_path))
+    neighbors.run(config, str(tmp_path))
     said = json.loads((tmp_path / "neighbors.json").read_text())["representations"]
     assert [entry["name"] for entry in said] == ["z1x1", "x", "pixels"]
 

@@ -20,7 +20,7 @@ from nested.runtime import checkpoint
 def compared(searched, tmp_path_factory):
     """(runs, folder of the comparison): three samples of the runs L1 and L2-sigma0.5 with seed 7."""
     runs, out = [str(searched[0] / name) for name in ("L1", "L2-sigma0.5")], tmp_path_factory.mktemp("compared")
-    compare.compare(config_of(3, seed=7, sample__batch_size=3), str(out), runs, 3)
+    compare.run(config_of(3, seed=7, sample__batch_size=3), str(out), runs, 3)
     return runs, out
 
 
@@ -49,22 +49,24 @@ def test_the_file_says_what_is_seen(compared):
 def test_captions():
     scores = [dict(guided=True, fd=12.346), dict(guided=False, fd=20.0)]
     expected = "L3-sigma0\nL = 3, step 2,000\nFD-EffLite0 12.35\nFD-EffLite0 20.00 unguided"
-    assert compare.caption("/runs/L3-sigma0", 3, 2000, scores) == expected
+    assert compare.format_caption("/runs/L3-sigma0", 3, 2000, scores) == expected
 
 
 def test_scores_of_another_step_are_left_out(tmp_path):
-    assert compare.scores_of(str(tmp_path), 4) == []
+    assert compare.read_scores_of_step(str(tmp_path), 4) == []
     (tmp_path / "scores.json").write_text(json.dumps([dict(step=3, fd=1.0)]))
-    assert compare.scores_of(str(tmp_path), 4) == [] and compare.scores_of(str(tmp_path), 3) == [dict(step=3, fd=1.0)]
+    assert compare.read_scores_of_step(str(tmp_path), 4) == [] and compare.read_scores_of_step(str(tmp_path), 3) == [
+        dict(step=3, fd=1.0)
+    ]
 
 
 def test_a_config_that_was_stored_is_the_config(compared):
     """But for its seed and its samples' part, which are those of the config given."""
     run, config = compared[0][1], config_of(3, seed=7, sample__batch_size=3)
-    found, saved = to_plain(compare.config_of(run, config)), checkpoint.read_config(run)
+    found, saved = to_plain(compare.load_run_config(run, config)), checkpoint.read_config(run)
     assert found == saved | dict(seed=7, sample=to_plain(config.sample)) and found["hierarchy"]["noise_gamma"] == 0.3
-    assert compare.config_of(run, config).train.eval_times == (0.1, 0.3, 0.5, 0.7, 0.9)
-    levels = build_levels(compare.config_of(run, config))
+    assert compare.load_run_config(run, config).train.eval_times == (0.1, 0.3, 0.5, 0.7, 0.9)
+    levels = build_levels(compare.load_run_config(run, config))
     assert [level.sampler for level in levels] == [level.sampler for level in build_levels(config_of(2))]
     assert levels[1].backbone == build_levels(config_of(2))[1].backbone
 
@@ -88,7 +90,7 @@ def copy_of(run, folder, change):
 def test_runs_that_do_not_compare_are_refused(compared, tmp_path, change, message, monkeypatch):
     monkeypatch.setattr(sample, "restore_generator", None)
     runs = [compared[0][0], copy_of(compared[0][0], tmp_path / "other", change)]
-    refused(compare.compare, config_of(3), str(tmp_path), runs, 3, match=message)
+    refused(compare.run, config_of(3), str(tmp_path), runs, 3, match=message)
 
 
 def test_images_of_other_shapes_are_refused(compared, tmp_path, monkeypatch):
@@ -97,7 +99,7 @@ def test_images_of_other_shapes_are_refused(compared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, "restore_generator", lambda config, run: (Drawn, None, 1))
     expected = "--runs: images differ in shape: L1 (5, 4, 1), L2-sigma0.5 (4, 4, 1)"
-    refused(compare.compare, config_of(3), str(tmp_path), compared[0], 3, match=expected)
+    refused(compare.run, config_of(3), str(tmp_path), compared[0], 3, match=expected)
 
 
 def test_clips_are_shown_by_their_first_frames(compared, tmp_path, monkeypatch):
@@ -107,7 +109,7 @@ def test_clips_are_shown_by_their_first_frames(compared, tmp_path, monkeypatch):
         levels, images = (), staticmethod(lambda ema, number, what: clips)
 
     monkeypatch.setattr(sample, "restore_generator", lambda config, run: (Drawn, None, 9))
-    compare.compare(config_of(3), str(tmp_path), compared[0], 2)
+    compare.run(config_of(3), str(tmp_path), compared[0], 2)
     picture = np.asarray(Image.open(tmp_path / "compare.png"))
     np.testing.assert_array_equal(picture[-68:, -134:], pictures.image_grid(clips[:, 0], columns=2))
 
@@ -116,8 +118,8 @@ def test_folders_that_are_no_runs_are_refused(compared, tmp_path):
     (run, _), out = compared[0], str(tmp_path)
     few = "give the folders of two or more different ones, --runs=A,B"
     for runs in ([], [run], [run, run + "/"]):
-        refused(compare.compare, config_of(3), out, runs, 3, match=f"--runs names {len(runs)} run(s): {few}")
-    refused(compare.compare, config_of(3), out, [run, out], 3, match=f"{out}/config.json: not found; give the")
+        refused(compare.run, config_of(3), out, runs, 3, match=f"--runs names {len(runs)} run(s): {few}")
+    refused(compare.run, config_of(3), out, [run, out], 3, match=f"{out}/config.json: not found; give the")
     unsaved = copy_of(run, tmp_path / "unsaved", lambda saved: None)
     shutil.rmtree(f"{unsaved}/checkpoints")
-    refused(compare.compare, config_of(3), out, [run, unsaved], 3, match="unsaved/checkpoints: no checkpoint found")
+    refused(compare.run, config_of(3), out, [run, unsaved], 3, match="unsaved/checkpoints: no checkpoint found")

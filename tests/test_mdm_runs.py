@@ -74,7 +74,7 @@ def test_a_noise_level_that_there_is_not_is_refused():
     gen = sampling.make_generator(
         config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
     )
-    refused(sweep.combinations, gen, match="condition noise: noise_step 2000 is outside 0 to 1000")
+    refused(sweep.build_combinations, gen, match="condition noise: noise_step 2000 is outside 0 to 1000")
 
 
 # --- main.py ---------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def values_by_hand(encoded, chosen):
 @pytest.mark.parametrize("num_classes", [4, 0])
 def test_the_mode_finds_shows_and_tells_the_neighbours(encoded, monkeypatch, tmp_path, capsys, num_classes):
     monkeypatch.setattr(build_data, "latents", lambda config, workdir: encoded)
-    neighbors.neighbors(make_config(toy.LEVELS, num_classes), str(tmp_path))
+    neighbors.run(make_config(toy.LEVELS, num_classes), str(tmp_path))
     content = json.loads((tmp_path / "neighbors.json").read_text())
     chosen = np.linspace(0, 44, 40, endpoint=False).astype(int)
     places = np.array([6, 20, 33])  # (0, 1, 2 and a half) thirds of 40
@@ -72,7 +72,7 @@ def test_the_mode_finds_shows_and_tells_the_neighbours(encoded, monkeypatch, tmp
 
 def test_the_picture_has_a_block_of_rows_for_each_query(encoded, monkeypatch, tmp_path):
     monkeypatch.setattr(build_data, "latents", lambda config, workdir: encoded)
-    neighbors.neighbors(make_config(toy.LEVELS, num_classes=0, nearest=2), str(tmp_path))
+    neighbors.run(make_config(toy.LEVELS, num_classes=0, nearest=2), str(tmp_path))
     picture = np.asarray(Image.open(tmp_path / "neighbors.png"))
     content = json.loads((tmp_path / "neighbors.json").read_text())
     source, scale, cell = encoded[0], 8, 64 + 2
@@ -94,7 +94,7 @@ def test_resolutions_are_compared_one_by_one_and_whole_images_once(monkeypatch, 
     levels = (level_source("y", "pixels", (2, 2, 1)), level_source("x", "pixels", ((4, 4, 1), (8, 8, 1))))
     made = latents_of_images(levels, (8, 8, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir: (source, made))
-    found = neighbors.compared(make_config(levels, num_classes=2), str(tmp_path))
+    found = neighbors.collect_representations(make_config(levels, num_classes=2), str(tmp_path))
     assert {name: x.shape for name, x in found.values.items()} == {
         "y": (40, 2, 2, 1), "x.0": (40, 4, 4, 1), "pixels": (40, 8, 8, 1),
     }  # fmt: skip
@@ -109,14 +109,14 @@ def test_what_is_not_still_images_is_refused(source):
     config = make_config(toy.LEVELS)
     config.data.source = source
     with pytest.raises(ValueError, match=f"^config.data.source '{source}': --mode=neighbors compares still im"):
-        neighbors.neighbors(config, "unused")
+        neighbors.run(config, "unused")
 
 
 @pytest.mark.parametrize("name, value", [("queries", 0), ("nearest", 40), ("k", 41)])
 def test_options_out_of_range_are_refused(name, value):
     message = f"^config.evaluate.neighbors.{name} {value}: give at least 1 and less than config.evaluate.num_ref.*, 40$"
     with pytest.raises(ValueError, match=message):
-        neighbors.neighbors(make_config(toy.LEVELS, **{name: value}), "unused")
+        neighbors.run(make_config(toy.LEVELS, **{name: value}), "unused")
 
 
 def test_fewer_images_than_neighbours_are_refused(encoded, monkeypatch):
@@ -124,4 +124,4 @@ def test_fewer_images_than_neighbours_are_refused(encoded, monkeypatch):
     config = make_config(toy.LEVELS, k=44)
     config.evaluate.num_reference = 1000
     with pytest.raises(ValueError, match="there are only 44 images; ask for fewer than that"):
-        neighbors.neighbors(config, "unused")
+        neighbors.run(config, "unused")

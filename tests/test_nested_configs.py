@@ -68,7 +68,7 @@ def test_the_draft_of_imagenet_1k_has_two_levels():
 
 def test_the_depth_one_net_of_the_draft():
     """Table 1b, L = 1: 130.7 M parameters; 71.60 GFlops, which is near twice the multiply-accumulates (U-ViT-M)."""
-    (level,) = summary.levels(build_levels(get_config("imagenet100", "L1")))
+    (level,) = summary.summarize_levels(build_levels(get_config("imagenet100", "L1")))
     assert level.parameters == pytest.approx(130.7e6, rel=0.006)
     assert 2 * level.macs == pytest.approx(71.60e9, rel=0.025)
 

@@ -42,7 +42,7 @@ COUNTS = {  # million parameters, GMACs of matrix products and norms; null: ours
 @pytest.mark.parametrize("name", COUNTS)
 def test_sizes_are_those_that_were_counted_on_the_authors_code(name):
     parameters, macs = COUNTS[name]
-    (row,) = summary.levels(build_levels(uvit_release.get_config(name)))
+    (row,) = summary.summarize_levels(build_levels(uvit_release.get_config(name)))
     assert row.parameters / 1e6 == pytest.approx(parameters, abs=0.01)
     assert macs is None or row.macs / 1e9 == pytest.approx(macs, abs=0.01)
     assert row.tokens == 256

@@ -49,7 +49,7 @@ def rows_of(workdir):
 
 
 def test_every_run_trains_only_what_is_new():
-    assert [str(run) for run in search.plan(config_of(3, search__sigmas=(0.0, 0.5)))] == [
+    assert [str(run) for run in search.plan_trials(config_of(3, search__sigmas=(0.0, 0.5)))] == [
         "L1: trains x8",
         "L2-sigma0: trains x2, x8",
         "L2-sigma0.5: trains x8; takes x2 from L2-sigma0",
@@ -62,7 +62,7 @@ def test_runs_are_the_config_but_for_their_levels(runs, tmp_path):
     config = config_of(3, search__sigmas=SIGMAS)
     config.hierarchy.label_levels, config.levels[0].guidance = ("x4", "x8"), 0.0
     before = config.to_json()
-    search.search(config, str(tmp_path))
+    search.run(config, str(tmp_path))
     assert list(runs.configs) == list(FD) and config.to_json() == before
     own = runs.configs["L3-sigma0.5"]
     assert [level.name for level in own.levels] == ["x2", "x4", "x8"] and own.hierarchy.label_levels == ("x4", "x8")
@@ -77,7 +77,7 @@ def test_runs_are_the_config_but_for_their_levels(runs, tmp_path):
 
 
 def test_the_smallest_score_is_kept_and_the_table_is_the_papers(runs, tmp_path, capsys):
-    search.search(config_of(3, search__sigmas=SIGMAS), str(tmp_path))
+    search.run(config_of(3, search__sigmas=SIGMAS), str(tmp_path))
     head, _, *lines = (tmp_path / "search.md").read_text().splitlines()[2:]
     kinds = [f"{kind} guidance, sigma {sigma}" for kind in ("without", "with") for sigma in ("0", "0.5", "1")]
     assert head == f"| L | {' | '.join(kinds)} | kept |"
@@ -97,7 +97,7 @@ def test_the_smallest_score_is_kept_and_the_table_is_the_papers(runs, tmp_path, 
 def test_without_guidance_there_is_one_half_of_the_table(runs, tmp_path):
     config = config_of(2, search__sigmas=(0.5, 1.0))
     config.levels[0].guidance = config.levels[1].guidance = 0.0
-    search.search(config, str(tmp_path))
+    search.run(config, str(tmp_path))
     assert (tmp_path / "search.md").read_text().splitlines()[2:] == [
         "| L | without guidance, sigma 0.5 | without guidance, sigma 1 | kept |", "|---|---|---|---|",
         "| 1 | 90.00 | - | - |", "| 2 | **40.00** | 60.00 | x2 0.5 |",
@@ -105,7 +105,7 @@ def test_without_guidance_there_is_one_half_of_the_table(runs, tmp_path):
 
 
 def test_a_run_that_ends_with_its_scores_is_not_scored_twice(runs, tmp_path):
-    search.search(config_of(2, search__sigmas=(0.5,), sample__num_samples=4), str(tmp_path))
+    search.run(config_of(2, search__sigmas=(0.5,), sample__num_samples=4), str(tmp_path))
     assert [row["scores"][0]["fd"] for row in rows_of(tmp_path)] == [90.0, 40.0]
 
 
@@ -115,24 +115,24 @@ def test_a_run_that_ends_with_its_scores_is_not_scored_twice(runs, tmp_path):
 def test_a_search_that_was_stopped_goes_on_where_it_was(runs, tmp_path, capsys):
     config = config_of(3, search__sigmas=SIGMAS)
     runs.stop_in = "L3-sigma0"
-    search.search(config, str(tmp_path))
+    search.run(config, str(tmp_path))
     assert list(runs.configs)[-1] == "L3-sigma0" and capsys.readouterr().out == ""
     assert [row["run"] for row in rows_of(tmp_path)] == list(FD)[:4] and not (tmp_path / "search.md").exists()
     runs.configs, runs.stop_in = {}, None
-    search.search(config, str(tmp_path))
+    search.run(config, str(tmp_path))
     assert list(runs.configs) == ["L3-sigma0", "L3-sigma0.5", "L3-sigma1"]
     assert [level.sigma for level in runs.configs["L3-sigma1"].levels[:2]] == [0.5, 1.0]
     whole, runs.configs = (tmp_path / "search.md").read_text(), {}
-    search.search(config, str(tmp_path))
+    search.run(config, str(tmp_path))
     assert runs.configs == {} and (tmp_path / "search.md").read_text() == whole
 
 
 def test_another_value_or_another_config_costs_its_own_runs(runs, tmp_path):
-    search.search(config_of(2, search__sigmas=(0.0, 0.5)), str(tmp_path))
+    search.run(config_of(2, search__sigmas=(0.0, 0.5)), str(tmp_path))
     runs.configs = {}
-    search.search(config_of(2, search__sigmas=(0.0, 0.5, 1.0)), str(tmp_path))
+    search.run(config_of(2, search__sigmas=(0.0, 0.5, 1.0)), str(tmp_path))
     assert list(runs.configs) == ["L2-sigma1"]
-    search.search(config_of(2, search__sigmas=(0.0, 0.5), evaluate__num_samples=9), str(tmp_path))
+    search.run(config_of(2, search__sigmas=(0.0, 0.5), evaluate__num_samples=9), str(tmp_path))
     assert list(runs.configs) == ["L2-sigma1", "L1", "L2-sigma0", "L2-sigma0.5"]
 
 
@@ -158,14 +158,14 @@ def test_another_value_or_another_config_costs_its_own_runs(runs, tmp_path):
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_the_first_run(depth, changes, message, runs, tmp_path):
-    refused(search.search, config_of(depth, **changes), str(tmp_path), match=message)
+    refused(search.run, config_of(depth, **changes), str(tmp_path), match=message)
     assert runs.configs == {} and not any(tmp_path.iterdir())
 
 
 def test_a_table_that_is_none_is_refused(runs, tmp_path):
     for content in ("[]", '{"option": "guidance"}', "half"):
         (tmp_path / "search.json").write_text(content)
-        refused(search.search, config_of(2), str(tmp_path), match=f"{tmp_path}/search.json: not a table of this ver")
+        refused(search.run, config_of(2), str(tmp_path), match=f"{tmp_path}/search.json: not a table of this ver")
 
 
 # --- for real --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ TABLE_6 = {  # depth: (million parameters, GMACs)
 
 @functools.cache
 def table_6_rows(depth):
-    return summary.levels(build_levels(imagenet.get_config(depth)))
+    return summary.summarize_levels(build_levels(imagenet.get_config(depth)))
 
 
 @pytest.mark.parametrize("depth", TABLE_6)
@@ -70,7 +70,7 @@ def only_row(name, arguments):
     (level,) = build_levels(importlib.import_module(f"configs.{name}").get_config(arguments))
     key = (level.backbone, level.shape)
     if key not in COUNTED:
-        (COUNTED[key],) = summary.levels((level,))
+        (COUNTED[key],) = summary.summarize_levels((level,))
     return COUNTED[key]
 
 
@@ -135,7 +135,7 @@ def test_macs_of_a_scan_count_every_turn_and_remat_counts_once():
 def test_json_holds_what_the_table_shows(tmp_path):
     config = imagenet.get_config("L2")
     out = tmp_path / "summary.json"
-    text = summary.summary(build_levels(config), train.abstract_state(config), str(out))
+    text = summary.write_summary(build_levels(config), train.abstract_state(config), str(out))
     content = json.loads(out.read_text())
     assert [level["name"] for level in content["levels"]] == ["z1x1", "x"]
     assert content["levels"][1]["shape"] == [32, 32, 4] and content["levels"][1]["tokens"] == 256

@@ -57,7 +57,7 @@ class Measure:
 
 def run(gen, measure, workdir, step=1):
     """Scores the sweep of a generator -> the rows of sweep.json."""
-    sweep.score(gen, None, sweep.combinations(gen), measure, step, str(workdir))
+    sweep.score_combinations(gen, None, sweep.build_combinations(gen), measure, step, str(workdir))
     return rows_of(workdir)
 
 
@@ -84,14 +84,14 @@ def test_every_combination_is_scored_in_order(tmp_path):
 def test_scores_of_another_weight_file_are_not_taken_over(tmp_path):
     """Every weight file is step 0 of the same config."""
     gen = swept(("sampler.steps", (2, 3)))
-    todo = sweep.combinations(gen)
+    todo = sweep.build_combinations(gen)
     for file, fds in (("aa", [1.0, 2.0]), ("bb", [1.0, 2.0]), ("bb", [1.0, 2.0])):
         measure = Measure()
 
         def measured(*arguments, measure=measure, file=file):
             return dataclasses.replace(measure(*arguments), weights=file)
 
-        sweep.score(gen, None, todo, measured, 0, str(tmp_path), file)
+        sweep.score_combinations(gen, None, todo, measured, 0, str(tmp_path), file)
         assert [(row["fd"], row["weights"]) for row in rows_of(tmp_path)] == [(fd, file) for fd in fds]
     assert measure.levels == []  # the third took over the rows of the second
 
@@ -100,7 +100,7 @@ def values(option, value, config):
     """What a value of an option makes of (guidance, steps, eta) of every level."""
     levels = build_levels(config)
     config = copy.deepcopy(config)
-    sweep.assign(config, option, value, levels)
+    sweep.set_option(config, option, value, levels)
     return [(one.guidance, one.sampler.steps, getattr(one.sampler, "eta", None)) for one in build_levels(config)]
 
 
@@ -126,7 +126,7 @@ def test_what_can_be_guided_can_lose_a_condition():
 
 def test_noise_options_reach_the_levels():
     gen = swept(("hierarchy.noise_scale", ("variance", "std")), ("hierarchy.noise_resample", (False, True)))
-    found = [(one.levels[1].noise_scale, one.levels[1].noise_resample) for one in sweep.combinations(gen)]
+    found = [(one.levels[1].noise_scale, one.levels[1].noise_resample) for one in sweep.build_combinations(gen)]
     assert found == [("variance", False), ("variance", True), ("std", False), ("std", True)]
     assert gen.levels[1].noise_scale == "variance"  # the generator's own levels stay
 
@@ -177,12 +177,14 @@ def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch
 def test_sweeps_of_what_changes_nothing_are_refused(pair, message):
     config = unlabelled(config_of(1, evaluate__sweep=(pair,)))
     gen = types.SimpleNamespace(config=config, levels=build_levels(config), text=None)
-    refused(sweep.combinations, gen, match=message)
+    refused(sweep.build_combinations, gen, match=message)
 
 
 def test_a_level_that_nothing_conditions_is_not_guided_by_name():
     gen = generator(unlabelled(config_of(2, evaluate__sweep=(("x2.guidance", (0.0, 0.5)),))))
-    refused(sweep.combinations, gen, match="config.levels[0].guidance is 0.5 but nothing conditions x2: set it to 0")
+    refused(
+        sweep.build_combinations, gen, match="config.levels[0].guidance is 0.5 but nothing conditions x2: set it to 0"
+    )
 
 
 # --- going on --------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_xla_counts_the_flops_of_the_model():
     config.hierarchy.label_levels = ("x",)
     run, source = make(config=config)
     compiled = training_loop.compile_step(run).lower(run.abstract, batch_of(source), run.key).compile()
-    (level,) = summary.levels(run.step.levels)
+    (level,) = summary.summarize_levels(run.step.levels)
     assert 0.97 < compiled.cost_analysis()["flops"] / (6 * level.macs * 8) < 1.10
 
 

@@ -222,8 +222,10 @@ def evaluate(config, workdir: str, weights: str = "") -> None:
     source = build_data.images(config) if images_alone else build_data.latents(config, workdir, gen.text)[0]
     cache_dir, file = build_data.latents_dir(config, workdir), weights_identity(weights)
     if config.evaluate.sweep:
-        todo = sweep.combinations(gen)  # all are checked before the first is drawn
-        paths = sweep.score(gen, ema, todo, make_scorer(config, source, cache_dir, file), step, workdir, file)
+        todo = sweep.build_combinations(gen)  # all are checked before the first is drawn
+        paths = sweep.score_combinations(
+            gen, ema, todo, make_scorer(config, source, cache_dir, file), step, workdir, file
+        )
         if jax.process_index() == 0:
             print("\n".join(f"sweep:   {path}" for path in paths))
         return

@@ -22,7 +22,7 @@ from nested.runtime.checkpoint import read_config
 from nested.runtime.files import atomic_write
 
 
-def config_of(path: str, config) -> Config:
+def load_run_config(path: str, config) -> Config:
     """The config of the run in `path`, with the seed and config.sample of `config`.
 
     What an earlier version wrote is brought up to date. Raises FileNotFoundError where there is no run."""
@@ -31,14 +31,14 @@ def config_of(path: str, config) -> Config:
     return saved
 
 
-def caption(path: str, levels: int, step: int, scores: Sequence[dict]) -> str:
+def format_caption(path: str, levels: int, step: int, scores: Sequence[dict]) -> str:
     """What stands beside a run's row."""
     lines = [os.path.basename(path), f"L = {levels}, step {step:,}"]
     lines += [f"FD-EffLite0 {score['fd']:.2f}{'' if score['guided'] else ' unguided'}" for score in scores]
     return "\n".join(lines)
 
 
-def scores_of(path: str, step: int) -> list[dict]:
+def read_scores_of_step(path: str, step: int) -> list[dict]:
     """The scores of that step in the run's scores.json; none where it has not been scored."""
     path = os.path.join(path, "scores.json")
     if not os.path.exists(path):
@@ -47,25 +47,29 @@ def scores_of(path: str, step: int) -> list[dict]:
         return [score for score in json.load(file) if score["step"] == step]
 
 
-def compare(config, workdir: str, runs: Sequence[str], number: int) -> None:
+def run(config, workdir: str, runs: Sequence[str], number: int) -> None:
     """The mode `compare`: writes compare.png (a row per run, a column per sample) and compare.json in `workdir`."""
     runs = [os.path.abspath(os.path.expanduser(run)) for run in runs]
     if len(set(runs)) < max(len(runs), 2):
         raise ValueError(f"--runs names {len(runs)} run(s): give the folders of two or more different ones, --runs=A,B")
-    configs = [config_of(run, config) for run in runs]
+    configs = [load_run_config(run, config) for run in runs]
     classes = {run: own.data.num_classes for run, own in zip(runs, configs, strict=True)}
     if len(set(classes.values())) > 1:
-        raise ValueError(f"--runs: data.num_classes differ, so samples would have other labels: {named(classes)}")
+        raise ValueError(
+            f"--runs: data.num_classes differ, so samples would have other labels: {format_by_name(classes)}"
+        )
     images, rows = {}, []
     for run, own in zip(runs, configs, strict=True):
         gen, ema, step = sample.restore_generator(own, run)
         drawn = gen.images(ema, number, f"samples of {os.path.basename(run)}")
         images[run] = drawn.reshape(number, -1, *drawn.shape[-3:])[:, 0]  # of clips the first frame
-        rows.append(dict(run=run, levels=len(gen.levels), step=step, scores=scores_of(run, step)))
+        rows.append(dict(run=run, levels=len(gen.levels), step=step, scores=read_scores_of_step(run, step)))
     if len({drawn.shape for drawn in images.values()}) > 1:
-        raise ValueError(f"--runs: images differ in shape: {named({run: d.shape[1:] for run, d in images.items()})}")
+        raise ValueError(
+            f"--runs: images differ in shape: {format_by_name({run: d.shape[1:] for run, d in images.items()})}"
+        )
     if jax.process_index() == 0:
-        captions = [caption(row["run"], row["levels"], row["step"], row["scores"]) for row in rows]
+        captions = [format_caption(row["run"], row["levels"], row["step"], row["scores"]) for row in rows]
         picture = pictures.image_grid(np.concatenate(list(images.values())), number, row_captions=captions)
         pictures.save_png(picture, os.path.join(workdir, "compare.png"))
         content = dict(seed=config.seed, num_samples=number, runs=rows)
@@ -73,5 +77,5 @@ def compare(config, workdir: str, runs: Sequence[str], number: int) -> None:
         print("\n".join(f"picture: {os.path.join(workdir, name)}" for name in ("compare.png", "compare.json")))
 
 
-def named(values: dict) -> str:
+def format_by_name(values: dict) -> str:
     return ", ".join(f"{os.path.basename(run)} {value}" for run, value in values.items())

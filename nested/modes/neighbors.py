@@ -23,7 +23,7 @@ from nested.runtime.writers import Progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Compared:
+class Representations:
     """The images that are compared: their `records`' numbers [N], `images` uint8 [N, H, W, C], `labels` int [N], and
     what they are compared by, {name: [N, ...]}."""
 
@@ -45,7 +45,7 @@ class Neighbors:
     accuracy: float | None
 
 
-def compared(config, workdir: str) -> Compared:
+def collect_representations(config, workdir: str) -> Representations:
     """config.evaluate.num_reference records, evenly spaced through the data, by every level and by pixels.
 
     A level of several resolutions is compared by each of them, NAME.0, NAME.1, ...; one of the images' own shape is the
@@ -72,10 +72,10 @@ def compared(config, workdir: str) -> Compared:
         progress.update(start + count)
     images, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     values = {name: np.concatenate(parts) for name, parts in values.items()}
-    return Compared(chosen, images, labels, values | {"pixels": images})
+    return Representations(chosen, images, labels, values | {"pixels": images})
 
 
-def find(config, found: Compared, queries: np.ndarray) -> list[Neighbors]:
+def find_neighbors(config, found: Representations, queries: np.ndarray) -> list[Neighbors]:
     """The nearest images to those at the places `queries` [Q], by every representation."""
     options, labelled, result = config.evaluate.neighbors, bool(config.data.num_classes), []
     for name, values in found.values.items():
@@ -92,9 +92,9 @@ def find(config, found: Compared, queries: np.ndarray) -> list[Neighbors]:
     return result
 
 
-def picture(found: Compared, queries: np.ndarray, results: list[Neighbors], k: int) -> np.ndarray:
+def neighbors_picture(found: Representations, queries: np.ndarray, results: list[Neighbors], k: int) -> np.ndarray:
     """A block of rows per query, a row per representation: the query, then its nearest images."""
-    captions = [describe(result, k).replace(": ", "\n") for result in results]
+    captions = [describe_neighbors(result, k).replace(": ", "\n") for result in results]
     columns = ["query", *(str(i + 1) for i in range(results[0].places.shape[1]))]
     blocks = []
     for row, query in enumerate(queries):
@@ -103,13 +103,13 @@ def picture(found: Compared, queries: np.ndarray, results: list[Neighbors], k: i
     return np.concatenate(blocks)
 
 
-def describe(result: Neighbors, k: int) -> str:
+def describe_neighbors(result: Neighbors, k: int) -> str:
     """'z2x2 2x2x32: 20-NN accuracy 75.3 %', without the accuracy where there are no labels."""
     text = f"{result.name} {'x'.join(map(str, result.shape))}"
     return text if result.accuracy is None else f"{text}: {k}-NN accuracy {100 * result.accuracy:.1f} %"
 
 
-def check(config) -> None:
+def check_neighbors(config) -> None:
     """ValueError, before anything is encoded, for data and options that this mode has no picture of."""
     options, number = config.evaluate.neighbors, config.evaluate.num_reference
     source = source_kind(config)
@@ -125,17 +125,17 @@ def check(config) -> None:
             )
 
 
-def neighbors(config, workdir: str) -> None:
+def run(config, workdir: str) -> None:
     """The mode: writes neighbors.png and neighbors.json to workdir, and prints a line for every representation."""
-    check(config)
-    found = compared(config, workdir)
+    check_neighbors(config)
+    found = collect_representations(config, workdir)
     count, options = len(found.records), config.evaluate.neighbors
     if max(options.values()) >= count:
         raise ValueError(
             f"config.evaluate.neighbors {dict(options)}: there are only {count} images; ask for fewer than that"
         )
     queries = ((np.arange(options.queries) + 0.5) * count / options.queries).astype(int)
-    results = find(config, found, queries)
+    results = find_neighbors(config, found, queries)
     content = {
         "distance": "euclidean",
         "num_images": count,
@@ -154,7 +154,7 @@ def neighbors(config, workdir: str) -> None:
     }
     paths = [os.path.join(workdir, f"neighbors.{kind}") for kind in ("png", "json")]
     if jax.process_index() == 0:
-        pictures.save_png(picture(found, queries, results, options.k), paths[0])
+        pictures.save_png(neighbors_picture(found, queries, results, options.k), paths[0])
         atomic_write(paths[1], json.dumps(content, indent=1) + "\n")
-        lines = [describe(result, options.k) for result in results] + [f"neighbors: {path}" for path in paths]
+        lines = [describe_neighbors(result, options.k) for result in results] + [f"neighbors: {path}" for path in paths]
         print("\n".join(lines))

@@ -45,7 +45,7 @@ KINDS = {"without guidance": False, "with guidance": True}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Trial:
     """One run of the search. sigma: of the newest level; None at depth 1, which has none.
 
     trains, takes: names of levels, coarse to fine. source: the run that those in `takes` come from; '' for none."""
@@ -62,40 +62,40 @@ class Run:
         return f"{self.name}: trains {', '.join(self.trains)}{taken}"
 
 
-def plan(config) -> list[Run]:
+def plan_trials(config) -> list[Trial]:
     """All runs, in order. What is trained and taken does not depend on the scores."""
     *upper, finest = (level.name for level in config.levels)
-    runs, source = [Run("L1", 1, None, (finest,), (), "")], ""
+    runs, source = [Trial("L1", 1, None, (finest,), (), "")], ""
     for depth in range(2, len(config.levels) + 1):
         older, newest = tuple(upper[: depth - 2]), upper[depth - 2]
         names = [f"L{depth}-sigma{sigma:g}" for sigma in config.search.sigmas]
         first, *others = (float(sigma) for sigma in config.search.sigmas)
-        runs.append(Run(names[0], depth, first, (newest, finest), older, source))
+        runs.append(Trial(names[0], depth, first, (newest, finest), older, source))
         source = names[0]
         for name, sigma in zip(names[1:], others, strict=True):
-            runs.append(Run(name, depth, sigma, (finest,), (*older, newest), source))
+            runs.append(Trial(name, depth, sigma, (finest,), (*older, newest), source))
     return runs
 
 
-def run_config(config, run: Run, kept: Mapping[str, float], workdir: str):
+def trial_config(config, trial: Trial, kept: Mapping[str, float], workdir: str):
     """The config of one run. kept: {level: sigma} of the older levels."""
     result = copy.deepcopy(config)
-    result.levels = (*result.levels[: run.depth - 1], result.levels[-1])
+    result.levels = (*result.levels[: trial.depth - 1], result.levels[-1])
     for level, other in zip(result.levels, config.levels, strict=False):
         level.guidance = other.guidance
         level.sigma = kept.get(level.name, level.sigma)
-    if run.sigma is not None:
-        result.levels[-2].sigma = run.sigma
+    if trial.sigma is not None:
+        result.levels[-2].sigma = trial.sigma
     names = [level.name for level in result.levels]
     for key in ("label_levels", "text_levels"):
         result.hierarchy[key] = tuple(name for name in config.hierarchy[key] if name in names)
-    result.train_levels = run.trains
-    result.init_from.update(path=run.source and os.path.join(workdir, run.source), levels=run.takes)
+    result.train_levels = trial.trains
+    result.init_from.update(path=trial.source and os.path.join(workdir, trial.source), levels=trial.takes)
     result.latents_dir = build_data.latents_dir(config, workdir)
     return result
 
 
-def check(config, workdir: str) -> None:
+def check_search(config, workdir: str) -> None:
     """Everything that is wrong with any of the runs, before the first one."""
     sigmas, some = tuple(config.search.sigmas), config.init_from
     if len(config.levels) < 2:
@@ -114,50 +114,50 @@ def check(config, workdir: str) -> None:
     for key, value in decided.items():
         if value:
             raise ValueError(f"config.{key} {value!r}: a search makes its own runs and has no place for it; empty it")
-    for run in plan(config):
-        own = run_config(config, run, {}, workdir)
+    for trial in plan_trials(config):
+        own = trial_config(config, trial, {}, workdir)
         try:
             build_levels(own)
             check_images_exist(own)
         except ValueError as error:
-            raise ValueError(f"search, run {run.name}: {error}") from error
+            raise ValueError(f"search, run {trial.name}: {error}") from error
 
 
-def search(config, workdir: str) -> None:
+def run(config, workdir: str) -> None:
     """The mode `search`: makes the runs, writes search.json, search.md and search.png, prints what to train with."""
-    check(config, workdir)
+    check_search(config, workdir)
     paths = [os.path.join(workdir, f"search.{kind}") for kind in ("json", "md", "png")]
     known = {row["config"]: row for row in sweep.read_rows(paths[0])}
     rows, kept = [], {}
-    for depth, runs in itertools.groupby(plan(config), key=lambda run: run.depth):
+    for depth, trials in itertools.groupby(plan_trials(config), key=lambda trial: trial.depth):
         tried = []
-        for run in runs:
-            row = scored(run, run_config(config, run, kept, workdir), workdir, known)
+        for trial in trials:
+            row = train_and_score(trial, trial_config(config, trial, kept, workdir), workdir, known)
             if row is None:
-                logging.info("search: stopped by a signal in %s; run the same command again to go on", run.name)
+                logging.info("search: stopped by a signal in %s; run the same command again to go on", trial.name)
                 return
             tried.append(row)
             sweep.write_rows(paths[0], rows + tried, kept=kept)
         rows += tried
-        best = smallest(tried)
+        best = best_trial(tried)
         if depth > 1:
             kept[config.levels[depth - 2].name] = float(config.search.sigmas[best])
     if jax.process_index() == 0:
         sweep.write_rows(paths[0], rows, kept=kept)
-        atomic_write(paths[1], table(rows, config.search.sigmas, kept))
-        plot(rows, config.search.sigmas, paths[2])
-        print("\n".join([*(f"search:  {path}" for path in paths), *conclusion(config, kept, tried[best])]))
+        atomic_write(paths[1], format_table(rows, config.search.sigmas, kept))
+        plot_scores(rows, config.search.sigmas, paths[2])
+        print("\n".join([*(f"search:  {path}" for path in paths), *format_conclusion(config, kept, tried[best])]))
 
 
-def scored(run: Run, config, workdir: str, known: Mapping[str, dict]) -> dict | None:
+def train_and_score(trial: Trial, config, workdir: str, known: Mapping[str, dict]) -> dict | None:
     """The row of one run, trained and scored where that has not been done; None where a signal stopped it.
 
     known: rows of search.json by the fingerprint of their configs; only process 0 needs them, and gives rows back."""
-    made_from, folder = sweep.fingerprint(config), os.path.join(workdir, run.name)
+    made_from, folder = sweep.config_fingerprint(config), os.path.join(workdir, trial.name)
     if multihost_utils.broadcast_one_to_all(np.int32(made_from in known)):
-        logging.info("%s: scored before, as search.json says", run.name)
+        logging.info("%s: scored before, as search.json says", trial.name)
         return known.get(made_from, {})
-    logging.info("%s", run)
+    logging.info("%s", trial)
     os.makedirs(folder, exist_ok=True)
     train.run(config, folder)  # which ends with the scores
     if (latest_step(folder) or 0) < config.train.steps:
@@ -166,10 +166,10 @@ def scored(run: Run, config, workdir: str, known: Mapping[str, dict]) -> dict | 
         return {}
     with open(os.path.join(folder, "scores.json"), encoding="utf-8") as file:
         scores = json.load(file)
-    return {"run": run.name, "depth": run.depth, "sigma": run.sigma, "config": made_from, "scores": scores}
+    return {"run": trial.name, "depth": trial.depth, "sigma": trial.sigma, "config": made_from, "scores": scores}
 
 
-def smallest(rows: Sequence[dict]) -> int:
+def best_trial(rows: Sequence[dict]) -> int:
     """The index of the row with the smallest FD, the guided one where there is one; process 0 decides for all."""
     best = np.argmin([row["scores"][0]["fd"] for row in rows]) if jax.process_index() == 0 else 0
     return int(multihost_utils.broadcast_one_to_all(np.int32(best)))
@@ -184,7 +184,7 @@ def scores_by_kind(rows: Sequence[dict]) -> dict[str, dict[tuple, float]]:
     return {kind: scores for kind, scores in found.items() if scores}
 
 
-def table(rows: Sequence[dict], sigmas: Sequence[float], kept: Mapping[str, float]) -> str:
+def format_table(rows: Sequence[dict], sigmas: Sequence[float], kept: Mapping[str, float]) -> str:
     """Markdown in the layout of the paper's Table 1: a row per depth, a column per sigma, the best of a row bold."""
     kinds = scores_by_kind(rows)
     head = ["L", *(f"{kind}, sigma {sigma:g}" for kind in kinds for sigma in sigmas), "kept"]
@@ -204,7 +204,7 @@ def table(rows: Sequence[dict], sigmas: Sequence[float], kept: Mapping[str, floa
     return "\n".join([note, "", *lines]) + "\n"
 
 
-def plot(rows: Sequence[dict], sigmas: Sequence[float], path: str) -> None:
+def plot_scores(rows: Sequence[dict], sigmas: Sequence[float], path: str) -> None:
     """FD against sigma, a curve per depth; that of depth 1 is level."""
     depths = sorted({row["depth"] for row in rows})
     panels = {
@@ -217,7 +217,7 @@ def plot(rows: Sequence[dict], sigmas: Sequence[float], path: str) -> None:
     plots.score_curves(sigmas, panels, "sigma of the newest level", path)
 
 
-def conclusion(config, kept: Mapping[str, float], best: dict) -> list[str]:
+def format_conclusion(config, kept: Mapping[str, float], best: dict) -> list[str]:
     """The sigmas that were kept, and how to train with them."""
     places = {level.name: i for i, level in enumerate(config.levels)}
     options = " ".join(f"'--config.levels[{places[name]}].sigma={sigma}'" for name, sigma in kept.items())

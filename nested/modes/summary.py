@@ -95,7 +95,7 @@ def sub_jaxprs(params: dict) -> list:
     return found
 
 
-def levels(levels_: Sequence[Level]) -> list[LevelSummary]:
+def summarize_levels(levels_: Sequence[Level]) -> list[LevelSummary]:
     """One LevelSummary per level, coarse to fine."""
     params = jax.eval_shape(lambda: hierarchy.init(levels_, jax.random.key(0)))
     variables = {
@@ -121,17 +121,17 @@ def state_bytes(abstract_state) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
 
 
-def shown_shape(shape: Tree) -> str:
+def format_shape(shape: Tree) -> str:
     """'(32, 32, 4)', and of several resolutions '7x7x1 + 14x14x1'."""
     return str(shape) if is_shape(shape) else " + ".join("x".join(map(str, leaf)) for leaf in shape)
 
 
-def summary(levels_: Sequence[Level], abstract_state, out: str = "") -> str:
+def write_summary(levels_: Sequence[Level], abstract_state, out: str = "") -> str:
     """The table as text; with `out`, the same as JSON in that file."""
-    rows = levels(levels_)
+    rows = summarize_levels(levels_)
     total = {"parameters": sum(row.parameters for row in rows), "macs": sum(row.macs for row in rows)}
     memory = state_bytes(abstract_state)
-    shapes = [shown_shape(row.shape) for row in rows]
+    shapes = [format_shape(row.shape) for row in rows]
     width = max(18, *(len(shape) + 2 for shape in shapes))
     lines = [f"{'level':<10}{'shape':<{width}}{'tokens':>9}{'parameters':>15}{'GMACs':>11}"]
     lines += [

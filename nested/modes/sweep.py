@@ -69,11 +69,11 @@ class Combination:
     config: str
 
 
-def combinations(gen: sampling.Generator) -> list[Combination]:
+def build_combinations(gen: sampling.Generator) -> list[Combination]:
     """Every combination that config.evaluate.sweep asks for, the last option's values changing fastest.
 
     Raises ValueError for an option, a level or a value that there is not."""
-    pairs = checked_pairs(gen.config)
+    pairs = sweep_pairs(gen.config)
     options = [option for option, _ in pairs]
     check_places(gen.config, options)
     check_effects(gen.levels, options)
@@ -81,13 +81,13 @@ def combinations(gen: sampling.Generator) -> list[Combination]:
     for values in itertools.product(*(values for _, values in pairs)):
         config = copy.deepcopy(gen.config)
         for option, value in zip(options, values, strict=True):
-            assign(config, option, value, gen.levels)
+            set_option(config, option, value, gen.levels)
         levels = build_levels(config, null_text)
-        result.append(Combination(dict(zip(options, values, strict=True)), levels, fingerprint(config)))
+        result.append(Combination(dict(zip(options, values, strict=True)), levels, config_fingerprint(config)))
     return result
 
 
-def checked_pairs(config) -> list[tuple[str, tuple]]:
+def sweep_pairs(config) -> list[tuple[str, tuple]]:
     """config.evaluate.sweep, each option with two or more different values."""
     pairs = config.evaluate.sweep
     for pair in pairs:
@@ -106,7 +106,7 @@ def check_places(config, options: Sequence[str]) -> None:
     """ValueError for an option that sets nothing, or what another one sets."""
     taken = {}
     for option in options:
-        found = places(config, option)
+        found = option_places(config, option)
         if not found:
             raise ValueError(f"config.evaluate.sweep: {option!r} given; {CHOICES}")
         for place, key in found:
@@ -126,7 +126,7 @@ def check_effects(levels: Sequence[Level], options: Sequence[str]) -> None:
             raise ValueError(f"config.evaluate.sweep: {option} changes nothing, as no level sees one with a sigma")
 
 
-def places(config, option: str) -> list[tuple[Any, str]]:
+def option_places(config, option: str) -> list[tuple[Any, str]]:
     """[(part of the config, key)] that the option sets; none where there is no such option."""
     first, _, rest = option.partition(".")
     levels = [level for level in config.levels if level.name == first]
@@ -140,9 +140,9 @@ def places(config, option: str) -> list[tuple[Any, str]]:
     return [(config.hierarchy, name)] if part == "hierarchy" and name in HIERARCHY and not levels else []
 
 
-def assign(config, option: str, value, levels: Sequence[Level]) -> None:
+def set_option(config, option: str, value, levels: Sequence[Level]) -> None:
     """Sets an option of the config; `levels` says which levels a single guidance is for."""
-    found = places(config, option)
+    found = option_places(config, option)
     values = [value] * len(found)
     if option == "guidance" and isinstance(value, (tuple, list)):
         if len(value) != len(found):
@@ -153,7 +153,7 @@ def assign(config, option: str, value, levels: Sequence[Level]) -> None:
     for (place, key), one in zip(found, values, strict=True):
         kind = float if key in ("guidance", "noise_gamma") else type(place[key])
         with place.ignore_type():
-            place[key] = typed(option, one, kind)
+            place[key] = check_value(option, one, kind)
 
 
 def can_be_guided(level: Level) -> bool:
@@ -163,7 +163,7 @@ def can_be_guided(level: Level) -> bool:
     )
 
 
-def typed(option: str, value, kind: type):
+def check_value(option: str, value, kind: type):
     """The value as `kind`; ValueError where it is of another one."""
     if option == "hierarchy.noise_gamma" and value == "inf":
         return math.inf
@@ -173,7 +173,7 @@ def typed(option: str, value, kind: type):
     return kind(value)
 
 
-def fingerprint(config) -> str:
+def config_fingerprint(config) -> str:
     """12 hexadecimal digits of the whole config, but for what asks for more rows: evaluate.sweep and search."""
     kept = to_plain(config)
     kept = {**kept, "evaluate": {**kept["evaluate"], "sweep": []}, "search": {}}
@@ -197,7 +197,7 @@ def write_rows(path: str, rows: Sequence[dict], **others) -> None:
         atomic_write(path, json.dumps({**others, "rows": rows}, indent=2) + "\n")
 
 
-def score(
+def score_combinations(
     gen: sampling.Generator, ema, todo: Sequence[Combination], measure: Callable, step: int, workdir: str, weights=""
 ) -> list[str]:
     """Scores the combinations; writes sweep.json, sweep.md and sweep.png in `workdir`; their paths.
@@ -213,58 +213,60 @@ def score(
     for made, i in enumerate(np.flatnonzero(done == 0), before + 1):
         result = measure(gen.with_levels(todo[i].levels), ema, step)
         rows[i] = {"config": todo[i].config, **dataclasses.asdict(result)}
-        write_rows(paths[0], [named(one, row) for one, row in zip(todo, rows, strict=True) if row])
-        progress.update(made, f"{caption(todo[i].values)}: FD-EffLite0 {result.fd:.2f}")
+        write_rows(paths[0], [row_with_values(one, row) for one, row in zip(todo, rows, strict=True) if row])
+        progress.update(made, f"{format_values(todo[i].values)}: FD-EffLite0 {result.fd:.2f}")
     if jax.process_index() == 0:
-        write_rows(paths[0], [named(one, row) for one, row in zip(todo, rows, strict=True)])
-        atomic_write(paths[1], table(todo, rows))
-        plot(gen.config, rows, paths[2])
+        write_rows(paths[0], [row_with_values(one, row) for one, row in zip(todo, rows, strict=True)])
+        atomic_write(paths[1], format_table(todo, rows))
+        plot_scores(gen.config, rows, paths[2])
     return paths
 
 
-def named(one: Combination, row: dict) -> dict:
+def row_with_values(one: Combination, row: dict) -> dict:
     """A row of sweep.json, with the values as they were asked for."""
     return {**row, "values": {option: "inf" if value == math.inf else value for option, value in one.values.items()}}
 
 
-def shown(value) -> str:
+def format_value(value) -> str:
     """0.5 -> '0.5', (0.0, 0.5) -> '(0, 0.5)'."""
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(shown(one) for one in value)})"
+        return f"({', '.join(format_value(one) for one in value)})"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def caption(values: dict[str, Any]) -> str:
+def format_values(values: dict[str, Any]) -> str:
     """'guidance 0.5, sampler.steps 10'."""
-    return ", ".join(f"{option} {shown(value)}" for option, value in values.items())
+    return ", ".join(f"{option} {format_value(value)}" for option, value in values.items())
 
 
-def table(todo: Sequence[Combination], rows: Sequence[dict]) -> str:
+def format_table(todo: Sequence[Combination], rows: Sequence[dict]) -> str:
     """The Markdown table, a column per option."""
     options = list(todo[0].values)
     scored = [score for score in SCORES if all(row[score.key] is not None for row in rows)]
     heads = [*options, *(score.title for score in scored)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for one, row in zip(todo, rows, strict=True):
-        cells = [shown(value) for value in one.values.values()]
+        cells = [format_value(value) for value in one.values.values()]
         cells += [f"{row[score.key]:.{score.digits}f}" for score in scored]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(config, rows: Sequence[dict], path: str) -> None:
+def plot_scores(config, rows: Sequence[dict], path: str) -> None:
     """The option with the most values along x, a curve per combination of the others; a panel for each score, and with
     CLIP scores one of FD against them (Matryoshka, Fig. 8)."""
-    pairs = checked_pairs(config)
+    pairs = sweep_pairs(config)
     axis = max(range(len(pairs)), key=lambda i: len(pairs[i][1]))
     option, x = pairs.pop(axis)
     panels = {}
     others = itertools.product(*(values for _, values in pairs))
-    names = [caption(dict(zip((name for name, _ in pairs), values, strict=True))) for values in others]
+    names = [format_values(dict(zip((name for name, _ in pairs), values, strict=True))) for values in others]
     for score in SCORES:
         if all(row[score.key] is not None for row in rows):
-            scores = np.reshape([row[score.key] for row in rows], [len(values) for _, values in checked_pairs(config)])
+            scores = np.reshape([row[score.key] for row in rows], [len(values) for _, values in sweep_pairs(config)])
             lines = np.moveaxis(scores, axis, -1).reshape(-1, len(x))
             panels[score.title] = dict(zip(names, lines, strict=True))
     against = ("CLIP score", "FD-EffLite0") if "CLIP score" in panels else ()
-    plots.score_curves([v if isinstance(v, (int, float)) else shown(v) for v in x], panels, option, path, against)
+    plots.score_curves(
+        [v if isinstance(v, (int, float)) else format_value(v) for v in x], panels, option, path, against
+    )

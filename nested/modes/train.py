@@ -166,7 +166,7 @@ def train_phase(config, workdir: str, root: str) -> bool:
     def draw_samples(state: TrainState, step: int) -> np.ndarray:
         return sample.save_sample_grid(gen, state.ema, os.path.join(workdir, "samples", f"step_{step:08d}.png"))
 
-    macs = sum(level.macs for level in summary.levels(run.step.levels) if level.name in run.step.trained)
+    macs = sum(level.macs for level in summary.summarize_levels(run.step.levels) if level.name in run.step.trained)
     batches = training_batches(config, training, first)
     with Preemption() as preemption, contextlib.closing(batches):
         try:
