@@ -13,39 +13,6 @@ from nested.build.sections import LevelOptions, default_options
 # U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
 
 
-def data_options() -> dict:
-    """config.data."""
-    return dict(
-        # digits | idx | image_folder | clip_folder | tfds | imagenet_tar | coco | webdataset | webdataset_clips |
-        # parquet | synthetic (random latents). An option that says which sources read it is refused by others.
-        source="digits",
-        path="",
-        split="train",  # idx, tfds, imagenet_tar (train | validation), coco (train2014 | val2014)
-        classes="",  # image_folder, tfds, imagenet_tar, parquet: a text file of class names, one a line, to read alone
-        num_classes=0,  # checked against the data; 0: unlabelled
-        image_size=0,  # crop and resize to this square; 0: as it is
-        crop="center",  # center (ADM) | center_lanczos (U-ViT on COCO) | stretch (the whole image)
-        small_images="resize",  # resize | refuse: images with a shorter side below image_size
-        channels=0,  # 1 grey, 3 RGB, 0: as it is
-        cache=False,  # keep images in memory as they are read (each process its own): for small folders
-        frames=16,  # clip_folder, webdataset_clips: frames of a clip, every frame_stride-th of the file
-        frame_stride=4,
-        max_bad_images=0,  # sources of files: those that cannot serve beyond this number are an error
-        image_key="image",  # parquet: the columns
-        label_key="label",
-        caption_key="caption",  # parquet: the column; webdataset: of a sample's .json, which counts before its .txt
-        index_dir="",  # where the places of images in tars are kept; "": nested/ in the user's cache folder
-        shuffle="global",  # global | shards: shards in a random order, records among shuffle_buffer successive ones
-        shuffle_buffer=0,  # shards: say 10_000
-        check=True,  # folders of pixels: every file is read once before training; False for millions
-        num_examples=0,  # synthetic: how many
-        flip=False,  # mirror training images with probability 1/2 (what is encoded is stored of both flips)
-        augment_prob=0.0,  # non-leaking augmentation of training images; the backbone is told of it
-        downsampling="average",  # average | bilinear: how coarser resolutions of pixels are made
-        holdout=0,  # so many records, evenly spaced, are kept out of training, for the validation loss
-    )
-
-
 def encoder_options() -> dict:
     """config.encoder."""
     return dict(
@@ -66,27 +33,12 @@ def encoder_options() -> dict:
     )
 
 
-def text_options() -> dict:
-    """config.text."""
-    return dict(
-        encoder="",  # minilm | t5 | clip_vitl14, "": none. What the captions of the data go through
-        weights="",  # folder of the weights and tokenizer.json; "": the file that minilm's package ships
-        dtype="float32",  # of the weights and of what is computed: float32 | bfloat16 (half the memory)
-        max_tokens=128,
-        width=2048,  # of the encoder's features, 2048 for FLAN-T5 XL, 384 for minilm, 768 for CLIP
-        stored=True,  # features made once, below the latents' directory; False: in every step
-        batch_size=64,  # captions encoded at a time, where stored
-    )
-
-
 def default() -> Config:
     """A config with every option; `levels` is left for the caller."""
     return ConfigDict(
         default_options()
         | dict(
-            data=data_options(),
             encoder=encoder_options(),
-            text=text_options(),
             codec=dict(  # the finest level's space
                 name="pixels",  # pixels | patch_pca | sd_vae (Stable Diffusion's autoencoder: weights and below)
                 patch=2,  # patch_pca, sd_vae: pixels per side of a position (sd_vae: 8 or 4), and its channels
@@ -170,7 +122,7 @@ def pooled_levels(shapes: tuple, backbone: dict, sigma: float, features: str = "
 
 def synthetic(config: Config, num_examples: int) -> Config:
     """The config on random latents, which have no images to draw or score."""
-    config.data.update(source="synthetic", split=data_options()["split"], num_examples=num_examples, flip=False)
+    config.data.update(source="synthetic", split=default().data.split, num_examples=num_examples, flip=False)
     config.train.sample_every = config.sample.num_samples = 0
     config.evaluate.num_samples = config.evaluate.memorization = 0
     return config

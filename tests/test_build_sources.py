@@ -10,12 +10,11 @@ from helpers.refusals import refused
 from helpers.tar_files import jpeg, levels, tar
 from helpers.tiny import with_changes
 
-from configs import coco, common, imagenet, mdm
+from configs import coco, imagenet, mdm
 from input_pipeline import captions as text
-from input_pipeline.options import DataOptions
 from nested.build import data as build_data
 from nested.build import sources as build_sources
-from nested.build.options import declared, default_values
+from nested.build.options import declared
 from nested.build.parts import SOURCES
 from nested.evaluation import report as evaluate
 
@@ -25,12 +24,6 @@ def with_source(source, path, **data):
     if "index_dir" in declared(SOURCES[source]):
         data["index_dir"] = str(path / "index")
     return with_changes(("data.source", source), ("data.num_classes", 0), *((f"data.{k}", v) for k, v in data.items()))
-
-
-def test_the_defaults_of_the_configs_are_those_declared():
-    declared_by_sources = build_sources.unset_source_options()
-    assert common.data_options() == {"source": "digits"} | default_values(DataOptions) | declared_by_sources
-    assert set(declared_by_sources).isdisjoint(default_values(DataOptions))
 
 
 def test_imagenet_tars(tmp_path):

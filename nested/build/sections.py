@@ -4,7 +4,7 @@ Most sections are one dataclass, which is declared beside the code that reads it
 does. In a section that chooses a part by name (config.data.source, ...) the options of all parts of that kind stand
 side by side, so that the command line can set any of them; those that the chosen part does not read are refused.
 
-configs/common.py makes its defaults of SECTIONS, and option_reference() the page that documents them.
+configs/common.py makes its defaults of SECTIONS, and nested/build/reference.py the page that documents them.
 """
 
 import dataclasses
@@ -12,8 +12,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from input_pipeline.options import DataOptions
 from nested.build import options
 from nested.build.options import REQUIRED, Option
+from nested.build.parts import SOURCES
 from nested.training.optimizer import OptimizerConfig
 from nested.training.options import TrainOptions
 
@@ -137,6 +139,21 @@ class SearchOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """config.text: the frozen encoder of captions."""
+
+    encoder: Annotated[str, "minilm | t5 | clip_vitl14: what the captions of the data go through; '': none"] = ""
+    weights: Annotated[str, "folder of the weights and tokenizer.json; '': the file that minilm's package ships"] = ""
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], "of the weights and of what is computed; bfloat16 takes half the memory"
+    ] = "float32"
+    max_tokens: Annotated[int, "tokens of a caption, the rest is cut off"] = 128
+    width: Annotated[int, "of the encoder's features: 2048 for FLAN-T5 XL, 384 for minilm, 768 for CLIP"] = 2048
+    stored: Annotated[bool, "features are made once, below the latents' directory; False: in every step"] = True
+    batch_size: Annotated[int, "captions encoded at a time, if stored"] = 64
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOptions:
     """What stands at the top of a config, beside the sections."""
 
@@ -163,12 +180,16 @@ class Section:
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def declared(self) -> dict[str, Option]:
-        """All options by name: the choice, the section's own, then those of every part."""
-        choice = {}
+        """All options by name: the choice, the section's own, then those of every part.
+
+        Raises ValueError if the section and a part of it declare the same option.
+        """
+        own, of_parts = options.declared(self.options), options.declared_by_all(self.parts.values())
         if self.choice:
-            comment = "which of the parts below"
-            choice = {self.choice: Option(self.choice, self.default, comment, str, tuple(self.parts))}
-        return choice | options.declared(self.options) | options.declared_by_all(self.parts.values())
+            own = {self.choice: Option(self.choice, self.default, "one of these parts", str, tuple(self.parts))} | own
+        if twice := sorted(own.keys() & of_parts.keys()):
+            raise ValueError(f"the section and a part of it declare the same option: {', '.join(twice)}")
+        return own | of_parts
 
     def defaults(self) -> dict[str, Any]:
         """{option: default}; of an option that is itself a dataclass, a dict."""
@@ -182,6 +203,8 @@ class Section:
 
 
 SECTIONS = {
+    "data": Section(DataOptions, "source", "digits", SOURCES),
+    "text": Section(TextOptions),
     "hierarchy": Section(HierarchyOptions),
     "init_from": Section(InitFromOptions),
     "train": Section(TrainOptions),

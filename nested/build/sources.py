@@ -1,7 +1,6 @@
 """Config -> where the data come from. Nothing is read before the objects' open()."""
 
 import dataclasses
-from typing import Any
 
 from input_pipeline.options import DataOptions, ImageData, ImageSourceOptions, SourceOptions
 from input_pipeline.sources import ImageSource
@@ -64,8 +63,3 @@ def images(config: Config) -> ImageSource:
 def shard_window(config: Config) -> int:
     """The loader's shard_window: 0 where config.data.shuffle is 'global'."""
     return build_data_options(config).shuffle_buffer
-
-
-def unset_source_options() -> dict[str, Any]:
-    """{name: default} of the options of config.data that only some sources read."""
-    return {name: option.default for kind in SOURCES.values() for name, option in declared(kind).items()}
