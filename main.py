@@ -60,8 +60,7 @@ def start_jax(workdir: str) -> None:
 def run() -> None:
     from nested.build import data as build_data
     from nested.build.levels import build_levels
-    from nested.evaluation import report as evaluate
-    from nested.modes import compare, export, neighbors, sample, search, summary, train
+    from nested.modes import compare, evaluate, export, neighbors, sample, search, summary, train
     from nested.runtime.files import check_writable
 
     config, mode = FLAGS.config, FLAGS.mode
@@ -81,11 +80,11 @@ def run() -> None:
     if mode == "sample":
         sample.run(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out, FLAGS.weights)
     elif mode == "evaluate":
-        evaluate.evaluate(config, workdir, FLAGS.weights)
+        evaluate.run(config, workdir, FLAGS.weights)
     elif FLAGS.plan:
         build_data.plan_encoding(config, workdir, FLAGS.out)
     elif mode == "export":
-        export.export_weights(config, workdir, FLAGS.out)
+        export.run(config, workdir, FLAGS.out)
     elif mode == "compare":
         compare.run(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
     else:

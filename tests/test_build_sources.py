@@ -16,7 +16,7 @@ from nested.build import data as build_data
 from nested.build import sources as build_sources
 from nested.build.options import declared
 from nested.build.parts import SOURCES
-from nested.evaluation import report as evaluate
+from nested.modes import evaluate
 
 
 def with_source(source, path, **data):
@@ -83,14 +83,14 @@ def test_samples_are_scored_against_another_split(tmp_path):
     config.evaluate.num_samples = config.evaluate.num_reference = 2
     seen = []
 
-    def reference(config, source, encoder, cache_dir):
+    def reference(source, encoder, number, size, cache_dir):
         seen.append(source.describe())
         return np.eye(3, dtype=np.float32)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "reference_features", reference)
         patch.setattr(build_data, "score_encoder", lambda config: None)
-        evaluate.make_scorer(config, run, "")
+        evaluate.build_scorer(config, run, "")
     assert seen == [source.describe()] and "val2014" in seen[0]
 
 

@@ -14,9 +14,8 @@ from safetensors.numpy import load_file, save_file
 from nested.build import data as build_data
 from nested.encoders import clip_text, vit, vit_files
 from nested.evaluation import clip_score
-from nested.evaluation import report as evaluate
 from nested.figures import curves as plots
-from nested.modes import sweep
+from nested.modes import evaluate, sweep
 
 TINY = dict(width=16, depth=1, heads=2, patch=4, grid=2, hidden=16, projector=(8,))
 
@@ -142,12 +141,12 @@ def test_an_evaluation_holds_every_sample_to_its_own_prompt(monkeypatch):
         def batches(self, params, number, what):
             yield from (images[:2], images[2:4], images[4:])
 
-    score = evaluate.make_scorer(config, None, "")(Gen(), None, 3)
+    score = evaluate.build_scorer(config, None, "").score(Gen(), None, 3)
     assert seen["texts"] == ["one", "two", "one", "two", "one"]
     assert score.clip == pytest.approx(100 * np.mean([1 / np.hypot(1, i) for i in range(5)]))
     assert f"KID {score.kid:.4f}  CLIP score {score.clip:.2f}  guidance" in str(score)
     monkeypatch.setattr(evaluate, "load_clip_scorer", lambda config: None)
-    score = evaluate.make_scorer(config, None, "")(Gen(), None, 3)
+    score = evaluate.build_scorer(config, None, "").score(Gen(), None, 3)
     assert score.clip is None and "CLIP" not in str(score)
 
 

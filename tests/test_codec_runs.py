@@ -20,7 +20,7 @@ from input_pipeline import loader
 from nested.build import data as build_data
 from nested.build.parts import SOURCES
 from nested.evaluation import memorization
-from nested.evaluation import report as evaluate
+from nested.evaluation.features import reference_features
 from nested.latents.job import Job
 from nested.modes import neighbors, sample, train
 from nested.runtime import partition
@@ -303,7 +303,7 @@ def test_references_are_read_from_the_data(encoded, weights):
     config = make_config(weights)
     pictured = build_data.pictures(config, source)
     np.testing.assert_array_equal(pictured[5]["image"], Colours().images[5])
-    reference = evaluate.reference_features(config, pictured, Pooler(), str(workdir))
+    reference = reference_features(pictured, Pooler(), config.evaluate.num_reference, 4, str(workdir))
     np.testing.assert_allclose(reference, Pooler().pooled(Colours().images), rtol=1e-6)
     assert build_data.pictures(config, pictured) is pictured
 

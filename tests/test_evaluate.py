@@ -1,4 +1,4 @@
-"""nested/evaluation/report.py beyond a run of its own: weight files, and what is refused before anything is trained."""
+"""nested/modes/evaluate.py beyond a run of its own: weight files, and what is refused before anything is trained."""
 
 import json
 
@@ -7,8 +7,8 @@ import pytest
 from helpers.scoring import fake_scoring
 
 from nested.build import data as build_data
-from nested.evaluation import report as evaluate
-from nested.modes import sample
+from nested.evaluation.report import weights_identity
+from nested.modes import evaluate, sample
 
 
 def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch, capsys):
@@ -29,12 +29,12 @@ def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch,
     monkeypatch.setattr(build_data, "images", read)
     monkeypatch.setattr(build_data, "latents", None)  # would encode
     monkeypatch.setattr(sample, "open_generator", fake_opened)
-    evaluate.evaluate(generator.config, str(tmp_path), str(file))
+    evaluate.run(generator.config, str(tmp_path), str(file))
     assert opened == [("val2014", str(file))]
     row = json.loads((tmp_path / "scores.json").read_text())[0]
-    assert row["step"] == 0 and row["weights"] == evaluate.weights_identity(str(file)) and len(row["weights"]) == 16
+    assert row["step"] == 0 and row["weights"] == weights_identity(str(file)) and len(row["weights"]) == 16
     np.savez(file, a=np.ones(1))
-    assert evaluate.weights_identity(str(file)) != row["weights"]
+    assert weights_identity(str(file)) != row["weights"]
 
 
 def test_what_cannot_be_scored_is_said_before_training(monkeypatch, tmp_path):

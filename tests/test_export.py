@@ -14,8 +14,7 @@ from safetensors.numpy import load_file
 
 from nested.build import data as build_data
 from nested.build.options import to_plain
-from nested.evaluation import report as evaluate
-from nested.modes import export, sample, train
+from nested.modes import evaluate, export, sample, train
 from nested.runtime import checkpoint, partition
 from nested.weights import exchange
 from nested.weights import files as weights
@@ -40,7 +39,7 @@ def run(tmp_path_factory):
 def exported(run):
     """Its EMA weights in out/weights.safetensors, and level by level."""
     path = run / "out" / "weights.safetensors"
-    export.export_weights(config_of(), str(run), str(path))
+    export.run(config_of(), str(run), str(path))
     return path
 
 
@@ -96,7 +95,7 @@ def test_a_file_is_scored_as_step_0(exported, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_data, "score_encoder", lambda config: Pooler())
     config = config_of()
     config.evaluate.num_samples = NUMBER
-    evaluate.evaluate(config, str(tmp_path), str(exported))
+    evaluate.run(config, str(tmp_path), str(exported))
     (score,) = json.loads((tmp_path / "scores.json").read_text())
     assert score["step"] == 0 and score["num_samples"] == NUMBER and "FD-EffLite0" in capsys.readouterr().out
 
@@ -126,9 +125,9 @@ def test_the_file_must_be_of_the_configs_networks(exported, run, tmp_path):
     refused("holds one network, by its authors' names, and the config has the levels x2, x8: give", one, config_of())
     for out in ("weights.npz", "", "weights"):
         with pytest.raises(ValueError, match=f"--out={out}: give the name of a .safetensors file"):
-            export.export_weights(config_of(), str(run), out)
+            export.run(config_of(), str(run), out)
     with pytest.raises(FileNotFoundError, match="no checkpoint found"):
-        export.export_weights(config_of(), str(tmp_path), str(tmp_path / "w.safetensors"))
+        export.run(config_of(), str(tmp_path), str(tmp_path / "w.safetensors"))
     with pytest.raises(FileNotFoundError, match="no checkpoint found; .* or --weights=FILE"):
         sample.restore_generator(config_of(), str(tmp_path))
 
@@ -155,7 +154,7 @@ def test_the_step_noted_is_the_one_that_was_restored(run, tmp_path):
     workdir = shutil.copytree(run, tmp_path / "run")
     newest = shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "2")
     shutil.rmtree(newest / "meta")
-    export.export_weights(config_of(), str(workdir), str(tmp_path / "w.safetensors"))
+    export.run(config_of(), str(workdir), str(tmp_path / "w.safetensors"))
     assert [weights.read_metadata(tmp_path / name)["step"] for name in ("w.safetensors", "w.x2.safetensors")] == [
         "1",
         "1",

@@ -14,8 +14,7 @@ from PIL import Image
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels
-from nested.evaluation import report as evaluate
-from nested.modes import sample, sweep, train
+from nested.modes import evaluate, sample, sweep, train
 from nested.runtime import partition
 from nested.runtime.writers import read_metrics
 from nested.sampling import generator as sampling
@@ -55,7 +54,7 @@ def test_a_cascade_trains_both_nets(cascade):
 def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, capsys):
     config = config_of("cascade", ("evaluate.num_samples", 8))
     config.evaluate.sweep = (("hierarchy.cond_noise_step", (0, 900)),)
-    evaluate.evaluate(config, str(cascade))
+    evaluate.run(config, str(cascade))
     paths = [cascade / f"sweep.{kind}" for kind in ("json", "md", "png")]
     assert capsys.readouterr().out.splitlines() == [f"sweep:   {path}" for path in paths]
     clean, noisy = json.loads(paths[0].read_text())["rows"]

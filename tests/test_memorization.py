@@ -14,6 +14,7 @@ from input_pipeline.in_memory import ImagesInMemory
 from nested.build import data as build_data
 from nested.evaluation import memorization
 from nested.latents.store import latents_of_images
+from nested.modes import evaluate
 from nested.runtime import partition
 
 HOLDOUT, SAMPLES = 20, 12
@@ -62,9 +63,8 @@ def report(images, samples, config, made, tmp_path):
     order = build_data.held_out(config, len(images))
     order = np.concatenate([np.setdiff1d(np.arange(len(images)), order), order])
     source = ImagesInMemory(images[order.argsort()], np.zeros(len(images), np.int32), 0, (), "toy")
-    lines = memorization.report_memorization(
-        Generator(config, made, samples), "ema", source, features, 7, str(tmp_path)
-    )
+    generator = Generator(config, made, samples)
+    lines = evaluate.compare_with_training_images(generator, "ema", config, source, features, 7, str(tmp_path))
     return lines, json.loads((tmp_path / "memorization.json").read_text())
 
 
@@ -153,15 +153,15 @@ def test_samples_with_text_have_the_captions_of_the_data(images, monkeypatch, tm
 
 def test_reports_that_cannot_be_made_are_refused():
     config = make_config()
-    memorization.check_options(config)
+    evaluate.check_memorization(config)
     config.data.holdout = 0
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: needs images that are not trained on"):
-        memorization.check_options(config)
+        evaluate.check_memorization(config)
     config = make_config()
     config.evaluate.num_samples = 0
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: comes with the scores, and config.eval"):
-        memorization.check_options(config)
+        evaluate.check_memorization(config)
     with pytest.raises(ValueError, match="^config.evaluate.memorization 12: it compares still images, not clips"):
-        memorization.check_options(make_config(shape=(2, 4, 4, 1)))
+        evaluate.check_memorization(make_config(shape=(2, 4, 4, 1)))
     config.evaluate.memorization = 0
-    memorization.check_options(config)
+    evaluate.check_memorization(config)

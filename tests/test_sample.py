@@ -17,8 +17,9 @@ from nested import figures as pictures
 from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.diffusion import hierarchy
-from nested.evaluation import report as evaluate
-from nested.modes import sample
+from nested.evaluation.features import pooled_features, rechunk, reference_features
+from nested.evaluation.report import Score, score_generator, write_scores
+from nested.modes import evaluate, sample
 from nested.runtime import partition
 from nested.sampling import generator as sampling
 from nested.sampling import requests
@@ -256,19 +257,24 @@ def test_sampling_nothing_is_refused(number):
 def test_features_are_padded_to_one_batch_size():
     images = np.random.default_rng(1).integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
     pooler = Pooler()
-    features = evaluate.pooled_features(pooler, [images[:3], images[3:7]], 4)
+    features = pooled_features(pooler, [images[:3], images[3:7]], 4)
     assert pooler.sizes == [4, 4] and features.shape == (7, 5)
     np.testing.assert_array_equal(features, Pooler().pooled(images))
 
 
 def test_rechunk():
-    chunks = list(evaluate.rechunk([np.arange(5), np.arange(2)], 3))
+    chunks = list(rechunk([np.arange(5), np.arange(2)], 3))
     assert [chunk.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4], [0, 1]]
+
+
+def scored(generator, source, folder, step):
+    scorer = evaluate.build_scorer(generator.config, source, str(folder))
+    return score_generator(scorer, generator, None, step, generator.config.evaluate.unguided)
 
 
 def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
     generator, source = fake_scoring(30)
-    guided, unguided = evaluate.score_run(generator, None, source, str(tmp_path), step=9)
+    guided, unguided = scored(generator, source, tmp_path, step=9)
     assert guided.guided and guided.guidance == (0.5, 0.3) and not unguided.guided and unguided.guidance == (0.0, 0.0)
     assert abs(guided.fd) < 1e-9 and guided.num_samples == guided.num_reference == 30 and guided.step == 9
     shift = 50 / 255 * np.random.default_rng(0).normal(size=(16, 5)).sum(0)  # equal covariances: |mu_1 - mu_2|^2
@@ -281,19 +287,18 @@ def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
 @pytest.mark.parametrize("guidance, unguided", [((0.5, 0.3), False), ((0.0, 0.0), True)])
 def test_the_unguided_score_only_where_asked_for_and_different(pooler, tmp_path, guidance, unguided):
     generator, source = fake_scoring(8, guidance, unguided)
-    (score,) = evaluate.score_run(generator, None, source, str(tmp_path), step=1)
+    (score,) = scored(generator, source, tmp_path, step=1)
     assert score.guidance == guidance
 
 
 def test_reference_features_are_kept(pooler, tmp_path):
     generator, source = fake_scoring(30)
-    generator.config.evaluate.num_reference = 10
-    features = evaluate.reference_features(generator.config, source, pooler, str(tmp_path))
+    features = reference_features(source, pooler, 10, 4, str(tmp_path))
     every_third = np.stack([record["image"] for record in source[::3]])
     np.testing.assert_array_equal(features, Pooler().pooled(every_third))
     assert [path.name for path in tmp_path.iterdir()] == ["reference-EffLite0-01234567-fedcba98-32px-10.npy"]
     pooler.sizes.clear()
-    again = evaluate.reference_features(generator.config, source, pooler, str(tmp_path))
+    again = reference_features(source, pooler, 10, 4, str(tmp_path))
     np.testing.assert_array_equal(again, features)
     assert pooler.sizes == []
 
@@ -303,13 +308,13 @@ def test_too_few_to_score_is_refused(pooler, tmp_path, key):
     generator, source = fake_scoring(8)
     generator.config.evaluate[key] = 1
     with pytest.raises(ValueError, match=f"{key} 1.* a distance needs 2 or more of each") as error:
-        evaluate.score_run(generator, None, source, str(tmp_path), step=1)
+        scored(generator, source, tmp_path, step=1)
     assert "\n" not in str(error.value)
 
 
 def test_write_scores(tmp_path):
-    score = evaluate.Score(True, (0.5, 0.3), 12.5, 0.25, 10, 20, 32, 7)
-    path = evaluate.write_scores(str(tmp_path), [score])
+    score = Score(True, (0.5, 0.3), 12.5, 0.25, 10, 20, 32, 7)
+    path = write_scores(str(tmp_path), [score])
     content = json.loads((tmp_path / "scores.json").read_text())
     assert path == str(tmp_path / "scores.json")
     expected = dict(guided=True, guidance=[0.5, 0.3], fd=12.5, kid=0.25, num_samples=10, num_reference=20)
@@ -320,9 +325,9 @@ def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypa
     generator, source = fake_scoring(8, unguided=False)
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (source, None))
     monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (generator, None, 7))
-    evaluate.evaluate(generator.config, str(tmp_path))
+    evaluate.run(generator.config, str(tmp_path))
     assert json.loads((tmp_path / "scores.json").read_text())[0]["step"] == 7
     assert "FD-EffLite0 0.00" in capsys.readouterr().out
     generator.config.evaluate.num_samples = 0
     with pytest.raises(ValueError, match="evaluate.num_samples is 0, so nothing would be scored"):
-        evaluate.evaluate(generator.config, str(tmp_path))
+        evaluate.run(generator.config, str(tmp_path))

@@ -17,9 +17,9 @@ from PIL import Image
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels
-from nested.evaluation import report as evaluate
+from nested.evaluation.report import Score
 from nested.figures import curves as plots
-from nested.modes import sample, sweep
+from nested.modes import evaluate, sample, sweep
 from nested.runtime import partition
 from nested.sampling import generator as sampling
 
@@ -52,7 +52,7 @@ class Measure:
             raise KeyboardInterrupt
         self.levels.append(gen.levels)
         fd = float(len(self.levels))
-        return evaluate.Score(True, tuple(level.guidance for level in gen.levels), fd, fd / 100, 8, 8, 32, step)
+        return Score(True, tuple(level.guidance for level in gen.levels), fd, fd / 100, 8, 8, 32, step)
 
 
 def run(gen, measure, workdir, step=1):
@@ -163,8 +163,8 @@ def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch
     gen = types.SimpleNamespace(config=config, levels=build_levels(config), text=None)
     monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (gen, None, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (None, None))
-    monkeypatch.setattr(evaluate, "make_scorer", None)
-    refused(evaluate.evaluate, config, "unused", match=message)
+    monkeypatch.setattr(evaluate, "build_scorer", None)
+    refused(evaluate.run, config, "unused", match=message)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_row_is_what_an_evaluation_scores_with_its_values(searched, tmp_path, 
 
     monkeypatch.setattr(sample, "restore_generator", scaled_up)
     pairs = (("guidance", (0.0, 2.0)), ("hierarchy.noise_gamma", (0.0, "inf")))
-    evaluate.evaluate(config_of(2, evaluate__sweep=pairs), str(tmp_path))
+    evaluate.run(config_of(2, evaluate__sweep=pairs), str(tmp_path))
     paths = [tmp_path / f"sweep.{kind}" for kind in ("json", "md", "png")]
     assert capsys.readouterr().out.splitlines() == [f"sweep:   {path}" for path in paths]
     assert min(Image.open(paths[2]).size) > 100
@@ -278,6 +278,6 @@ def test_a_row_is_what_an_evaluation_scores_with_its_values(searched, tmp_path, 
     assert len({row["fd"] for row in rows}) == 4 and [row["guided"] for row in rows] == [False, False, True, True]
     config = config_of(2, hierarchy__noise_gamma=0.0)
     config.levels[0].guidance = config.levels[1].guidance = 0.0
-    evaluate.evaluate(config, str(tmp_path))
+    evaluate.run(config, str(tmp_path))
     (expected,) = json.loads((tmp_path / "scores.json").read_text())
     assert {key: rows[0][key] for key in expected} == expected

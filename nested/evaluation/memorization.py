@@ -5,18 +5,18 @@
     d_1 / d_2   below 1/3, a sample counts as memorised in Yoon et al., "Diffusion Probabilistic Models Generalize when
                 They Fail to Memorize" (ICML 2023 workshop), with Euclidean distances of pixels
 
-Distances are of pixels (root mean square, in grey levels of 255) and of the features that the scores use (Euclidean).
-Beside the held-out images stand training images, each against all others. Where many training images have near copies
-(skin tones of one emoji) the ratio says little. All images are compared as the finest level's codec decodes them, which
-is the nearest that a sample can come (an autoencoder: the mean of their latents); and as they are, not mirrored where
-training mirrors them (config.data.flip).
+Distances are taken of pixels (root mean square, in grey levels of 255) and of the features that the scores use
+(Euclidean). Beside the held-out images, training images are compared, each with all others. If many training images
+have near copies (skin tones of one emoji), the ratio says little. All images are compared as the finest level's codec
+decodes them, which is the nearest that a sample can come (for an autoencoder: the mean of their latents), and as they
+are, even if training mirrors them (config.data.flip).
 """
 
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,13 +24,16 @@ import numpy as np
 
 from input_pipeline import loader
 from input_pipeline.composition import select_fields
-from nested.build import data as build_data
-from nested.evaluation import nearest
+from nested.evaluation.nearest import NearestStream, pad_rows
 from nested.figures.curves import memorization_picture
 from nested.runtime import partition
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
+from nested.sampling.generator import Generator
 
+Tree = Any
+Source = Any  # a sequence of records, dicts of arrays
+Decode = Callable[[np.ndarray], np.ndarray]  # a stored field [N, ...] -> uint8 images [N, H, W, C]
 BATCH = 1024  # training images read, encoded and compared at a time
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 SHARES = (0.01, 0.05)  # of the other images, that lie below the distances which samples are counted against
@@ -42,48 +45,40 @@ UNITS = {"pixels": "root mean square of pixel differences, grey levels", "featur
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distances:
-    """Of the images of one group, by one kind of distance: `two` float [N, 2], d_1 and d_2, to the training images;
-    `nearest` int [N], the first's place among them."""
+    """Distances of one kind from the images of one group to the training images.
+
+    two: float [N, 2], d_1 and d_2. nearest: int [N], the place of the nearest among the training images."""
 
     two: np.ndarray
     nearest: np.ndarray
 
     @property
     def ratio(self) -> np.ndarray:
-        """d_1 / d_2 [N]; 1 where both are 0, that is, where training images are equal."""
+        """d_1 / d_2 [N]; 1 if both are 0, because training images are equal."""
         first, second = self.two.T
         return np.divide(first, second, out=np.ones_like(first), where=second > 0)
 
 
-def check_options(config) -> None:
-    """ValueError where a report is asked for that cannot be made."""
-    if config.evaluate.memorization and not config.evaluate.num_samples:
-        raise ValueError(
-            f"config.evaluate.memorization {config.evaluate.memorization}: comes with the scores, and "
-            "config.evaluate.num_samples is 0; set that, or memorization to 0"
-        )
-    if config.evaluate.memorization and not config.data.holdout:
-        raise ValueError(
-            f"config.evaluate.memorization {config.evaluate.memorization}: needs images that are not trained on to "
-            "compare with; set config.data.holdout, or memorization to 0"
-        )
-    if config.evaluate.memorization and len(build_data.finest_shape(config)) > 3:
-        raise ValueError(
-            f"config.evaluate.memorization {config.evaluate.memorization}: it compares still images, not clips; set it "
-            "to 0"
-        )
+def compare_groups(
+    groups: dict[str, np.ndarray],
+    own: np.ndarray,
+    training: Iterable[np.ndarray],
+    features: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, dict[str, Distances]]:
+    """Finds the two training images nearest to every image, by pixels and by features.
 
-
-def compare_groups(groups: dict[str, np.ndarray], own, training, features: Callable) -> dict[str, dict[str, Distances]]:
-    """{kind: {group: Distances}} of groups of images uint8 [N, H, W, C] to the training images.
-
-    own: for the group of training images, the place of each; it is not its own neighbour. training: an iterable of
-    batches of them, in order. features: images -> [N, d]."""
+    Args:
+      groups: {group: uint8 images [N, H, W, C]}.
+      own: [N] the places of the group of training images, none of which is its own neighbour.
+      training: batches of all training images, in order.
+      features: images -> [N, D].
+    Returns: {kind of distance: {group: Distances}}.
+    """
     sizes = [len(images) for images in groups.values()]
     images = np.concatenate(list(groups.values()))
     places = np.concatenate([own if name == TRAINING else np.full(len(x), -1) for name, x in groups.items()])
     kinds = {"pixels": lambda batch: batch, "features": features}
-    streams = {kind: nearest.NearestStream(of(images), 2, places) for kind, of in kinds.items()}
+    streams = {kind: NearestStream(of(images), 2, places) for kind, of in kinds.items()}
     for batch in training:
         for kind, of in kinds.items():
             streams[kind].add(of(batch))
@@ -97,7 +92,7 @@ def compare_groups(groups: dict[str, np.ndarray], own, training, features: Calla
 
 
 def summarize_distances(of_groups: dict[str, Distances]) -> dict[str, Any]:
-    """What memorization.json says of one kind of distance."""
+    """The entry of memorization.json for one kind of distance."""
     first = {name: found.two[:, 0] for name, found in of_groups.items()}
     return {
         "quantiles": {name: quantiles(values) for name, values in first.items()},
@@ -111,28 +106,30 @@ def summarize_distances(of_groups: dict[str, Distances]) -> dict[str, Any]:
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
+    """{'50%': median, ...} for the shares QUANTILES."""
     return {format_percent(q): float(np.quantile(values, q)) for q in QUANTILES}
 
 
 def format_percent(share: float) -> str:
+    """0.05 -> '5%'."""
     return f"{100 * share:g}%"
 
 
-def summary_line(kind: str, said: dict[str, Any]) -> str:
-    """A line of summarize_distances()."""
-    median = {name: said["quantiles"][name]["50%"] for name in GROUPS}
-    nearer = said["samples_nearer_than"]
+def summary_line(kind: str, summary: dict[str, Any]) -> str:
+    """The line to print for one kind of distance and its summarize_distances."""
+    median = {name: summary["quantiles"][name]["50%"] for name in GROUPS}
+    nearer = summary["samples_nearer_than"]
     return (
         f"memorization, {kind}: nearest training image at {median[SAMPLES]:.3g} (median; of held-out images "
         f"{median[HELD_OUT]:.3g}, of other training images {median[TRAINING]:.3g}); nearer than 1 % of held-out images "
         f"{100 * nearer[HELD_OUT]['1%']:.1f} % of samples, than 1 % of training images "
-        f"{100 * nearer[TRAINING]['1%']:.1f} %; d1/d2 < 1/3 {100 * said['ratio_below_third'][SAMPLES]:.1f} %"
+        f"{100 * nearer[TRAINING]['1%']:.1f} %; d1/d2 < 1/3 {100 * summary['ratio_below_third'][SAMPLES]:.1f} %"
     )
 
 
-def make_decoder(latents, mesh) -> Callable:
-    """Stored images [N, H, W, C], or their latents' moments -> the uint8 images that the finest level's codec makes of
-    them, at the samples' resolution. The rows are split over the mesh."""
+def make_decoder(latents: Any, mesh: jax.sharding.Mesh) -> Decode:
+    """A function from stored images, or the stored moments of their latents, to what the finest level's codec makes of
+    them, at the samples' resolution. Its rows are split over the mesh."""
     space, size = latents.finest, -(-BATCH // mesh.size) * mesh.size
     size = latents.slices(size, mesh.size)[0].stop
 
@@ -142,57 +139,67 @@ def make_decoder(latents, mesh) -> Callable:
 
     def seen(stored):
         chunks = (stored[start : start + size] for start in range(0, len(stored), size))
-        padded = ((len(chunk), partition.split_rows(nearest.pad_rows(chunk, size), mesh)) for chunk in chunks)
+        padded = ((len(chunk), partition.split_rows(pad_rows(chunk, size), mesh)) for chunk in chunks)
         return np.concatenate([np.asarray(decoded(chunk, latents.params))[:count] for count, chunk in padded])
 
     return seen
 
 
-def decoded_batches(training, field: str, seen: Callable):
-    """The training images in batches, as decoded from that field of the records, with a progress line."""
+def decoded_batches(training: Source, field: str, decode: Decode) -> Iterator[np.ndarray]:
+    """The training images in batches, as decoded from `field` of the records, with a progress line."""
     progress, done = Progress("training images compared", len(training)), 0
     for batch in loader.in_order(select_fields(training, (field,)), BATCH):
-        yield seen(batch[field])
+        yield decode(batch[field])
         progress.update(done := done + len(batch[field]))
 
 
-def stack_records(source, places, field: str) -> np.ndarray:
-    """That field of a source's records at these places."""
+def stack_records(source: Source, places: Iterable[int], field: str) -> np.ndarray:
+    """One field of the records at these places, as an array [n, ...]."""
     return np.stack([source[int(i)][field] for i in places])
 
 
-def report_memorization(gen, ema, source, features: Callable, step: int, workdir: str) -> list[str]:
-    """Draws config.evaluate.memorization samples and compares them with the training images; writes memorization.json
-    and memorization.png to workdir. Returns the lines to print: a summary of each kind, and the files.
+def report_memorization(
+    generator: Generator,
+    params: Tree,
+    number: int,
+    training: Source,
+    held_out: Source,
+    features: Callable[[np.ndarray], np.ndarray],
+    step: int,
+    workdir: str,
+) -> list[str]:
+    """Compares samples with the training images; writes memorization.json and memorization.png to `workdir`.
 
-    gen, ema: a sample.Generator and its parameters, of `step`. source: the run's records, those held out included.
-    features: uint8 images [N, H, W, C] -> [N, d], those of the scores.
-    Raises ValueError as check_options() does."""
-    config = gen.config
-    check_options(config)
-    number, field = config.evaluate.memorization, gen.latents.finest.fields[0]
-    seen = make_decoder(gen.latents, gen.mesh)
-    if config.text.encoder:
-        gen = dataclasses.replace(gen, prompts=build_data.some_captions(config, number))
-    training = build_data.split(config, source)[0]
+    Args:
+      generator, params: what draws the samples, and its parameters, of `step`.
+      number: how many samples are drawn, and how many training images are compared with all others.
+      training: the records that are trained on.
+      held_out: records that are not.
+      features: uint8 images [N, H, W, C] -> [N, D], those of the scores.
+      step: of the parameters; it is written to the file.
+      workdir: the folder of the two files.
+    Returns: the lines to print, a summary for each kind of distance and the paths.
+    """
+    field, decode = generator.latents.finest.fields[0], make_decoder(generator.latents, generator.mesh)
     own = np.linspace(0, len(training), min(number, len(training)), endpoint=False).astype(int)
     groups = {
-        SAMPLES: gen.images(ema, number, "samples, memorization"),
-        HELD_OUT: seen(stack_records(source, build_data.held_out(config, len(source)), field)),
-        TRAINING: seen(stack_records(training, own, field)),
+        SAMPLES: generator.images(params, number, "samples, memorization"),
+        HELD_OUT: decode(stack_records(held_out, range(len(held_out)), field)),
+        TRAINING: decode(stack_records(training, own, field)),
     }
-    found = compare_groups(groups, own, decoded_batches(training, field, seen), features)
-    said = {kind: summarize_distances(of_groups) for kind, of_groups in found.items()}
+    found = compare_groups(groups, own, decoded_batches(training, field, decode), features)
+    summaries = {kind: summarize_distances(of_groups) for kind, of_groups in found.items()}
     counts = {f"num_{name}": len(images) for name, images in groups.items()}
-    content = {"step": step, "num_compared_with": len(training), **counts, **said}
+    content = {"step": step, "num_compared_with": len(training), **counts, **summaries}
     paths = [os.path.join(workdir, f"memorization.{kind}") for kind in ("json", "png")]
     drawn = found["features"][SAMPLES]
     worst = drawn.two[:, 0].argsort(kind="stable")[:SUSPICIOUS]
-    partners = seen(stack_records(training, drawn.nearest[worst], field))  # on all hosts: the devices of all work at it
+    partners = decode(stack_records(training, drawn.nearest[worst], field))  # on all hosts: all devices take part
     if jax.process_index() == 0:
         atomic_write(paths[0], json.dumps(content, indent=1) + "\n")
         draw_nearest_pairs(groups[SAMPLES][worst], partners, drawn.two[worst, 0], found, paths[1])
-    return [*(summary_line(kind, of) for kind, of in said.items()), *(f"memorization: {path}" for path in paths)]
+    lines = [summary_line(kind, summary) for kind, summary in summaries.items()]
+    return lines + [f"memorization: {path}" for path in paths]
 
 
 def draw_nearest_pairs(

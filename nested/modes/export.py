@@ -16,7 +16,7 @@ from nested.runtime.checkpoint import read_config, restore_part
 from nested.weights.exchange import SUFFIX, write_levels
 
 
-def export_weights(config: Config, workdir: str, out: str) -> None:
+def run(config: Config, workdir: str, out: str) -> None:
     """Writes the EMA weights of the newest checkpoint in `workdir` to OUT, and each level to OUT.LEVEL (process 0).
 
     Raises ValueError if `out` is not the name of a .safetensors file, FileNotFoundError if there is no checkpoint."""

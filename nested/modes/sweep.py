@@ -50,7 +50,7 @@ CHOICES = (
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A score of the table and the plot: its field of evaluate.Score, its name, digits after the point."""
+    """A score of the table and the plot: its field of evaluation.report.Score, its name, digits after the point."""
 
     key: str
     title: str
@@ -202,7 +202,7 @@ def score_combinations(
 ) -> list[str]:
     """Scores the combinations; writes sweep.json, sweep.md and sweep.png in `workdir`; their paths.
 
-    measure: (generator, EMA, step) -> evaluate.Score. weights: of a weight file, what evaluate.Score says of it."""
+    measure: (generator, EMA, step) -> Score (nested/evaluation/report.py). weights: of a weight file, as in Score."""
     paths = [os.path.join(workdir, f"sweep.{kind}") for kind in ("json", "md", "png")]
     known = {row["config"]: row for row in read_rows(paths[0]) if (row["step"], row["weights"]) == (step, weights)}
     done = multihost_utils.broadcast_one_to_all(np.array([one.config in known for one in todo], np.int32))

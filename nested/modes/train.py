@@ -30,8 +30,7 @@ from nested.build.training import (
     check_init_from,
     split_phases,
 )
-from nested.evaluation import report as evaluate
-from nested.modes import sample, summary
+from nested.modes import evaluate, sample, summary
 from nested.runtime import partition
 from nested.runtime.checkpoint import Checkpoints, Preemption, latest_step
 from nested.runtime.writers import MetricWriter
@@ -204,6 +203,6 @@ def finish(run: Run, config: Config, text: Any, state: TrainState, source: Any, 
         lines += [f"picture: {path}" for path in sample.save_run_pictures(gen, state.ema, workdir)]
     if config.evaluate.num_samples:
         cache_dir = build_data.latents_dir(config, workdir)
-        lines += evaluate.report_scores(gen, state.ema, source, cache_dir, int(state.step), workdir)
+        lines += evaluate.report_scores(gen, state.ema, config, source, cache_dir, int(state.step), workdir)
     if jax.process_index() == 0:
         print("\n".join(lines))
