@@ -146,7 +146,7 @@ def tokenized(source: Source, tokenizer: Tokenizer) -> Mapped:
 def with_captions(source: Source, captions: Sequence[Caption]) -> Mapped:
     """The source with "caption" of the images that its records were made from.
 
-    captions: one per record, in order. Raises: ValueError where there are more or fewer.
+    captions: one per record, in order. Raises: ValueError for more or fewer.
     """
     if len(captions) != len(source):
         raise ValueError(
@@ -163,14 +163,15 @@ def keys_of(texts: Iterable[str]) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class LookUpText(RecordMap):
-    """Replaces "caption", a text, by its stored features: "text" float16 [max_tokens, width], zero where masked, and
-    "text_mask" bool [max_tokens].
+    """Replaces "caption", a text, by its stored features.
+
+    These are "text" float16 [max_tokens, width], zero where masked, and "text_mask" bool [max_tokens].
 
     directory: a text store (nested/latents/captions.py writes it).
     encoder: the fingerprint that the store's encoder must have; None accepts any.
     index: the content of text.json, with "name", "encoder" (fingerprint), "max_tokens" and "width".
 
-    Raises, in one line: FileNotFoundError where there is no finished store; ValueError for one that another encoder
+    Raises, in one line: FileNotFoundError if there is no finished store; ValueError for a store that another encoder
     made, and for a damaged one.
     """
 

@@ -1,4 +1,4 @@
-"""Sources that are made of another source: its records mapped, a subset of them, or all of them kept in memory.
+"""Sources made of another source: its records mapped, a subset of them, or its records kept in memory.
 
 Whatever happens to a record between its file and the loader is a RecordMap; Mapped applies a tuple of them:
 
@@ -9,8 +9,8 @@ Whatever happens to a record between its file and the loader is a RecordMap; Map
     LookUpText     replaces "caption" by the stored features of a text encoder         captions.py
     SelectFields   keeps the named fields                                              here
 
-DrawCaption is the only map that draws. What a map does not change (labels, class names, shards, the order) is the
-source's.
+DrawCaption is the only map that draws. Labels, class names, shards and the order of the records stay those of the
+source.
 """
 
 from collections.abc import Iterable
@@ -23,25 +23,26 @@ from input_pipeline.sources import Caption, Record, Source, draw, fingerprint_of
 
 
 class RecordMap:
-    """One step of a record's way to the loader: a frozen dataclass, picklable, so that worker processes can have it.
+    """One step of a record on its way to the loader. Maps are frozen dataclasses, and picklable for worker processes.
 
-    A subclass overrides __call__, and those of the other methods whose answer it changes.
+    A subclass overrides __call__, and the other methods whose answer it changes.
     """
 
     def __call__(self, record: Record, index: int, generator: np.random.Generator | None) -> Record:
-        """Returns the changed record and leaves the given one as it is.
+        """Returns a changed record; the argument is not modified.
 
         Args:
-          record: the source's.
-          index: its number in the source.
-          generator: of this row of a training batch; None where nothing is to be drawn.
+          record: from the source, or from the map before.
+          index: the number of the record in the source.
+          generator: of a row of a training batch; None outside training, where nothing is drawn.
 
         Raises: ValueError for a record that cannot be mapped; Mapped adds the source to the message.
         """
         raise NotImplementedError
 
     def fingerprint_parts(self) -> Iterable[str]:
-        """What the fingerprint covers besides the source's; nothing for a map that only leaves fields out."""
+        """What the fingerprint covers in addition to the source's fingerprint. A map that only removes fields adds
+        nothing."""
         return ()
 
     def describe(self) -> str:
@@ -53,18 +54,18 @@ class RecordMap:
         return image_shape
 
     def captions_after(self, captions: tuple[Caption, ...] | None) -> tuple[Caption, ...] | None:
-        """The captions of the records that it returns; None where they are not known without reading the records."""
+        """The captions of the records that it returns; None if the records must be read to know them."""
         return captions
 
     def check(self, source: Source) -> None:
-        """Raises ValueError where the map would refuse a record of the source. By default no record is read."""
+        """Raises ValueError if the map refuses a record of the source. By default no record is read."""
 
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """A source that is made of another one. Every answer is that of `source`; subclasses override what they change."""
+    """A source made of another one. Every answer is that of `source`; subclasses override what they change."""
 
-    source: Any  # Source, and ImageSource where the answers of one are asked for
+    source: Any  # a Source; class_names, image_shape and check() need an ImageSource
 
     def __len__(self) -> int:
         return len(self.source)
@@ -93,7 +94,7 @@ class Derived:
 
     @property
     def captions(self) -> tuple[Caption, ...] | None:
-        """The caption of every record, without decoding images; None where the source does not have them at hand."""
+        """The caption of every record, without decoding images; None if that is not possible."""
         return getattr(self.source, "captions", None)
 
     @property
@@ -186,7 +187,7 @@ class Subset(Derived):
     This is not a map, because it changes which records there are.
 
     indices: int [n], numbers of records of the source.
-    Raises: ValueError (one line) where there are none, or one is not in the source.
+    Raises: ValueError (one line) for no indices, and for an index that is not in the source.
     """
 
     indices: np.ndarray
@@ -214,7 +215,7 @@ class Subset(Derived):
 
     @property
     def shard_ends(self) -> np.ndarray | None:
-        """Where what is left of each shard ends; None where the subset changes the order."""
+        """Where the remaining records of each shard end; None if the subset changes the order."""
         ends = shard_ends(self.source)
         in_order = bool((np.diff(self.indices) > 0).all())
         return np.searchsorted(self.indices, ends) if ends is not None and in_order else None
@@ -235,9 +236,9 @@ class Subset(Derived):
 
 @dataclass(frozen=True, eq=False)
 class Cached(Derived):
-    """Keeps every record in memory once it was read, for images that take longer to decode than to train on.
+    """Keeps every record in memory once it is read, for images that take longer to decode than to train on.
 
-    This is not a map, because a map is given a record that was read, and this one spares the reading. A worker process
+    This is not a map: a map gets a record after it is read, while this source saves reading it again. A worker process
     starts with an empty memory of its own.
     """
 

@@ -98,7 +98,7 @@ class Folder(Decoded):
       classes: names of the class folders to read; () for all of them.
 
     Raises: FileNotFoundError if there is no such directory; ValueError if it has no files, files beside class folders,
-      captions that are not as above, or not all of the classes; when reading, ValueError for too many bad files.
+      captions in another form, or lacks some of the classes; when reading, ValueError for too many bad files.
     """
 
     def __init__(self, options: FileOptions, reading: tuple[str, ...], classes: tuple[str, ...] = ()):

@@ -32,7 +32,7 @@ class ImageNetTar(FileOptions, SplitOptions, ClassOptions, IndexOptions):
     path: the folder of the tars. split: "train" or "validation".
     classes: WordNet ids of a subset, whose labels are then 0, 1, ... in sorted order.
 
-    open() raises: ValueError for another split, damaged tars, members that are not as above, images without a label,
+    open() raises: ValueError for another split, damaged tars, members with other names, images without a label,
       unknown classes; FileNotFoundError for an absent tar or the labels of the validation split.
     """
 

@@ -1,12 +1,12 @@
-"""The options of data: what a source reads (SourceOptions), and what is done to the images of any source (DataOptions).
+"""The options of data: those of each source (SourceOptions), and those that apply to the images of any (DataOptions).
 
 A source is described by a frozen dataclass, and opened by its open(): the description reads no file, so that a config
 can be turned into objects, and checked, on a machine without the data. A field annotated with a comment,
 
     path: Annotated[str, "folder or file of the data"] = ""
 
-is an option of config.data by that name. A field without a comment is decided by other options or by the model. What
-several sources read is declared once, in a class here that they derive from.
+is the option of that name in config.data. A field without a comment is decided by other options or by the model. An
+option of several sources is declared once, in one of the base classes here.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -20,7 +20,7 @@ from input_pipeline.transforms import resized
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Where data come from. A source derives a frozen dataclass from this, with its options and open().
+    """The description of where data come from. Each source is a frozen dataclass derived from this one.
 
     clips: whether its images have a time axis. synthetic: whether its records are random latents, without images.
     """
@@ -29,7 +29,7 @@ class SourceOptions:
     synthetic: ClassVar[bool] = False
 
     def open(self) -> Source:
-        """Lists the files, or reads the index, and returns the records. Raises: as the class says."""
+        """Lists the files or reads the index, and returns the records. Raises: see the class."""
         raise NotImplementedError
 
 
@@ -43,13 +43,15 @@ class ImageSourceOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class PathOptions(ImageSourceOptions):
+    """Sources of files. path is the only option that may be given by position."""
+
     path: Annotated[str, "the folder of the data"] = ""
     _: KW_ONLY
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions(PathOptions):
-    """What sources read whose images or clips are decoded from files, see decoded.py."""
+    """Sources whose images or clips are decoded when they are read, see decoded.py."""
 
     max_bad_images: Annotated[int, "files that cannot be decoded; more than this number are an error"] = 0
     channels: int = 3  # 1 (grey) or 3 (RGB), whatever the files hold
@@ -57,6 +59,8 @@ class FileOptions(PathOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions(PathOptions):
+    """Sources with several splits."""
+
     split: Annotated[
         str, "idx: train | test; imagenet_tar: train | validation; coco: train2014 | val2014; tfds: its own"
     ] = "train"
@@ -64,6 +68,8 @@ class SplitOptions(PathOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassOptions(PathOptions):
+    """Sources that can read some of their classes only."""
+
     classes: Annotated[str, "a text file of class names, one per line, to read only those classes; '': all"] = ""
 
     def class_names(self) -> tuple[str, ...]:
@@ -73,6 +79,8 @@ class ClassOptions(PathOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions(PathOptions):
+    """Sources that keep an index (tars.py)."""
+
     index_dir: Annotated[
         str, "where indexes of tars and of labels are kept; '': nested/ in the user's cache folder"
     ] = ""
@@ -80,6 +88,8 @@ class IndexOptions(PathOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionKeyOptions(PathOptions):
+    """Sources whose captions have a name."""
+
     caption_key: Annotated[
         str, "parquet: the column of captions; webdataset: the key in a sample's .json, which is preferred to its .txt"
     ] = "caption"
@@ -87,7 +97,7 @@ class CaptionKeyOptions(PathOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOptions(FileOptions):
-    """What sources of clips read: frames 0, frame_stride, ... of each file."""
+    """Sources of clips, of which the frames 0, frame_stride, ... are read."""
 
     clips: ClassVar[bool] = True
 
@@ -97,7 +107,7 @@ class ClipOptions(FileOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What config.data says about the images of any source."""
+    """The options of config.data that apply to any source."""
 
     num_classes: Annotated[int, "number of labels, checked against the data; 0: unlabelled"] = 0
     image_size: Annotated[int, "images are cropped and resized to this square; 0: left as they are"] = 0
@@ -134,7 +144,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of a source, brought to one size; nothing is read before open()."""
+    """The description of a source of images that are brought to one size. Nothing is read before open()."""
 
     source: ImageSourceOptions
     options: DataOptions
@@ -142,8 +152,8 @@ class ImageData:
     def open(self) -> ImageSource:
         """Opens the source, checks its number of classes and channels, and applies image_size and cache.
 
-        Raises: as the source; ValueError (one line) for another number of classes, or channels that are not the data's
-          and cannot be converted without image_size.
+        Raises: as the source; ValueError (one line) for another number of classes, and for other channels than the
+          data's without image_size.
         """
         options, source = self.options, self.source.open()
         if source.num_classes != options.num_classes:

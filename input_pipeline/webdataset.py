@@ -189,11 +189,11 @@ def _walk(shards: list[pathlib.Path], suffixes: tuple[str, ...], caption_key: st
 
 def _with_progress(walks: Iterable[dict], number: int) -> Iterator[dict]:
     """Yields the walks, and logs the progress every LOG_EVERY seconds."""
-    begin = said = time.monotonic()
+    start = last_logged = time.monotonic()
     for done, walk in enumerate(walks, 1):
         now = time.monotonic()
-        if now - said >= LOG_EVERY:
-            said, left = now, (now - begin) * (number - done) / done / 60
+        if now - last_logged >= LOG_EVERY:
+            last_logged, left = now, (now - start) * (number - done) / done / 60
             logging.info("%d of %d tars indexed, %.1f minutes to go", done, number, left)
         yield walk
 

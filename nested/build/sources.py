@@ -1,4 +1,4 @@
-"""Config -> where the data come from. Nothing is read before the objects' open()."""
+"""Config -> where the data come from. Nothing is read before the open() of what is built here."""
 
 import dataclasses
 
@@ -14,7 +14,8 @@ def build_source(
     """The source that config.data names, with its options.
 
     Args:
-      levels, text: the variables' names and shapes, and the shape of a text's features, for random latents.
+      levels: (name, shape) of each variable, which random latents need.
+      text: (tokens, width) of the features of a text, or (), which random latents need.
 
     Raises: ValueError (one line) for an unknown source, an option that it does not read, and a value that it refuses.
     """
@@ -35,17 +36,17 @@ def build_source(
 
 
 def source_kind(config: Config) -> type[SourceOptions]:
-    """The class of the source that config.data names: whether it has clips, or random latents (`synthetic`)."""
+    """The class of the source that config.data names, which tells whether it has clips or random latents."""
     return choose("data.source", config.data.source, SOURCES)
 
 
 def build_data_options(config: Config) -> DataOptions:
-    """What config.data says about the images of any source. Raises: ValueError (one line) for values not allowed."""
+    """The options of config.data that apply to any source. Raises: ValueError (one line) for values not allowed."""
     return construct("data", DataOptions, {name: config.data[name] for name in declared(DataOptions)}, {})
 
 
 def build_images(config: Config) -> ImageData:
-    """The images of config.data, cropped and resized as it says; open() reads their index.
+    """The images of config.data, cropped and resized.
 
     Raises: as build_source and build_data_options; ValueError for a source without images.
     """
@@ -61,5 +62,5 @@ def images(config: Config) -> ImageSource:
 
 
 def shard_window(config: Config) -> int:
-    """The loader's shard_window: 0 where config.data.shuffle is 'global'."""
+    """The argument shard_window of the loader; 0 if config.data.shuffle is 'global'."""
     return build_data_options(config).shuffle_buffer
