@@ -168,3 +168,13 @@ def test_every_caption_of_coco_is_stored(tmp_path, monkeypatch):
     loaded = types.SimpleNamespace(fingerprint="f")
     build_data.with_text(config, build_data.images(config), ("image",), loaded, str(tmp_path))
     assert sorted(stored) == ["a cat", "a cow", "a dog", "ein Hund", "eine Kuh", "some dog"]
+
+
+@pytest.mark.parametrize("source", sorted(set(SOURCES) - {"synthetic", "digits"}))
+def test_building_a_source_reads_nothing(source, tmp_path):
+    config = with_source(source, tmp_path / "absent", image_size=8)
+    images = build_sources.build_images(config)
+    assert images.source == build_sources.build_source(config) and images.source.path == config.data.path
+    assert images.source.clips == ("clip" in source) and not images.source.synthetic
+    with pytest.raises((FileNotFoundError, ValueError)):
+        images.open()
