@@ -13,7 +13,9 @@ FOLDERS = "nested|input_pipeline|configs|tests|benchmarks|docs"
 def definitions(path):
     """Names that a module defines or imports at its top, and 'Class.member' for what its classes hold."""
     names = set()
-    for node in ast.parse(path.read_text()).body:
+    body = ast.parse(path.read_text()).body
+    guarded = [node for block in body if isinstance(block, ast.If) for node in block.body]  # if TYPE_CHECKING
+    for node in body + guarded:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):

@@ -47,6 +47,6 @@ def test_every_folder_of_code_is_a_package_that_pyproject_finds():
 
 
 def test_importing_nested_costs_nothing(tmp_path):
-    """`import nested` brings no jax; every name that it exports is found from any directory."""
+    """`import nested` brings no jax, from any directory."""
     code = "import sys, nested; assert nested.__version__ and 'jax' not in sys.modules, sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from input_pipeline import augment, captions, loader
 from input_pipeline import latent_records as records
 from input_pipeline.composition import Subset, select_fields
+from input_pipeline.sources import ImageSource
 from nested.build.levels import as_shape
 from nested.build.options import check_unread, choose, construct, declared, declared_by_all
 from nested.build.parts import SPACES
@@ -257,13 +258,13 @@ def encode_images(config, workdir: str) -> str:
     return directory
 
 
-def encoding_job(config, directory: str) -> Job:
-    """What encoding config.data into a directory takes."""
+def encoding_job(config, directory: str, source: ImageSource | None = None) -> Job:
+    """What encoding images into a directory takes. source: of the images; config.data's where it is None."""
     frozen = encoder(config)  # before the data: one that is not available is said before anyone fetches a data set
     opened = codec(config).open()
     options = {key: value for key, value in config.encoder.items() if key not in ENCODER_OPTIONS}
     return plan_job(
-        images(config),
+        images(config) if source is None else source,
         frozen,
         construct("encoder", EncodingOptions, options, {}),
         opened,

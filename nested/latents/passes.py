@@ -243,6 +243,18 @@ def _encoded(job: Job, images: np.ndarray, bases: Mapping[str, tuple], features:
     return {name: x.astype(np.float16) for name, x in found.items()}
 
 
+def encode_images(job: Job, bases: Mapping[str, Basis]) -> dict[str, np.ndarray]:
+    """{field: [N, ...]} of the records of all images of a job, without labels and mirror images; nothing is written.
+
+    bases: those of a finished encoding, by the names of its features."""
+    arrays = {name: (np.float32(bases[name].mean), np.float32(bases[name].vectors)) for name in job.stored}
+    found = []
+    for _, images, labels in batches(job, 0, len(job.source)):
+        encoded = {name: np.asarray(x) for name, x in _encoded(job, images, arrays, None).items()}
+        found.append({name: x[: len(labels)] for name, x in ({IMAGE: images} | encoded).items()})
+    return {name: np.concatenate([some[name] for some in found]) for name in found[0]}
+
+
 def _finish(job: Job) -> None:
     """Process 0: merges the moments; writes statistics.npz, then latents.json, which says that all is there."""
     bases = jobs.load_parts(job.bases_path, Basis)
