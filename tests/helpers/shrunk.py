@@ -5,7 +5,8 @@ import numpy as np
 
 from input_pipeline.loader import collate
 from nested.build import data as build_data
-from nested.build import sources as build_sources
+from nested.build.options import declared_by_all
+from nested.build.parts import SOURCES
 from nested.modes import train
 from nested.training import step as training
 
@@ -14,7 +15,7 @@ ROWS = 4
 
 def on_random_data(config):
     """The config with batches of four random latents and three tokens of text, if any."""
-    config.data.update(build_sources.unset_source_options())
+    config.data.update({name: option.default for name, option in declared_by_all(SOURCES.values()).items()})
     config.data.update(source="synthetic", num_examples=ROWS, flip=False)
     config.text.update(max_tokens=3, width=8)
     config.train.update(batch_size=ROWS, remat=False)
