@@ -39,17 +39,6 @@ def default() -> Config:
         default_options()
         | dict(
             encoder=encoder_options(),
-            codec=dict(  # the finest level's space
-                name="pixels",  # pixels | patch_pca | sd_vae (Stable Diffusion's autoencoder: weights and below)
-                patch=2,  # patch_pca, sd_vae: pixels per side of a position (sd_vae: 8 or 4), and its channels
-                channels=4,
-                weights="",  # a file, or a folder that diffusers saved the autoencoder to
-                prefix="",  # what stands before its names in a file that holds more; "": found, ".": nothing
-                scale=0.0,  # multiplies the latents: .18215 SD's, .23010 U-ViT's on COCO; 0: 1 / std of these data's
-                decoder_weights="",  # another file to decode with, such as the average of the weights; "": weights
-                batch_size=16,  # images at a time on each device: memory does not grow with the samples
-                dtype="float32",  # of decoding: float32 | bfloat16; encoding is float32
-            ),
         )
     )
 

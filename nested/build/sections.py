@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from input_pipeline.options import DataOptions
 from nested.build import options
 from nested.build.options import REQUIRED, Option
-from nested.build.parts import SOURCES
+from nested.build.parts import SOURCES, SPACES
 from nested.training.optimizer import OptimizerConfig
 from nested.training.options import TrainOptions
 
@@ -170,11 +170,11 @@ class RunOptions:
 class Section:
     """A section of the config.
 
-    options: dataclass of its own options. choice: the option that names one of `parts`, and `default` its default; '':
-    the section chooses no part.
+    options: dataclass of its own options, if it has any. choice: the option that names one of `parts`, whose default is
+    `default`; '': the section chooses no part.
     """
 
-    options: type
+    options: type | None
     choice: str = ""
     default: str = ""
     parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -205,6 +205,7 @@ class Section:
 SECTIONS = {
     "data": Section(DataOptions, "source", "digits", SOURCES),
     "text": Section(TextOptions),
+    "codec": Section(None, "name", "pixels", SPACES),
     "hierarchy": Section(HierarchyOptions),
     "init_from": Section(InitFromOptions),
     "train": Section(TrainOptions),
