@@ -71,7 +71,7 @@ REFUSED_NESTS = [
     ("nest", [("levels[0].shape", ((2, 2, 1), (8, 8, 1)))],
      "config.levels[0] (x): NestedUNet: nets[0], shape (2, 2, 1): nets[1] around it ends at (4, 4)"),
     ("nest", [("levels[0].shape", (4, 4, 1)), ("levels[0].mixed", ())], "config.levels[0] (x): NestedUNet: 1 resoluti"),
-    ("nest", [("levels[0].backbone.nets[1].width", 3)], "config.levels[0].backbone.nets: nets[1]: unknown ['width']"),
+    ("nest", [("levels[0].backbone.nets[1].width", 3)], "config.levels[0].backbone.nets[1]: unknown option width"),
     ("nest", [("levels[0].backbone.text_width", 3)], "config.levels[0].backbone: text_width is decided by other parts"),
     ("nest", [("levels[0].leaf_weights", (1.0,))], "config.levels[0].leaf_weights (1.0,): give 2 number(s) of at leas"),
     ("nest", [("levels[0].leaf_weights", (0, 0))], "config.levels[0].leaf_weights (0.0, 0.0): give 2 number(s)"),

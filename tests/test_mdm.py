@@ -14,7 +14,8 @@ from nested.diffusion.process import Process
 from nested.diffusion.samplers import DDIM, DDPM
 from nested.diffusion.samplers.table import CLEAN, run
 from nested.diffusion.schedules import Shifted, cosine, cosine_log_snr, ddpm_linear
-from nested.models.nested_unet import NestedUNet, Net
+from nested.models.nested_unet import NestedUNet
+from nested.models.unet_nets import Net
 from nested.weights.files import from_torch
 
 BASES = {"deepfloyd": cosine(), "cosine_logsnr5": cosine_log_snr(), "ddpm": ddpm_linear()}  # by ml-mdm's names

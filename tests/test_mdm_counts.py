@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nested.models.nested_unet import VARIANTS, NestedUNet, nets
+from nested.models.nested_unet import VARIANTS, NestedUNet
+from nested.models.unet_nets import Net
 from nested.modes import summary
 
 SIDES = {
@@ -30,7 +31,7 @@ IMAGES = {  # name: (million parameters, GFLOPs) of released, paper
 
 def model_of(name, preset, **changes):
     options = VARIANTS[name][preset]
-    return NestedUNet(**(options | dict(nets=nets(options["nets"])) | changes))
+    return NestedUNet(**(options | dict(nets=tuple(Net(**net) for net in options["nets"])) | changes))
 
 
 def inner(model, **changes):

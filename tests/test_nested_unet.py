@@ -25,7 +25,8 @@ from helpers.small_nests import (
 )
 
 from nested.models import unet_blocks as blocks
-from nested.models.nested_unet import NestedUNet, Net
+from nested.models.nested_unet import NestedUNet
+from nested.models.unet_nets import Net
 from nested.ops.mixed_rows import take_rows
 from nested.weights import files as weights
 

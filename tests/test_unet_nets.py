@@ -22,7 +22,9 @@ from helpers.small_nests import (
     with_text,
 )
 
-from nested.models.nested_unet import VARIANTS, NestedUNet, Net, nets
+from nested.build.options import construct
+from nested.models.nested_unet import VARIANTS, NestedUNet
+from nested.models.unet_nets import Net
 
 
 def test_remat_and_bfloat16():
@@ -76,17 +78,17 @@ def test_every_resnet_drops_its_own(monkeypatch):
 
 
 def test_nets_of_a_config():
-    options = dict(channels=[32, 32], resnets=[1, 1], micro=[["scale", 8.0]], dropout=0.1)
-    assert nets([options, dict(channels=(16,), resnets=(1,))]) == (
-        Net((32, 32), (1, 1), micro=(("scale", 8.0),), dropout=0.1), Net((16,), (1,))
-    )  # fmt: skip
+    options = dict(channels=(32, 32), resnets=(1, 1), micro=(("scale", 8.0),), dropout=0.1)
+    nets = construct("backbone", NestedUNet, dict(nets=[options, dict(channels=(16,), resnets=(1,))]), {}).nets
+    assert nets == (Net((32, 32), (1, 1), micro=(("scale", 8.0),), dropout=0.1), Net((16,), (1,)))
+    with pytest.raises(ValueError, match=r"^config.backbone.nets\[0\]: unknown option chanels; choose from channels"):
+        construct("backbone", NestedUNet, dict(nets=[dict(chanels=(1,))]), {})
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(chanels=(1,)), "nets[0]: unknown ['chanels'], missing ['channels', 'resnets']; choose from channels, "),
-        (dict(channels=(), resnets=()), "nets[0]: channels (), resnets (), groups 32: expected 1 or more of each"),
+        (dict(channels=(), resnets=()), "channels (), resnets (), groups 32: expected 1 or more of each"),
         (dict(channels=(32, 0), resnets=(1, 1)), "expected 1 or more of each"),
         (dict(channels=(32, 32), resnets=(1,)), "resnets (1,) has 1 entries, expected 2 for channels (32, 32)"),
         (dict(channels=(32,), resnets=(1,), attention=(1, 1)), "attention (1, 1) has 2 entries, expected 1"),
@@ -100,7 +102,7 @@ def test_nets_of_a_config():
 )
 def test_nets_that_are_refused(options, message):
     with pytest.raises(ValueError) as error:
-        nets([options])
+        Net(**options)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -149,10 +151,10 @@ def test_shapes_of_the_published_models_fit():
     sides = {"s64": (64,), "s64s256s1024": (64, 256, 1024), "s64s128s256s512s1024": (64, 128, 256, 512, 1024)}
     for name, sizes in sides.items():
         for options in VARIANTS[name].values():
-            model = NestedUNet(**(options | dict(nets=nets(options["nets"]))))
+            model = NestedUNet(**(options | dict(nets=tuple(Net(**net) for net in options["nets"]))))
             model.check_shape(tuple((side, side, 3) for side in sizes))
     options = VARIANTS["s64t16s256"]["released"]
-    clip = NestedUNet(**(options | dict(nets=nets(options["nets"]))))
+    clip = NestedUNet(**(options | dict(nets=tuple(Net(**net) for net in options["nets"]))))
     clip.check_shape(((64, 64, 3), (16, 64, 64, 3), (16, 256, 256, 3)))
     assert clip.num_tokens(((64, 64, 3), (16, 64, 64, 3), (16, 256, 256, 3))) == 64**2 + 16 * 64**2 + 16 * 256**2
     assert tiny(INNER).num_tokens(IMAGE) == 16

@@ -12,6 +12,7 @@ from helpers.numpy_uvit import numpy_uvit
 
 from nested.models import layers
 from nested.models.uvit import VARIANTS, UViT, resize_position_embedding
+from nested.ops.attention import ATTENTION, attention
 from nested.weights import files as weights
 
 KEY = jax.random.key(0)
@@ -272,10 +273,10 @@ def test_cudnn_attention_is_asked_for_and_only_in_half_precision(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     q, k, v = jax.random.normal(KEY, (3, 2, 7, 3, 8), jnp.bfloat16)
-    fused, ours = (layers.attention(q, k, v, implementation).astype(float) for implementation in layers.ATTENTION)
+    fused, ours = (attention(q, k, v, implementation).astype(float) for implementation in ATTENTION)
     np.testing.assert_allclose(fused, ours, rtol=0, atol=0.02)
     mask = jax.random.bernoulli(KEY, 0.5, (2, 1, 7, 7)) | jnp.eye(7, dtype=bool)[None, None]
-    pair = [layers.attention(q, k, v, name, scale=2.0, mask_BHLM=mask).astype(float) for name in layers.ATTENTION]
+    pair = [attention(q, k, v, name, scale=2.0, mask_BHLM=mask).astype(float) for name in ATTENTION]
     np.testing.assert_allclose(*pair, rtol=0, atol=0.03)
     assert np.abs(pair[1] - ours).max() > 0.1 and asked == ["cudnn"] * 2
     model, _, inputs = small_case()

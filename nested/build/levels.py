@@ -13,13 +13,7 @@ from nested.build.parts import BACKBONES, CONDITIONINGS, THRESHOLDS
 from nested.build.process import build_process, build_sampler, is_joint
 from nested.diffusion.level import ConditionNoise, Level
 from nested.diffusion.process import Tree
-from nested.models.nested_unet import NestedUNet, nets
-from nested.models.uvit import UViT
 
-TEXT = {  # what a network that takes text is told of its encoder
-    NestedUNet: lambda text: dict(text_width=text.width),
-    UViT: lambda text: dict(text_dim=text.width, text_tokens=text.max_tokens),
-}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -202,20 +196,17 @@ def build_backbone(config, options, seen, num_classes: int, text: bool, key: str
         dtype=choose("train.dtype", config.train.dtype, DTYPES),
         remat=config.train.remat,
     )
-    if text and kind not in TEXT:
+    if text and not kind.takes_text:
         raise ValueError(f"config.hierarchy.text_levels: {key}.backbone {options.backbone.name!r} does not take text")
-    if kind in TEXT:
-        derived |= {name: value if text else 0 for name, value in TEXT[kind](config.text).items()}
-    if kind is NestedUNet:
-        given["nets"] = construct(f"{key}.backbone.nets", nets, dict(options=given["nets"]), {})
+    derived |= kind.text_options(config.text.width, config.text.max_tokens) if text else kind.text_options(0, 0)
     return construct(f"{key}.backbone", kind, given, derived)
 
 
 def condition_patch(kind, name: str, coarser, key: str) -> int | None:
-    """The patch size by which a network of tokens reads the coarser level's variable; None for a NestedUNet."""
+    """The patch size by which a network reads the coarser level's variable; None if it reads no patches."""
     if is_joint(coarser.shape):
         raise ValueError(f"config.{key}: sees {name}, whose variable is several resolutions; only one can be seen")
-    if kind is NestedUNet:
+    if not kind.reads_patches:
         return None
     patch = coarser.backbone.patch_size if "patch_size" in coarser.backbone else None
     if not isinstance(patch, int):

@@ -28,7 +28,7 @@ NOISE_SCALES = {"variance": 0.5, "std": 1.0}  # the power of (t/T)^gamma by whic
 
 
 class Network(Protocol):
-    """What the hierarchy uses of a level's network; nested.models.layers.Backbone is the base class of ours.
+    """What the hierarchy uses of a level's network; nested.models.backbone.Backbone is the base class of ours.
 
     buffers: patterns (re.search) of the paths, joined with '/', of parameters that are constants.
     has_dropout: whether training gives the network cond['dropout'], a key for each row.

@@ -23,14 +23,18 @@ coarser levels' vectors and the norms are float32 (or float64 where the input is
 
 import types
 from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from nested.models import layers
+from nested.models.backbone import TokenBackbone
 from nested.models.injection import check_empty, kept_or_empty
+from nested.ops.attention import Attention, at_least_float32
 
 SINUSOIDS = 256  # width of the time's sinusoidal embedding
 
@@ -43,7 +47,7 @@ VARIANTS = types.MappingProxyType({
 
 
 def position_embedding(rows: int, columns: int, width: int) -> np.ndarray:
-    """[1, rows columns, width] float64: of the column, then of the row, sin and then cos of position * frequency.
+    """Return [1, rows columns, width] float64: for the column, then the row, sin and then cos of position * frequency.
 
     Frequencies fall from 1 to 1 / 10000 (excluded), width / 4 of them. Positions count patches, from 0.
     """
@@ -53,17 +57,17 @@ def position_embedding(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([wave(angle_NF) for angle_NF in angles for wave in (np.sin, np.cos)], axis=1)[None]
 
 
-def modulated_norm(x_BLD, shift_BD, scale_BD, name: str) -> jax.Array:
-    """(1 + scale) norm(x) + shift, computed in float32 or better, in x's dtype."""
+def modulated_norm(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, name: str) -> jax.Array:
+    """Return (1 + scale) norm(x) + shift, computed in float32 or better, in x's dtype."""
     norm = nn.LayerNorm(
         epsilon=1e-6, use_scale=False, use_bias=False, use_fast_variance=False,
-        dtype=layers.at_least_float32(x_BLD.dtype), name=name,
+        dtype=at_least_float32(x_BLD.dtype), name=name,
     )  # fmt: skip
     return ((1 + scale_BD[:, None]) * norm(x_BLD) + shift_BD[:, None]).astype(x_BLD.dtype)
 
 
-def adaptive(c_BD, count: int) -> list[jax.Array]:
-    """`count` vectors [B, D] from the conditioning vector: shifts, scales and gates."""
+def adaptive(c_BD: jax.Array, count: int) -> list[jax.Array]:
+    """Return `count` vectors [B, D] from the conditioning vector: shifts, scales and gates."""
     values_BE = nn.Dense(
         count * c_BD.shape[-1], kernel_init=nn.initializers.zeros, name="adaLN_modulation_1"
     )(nn.silu(c_BD))  # fmt: skip
@@ -76,7 +80,7 @@ class TimeEmbedder(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, c_noise_B):
+    def __call__(self, c_noise_B: jax.Array) -> jax.Array:
         dense = nn.initializers.normal(0.02)
         time_BD = nn.Dense(self.width, kernel_init=dense, name="mlp_0")(
             layers.timestep_embedding(c_noise_B, SINUSOIDS)
@@ -91,7 +95,7 @@ class LabelEmbedder(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, label_B):
+    def __call__(self, label_B: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
         return nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="embedding_table")(label_B)
 
@@ -103,7 +107,7 @@ class Block(nn.Module):
     mlp_ratio: float
     tanh_gelu: bool
     attention: str
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, c_BD: jax.Array) -> jax.Array:
@@ -121,57 +125,58 @@ class FinalLayer(nn.Module):
     """[B, L, D] -> [B, L, features]; 0 at the start."""
 
     features: int
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x_BLD, c_BD):
-        x_BLD = modulated_norm(x_BLD, *adaptive(c_BD, 2), "norm_final")
+    def __call__(self, x_BLD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        shift_BD, scale_BD = adaptive(c_BD, 2)
+        x_BLD = modulated_norm(x_BLD, shift_BD, scale_BD, "norm_final")
         return nn.Dense(self.features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="linear")(x_BLD)
 
 
-class DiT(layers.Backbone):
+class DiT(TokenBackbone):
     """The backbone of a level whose variable is one array [B, h, w, c].
 
-    width: a multiple of 4 and of num_heads. mlp_ratio: hidden width of the MLP over `width`. tanh_gelu: its GELU is the
-        approximation by tanh (DiT) or exact (RCG). num_classes: labels 0..num_classes-1, null = num_classes; 0: no
-        label.
-    conditions: (name, patch size, not used) of each coarser level, a variable of shape (1, 1, c). empty: what stands
-        for one that is dropped: 'variable', a learnable vector of its channels, before its linear layer (RCG's fake
-        latent), or 'token', one of `width`, after it. attention: 'xla' or 'cudnn'. learn_variance: twice the output
-        channels. remat: recompute each block in the backward pass. dtype: of matrix products and the residual stream,
-        None for that of the input; parameters are float32.
+    num_classes: labels are 0..num_classes-1 and null is num_classes; 0: no label.
+    conditions: (name, patch size, which is not used) of each coarser level, a variable of shape (1, 1, c).
+    empty: what stands for a dropped level: 'variable', a learnable vector of its channels, before its linear layer
+        (RCG's fake latent), or 'token', one of `width`, after it.
+    remat: whether each block is recomputed in the backward pass. dtype: of matrix products and the residual stream;
+        None is that of the input. Parameters are float32.
     """
 
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4
-    tanh_gelu: bool = True
+    width: Annotated[int, "channels of a token, a multiple of 4 and of num_heads"] = 768
+    depth: Annotated[int, "number of blocks"] = 12
+    num_heads: Annotated[int, "attention heads"] = 12
+    mlp_ratio: Annotated[float, "hidden width of the MLP over width"] = 4
+    tanh_gelu: Annotated[bool, "GELU approximated by tanh (DiT), or exact (RCG)"] = True
     num_classes: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
-    empty: str = "variable"
-    attention: str = "xla"
-    learn_variance: bool = False
+    empty: Annotated[Literal["variable", "token"], "what is learned in place of a dropped level"] = "variable"
+    attention: Annotated[Attention, "cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
+    learn_variance: Annotated[bool, "twice the output channels: the process's learned_variance needs them"] = False
     remat: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
-    buffers = (r"^pos_embed$",)
-
-    def num_tokens(self, shape: tuple[int, int, int]) -> int:
-        """Tokens of a variable of this shape (h, w, c)."""
-        return shape[0] * shape[1] // self.patch_size**2
+    buffers: ClassVar[tuple[str, ...]] = (r"^pos_embed$",)
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
-        """[B, h, w, c] like x; with learn_variance [B, h, w, 2c], the prediction and then, per channel, where the log
-        variance lies between its bounds (-1 to 1: Improved DDPM's). c_noise_B: the time (DiT: 0..1000).
-        cond: 'label' [B] int where num_classes, each condition by its name [B, 1, 1, c] and, optional, 'keep_NAME' [B]
-        bool.
+    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, Any], *, train: bool) -> jax.Array:
+        """Return [B, h, w, c] like x.
 
-        `train` is part of the contract of backbones; DiT has no dropout and does the same either way.
-        ValueError: a coarser level of more than one vector, something missing in cond or unknown there, a shape that
-        does not divide, pos_embed of another grid.
+        With learn_variance it is [B, h, w, 2c]: the prediction and then, per channel, where the log variance lies
+        between its bounds (-1 to 1, as in Improved DDPM).
+
+        Args:
+            x_BHWC: the noisy variable.
+            c_noise_B: the time as the network is told it (DiT: 0..1000).
+            cond: 'label' [B] int if there are classes, each condition by its name [B, 1, 1, c] and, optional,
+                'keep_NAME' [B] bool.
+            train: part of the contract of backbones; without dropout it changes nothing.
+
+        Raises:
+            ValueError: if a coarser level has more than one vector, something is missing in cond or unknown there, a
+                shape does not divide, or pos_embed is for another grid.
         """
         self.check(x_BHWC, cond)
         p, (_, height, width, channels) = self.patch_size, x_BHWC.shape
@@ -192,8 +197,8 @@ class DiT(layers.Backbone):
         pixels_BLP = FinalLayer(features, self.dtype, name="final_layer")(x_BLD, c_BD)
         return layers.unpatchify(pixels_BLP, grid, p).astype(x_BHWC.dtype)
 
-    def embedded_conditions(self, cond) -> list[jax.Array]:
-        """Each coarser level's vector as [B, D], float32 or better; the empty one's where keep_NAME is False."""
+    def embedded_conditions(self, cond: Mapping[str, Any]) -> list[jax.Array]:
+        """Return each coarser level's vector as [B, D], float32 or better; dropped rows have the empty one."""
         embedded = []
         for name, _ in self.conditions:
             embed = nn.Dense(self.width, kernel_init=layers.torch_xavier, name=f"rep_{name}")
@@ -207,20 +212,20 @@ class DiT(layers.Backbone):
         return embedded
 
     def positions(self, grid: tuple[int, int]) -> jax.Array:
-        """[1, L, D]: a constant that is kept with the parameters, as in the authors' code."""
+        """Return [1, L, D], a constant that is kept with the parameters, as in the authors' code."""
         if self.has_variable("params", "pos_embed"):
             held, needed = self.get_variable("params", "pos_embed").shape[1], grid[0] * grid[1]
             if held != needed:
                 raise ValueError(f"DiT: a grid of {grid} patches needs {needed} positions, pos_embed has {held}; for "
                                  f"another resolution take position_embedding{(*grid, self.width)}")  # fmt: skip
 
-        def init(key):
+        def init(key: jax.Array) -> jax.Array:
             return jnp.asarray(position_embedding(*grid, self.width), jnp.float32)
 
         return jax.lax.stop_gradient(self.param("pos_embed", init))
 
-    def check(self, x_BHWC, cond) -> None:
-        """One line about what does not fit, before flax or XLA say it at length."""
+    def check(self, x_BHWC: Any, cond: Mapping[str, Any]) -> None:
+        """Raise ValueError, in one line, for inputs that do not fit: flax and XLA would say it at length."""
         if self.width % self.num_heads or self.width % 4:
             raise ValueError(f"DiT: width {self.width} must be divisible by 4 and by num_heads {self.num_heads}")
         shape = getattr(x_BHWC, "shape", type(x_BHWC).__name__)

@@ -21,19 +21,23 @@ A condition `augment` of zeros is not nothing (cos 0 = 1): it is what sampling u
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from nested.models import hdit_blocks as blocks
-from nested.models.layers import Backbone
+from nested.models.backbone import TokenBackbone
+from nested.ops.attention import Attention, at_least_float32
 
-SKIPS = ("lerp", "add", "concat")
-POSITIONS = ("rope", "additive")
+Skip = Literal["lerp", "add", "concat"]
+Position = Literal["rope", "additive"]
 AUGMENT_WIDTH = 9
 NEIGHBORHOOD = "neighborhood"
+WINDOWS = {"neighborhood": 7, "shifted_window": 8}  # the default kernels and windows
 
 # Widths and depths of the paper's models. At most 16 x 16 tokens attend globally (32 x 32 too in ffhq1024).
 VARIANTS = types.MappingProxyType({
@@ -50,15 +54,20 @@ VARIANTS = types.MappingProxyType({
 })  # fmt: skip
 
 
+def default_windows(attentions: Sequence[str]) -> tuple[int, ...]:
+    """Return the windows of levels with these attentions: kernels of 7, windows of 8, and 0 if there are none."""
+    return tuple(WINDOWS.get(kind, 0) for kind in attentions)
+
+
 def merge_tokens(x_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """[B, H, W, C] -> [B, H / h, W / w, h w C]: the cells of each h x w block side by side, rows first."""
+    """Return [B, H / h, W / w, h w C]: the cells of each h x w block of [B, H, W, C] side by side, rows first."""
     B, H, W, C = x_BHWC.shape
     h, w = size
     return x_BHWC.reshape(B, H // h, h, W // w, w, C).swapaxes(2, 3).reshape(B, H // h, W // w, h * w * C)
 
 
 def split_tokens(x_BHWE: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """The inverse of merge_tokens."""
+    """Return the inverse of merge_tokens."""
     B, H, W, E = x_BHWE.shape
     h, w = size
     return x_BHWE.reshape(B, H, W, h, w, -1).swapaxes(2, 3).reshape(B, H * h, W * w, E // (h * w))
@@ -69,28 +78,28 @@ class TokenMerge(nn.Module):
 
     width: int
     size: tuple[int, int]
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x_BHWC):
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         x_BHWE = merge_tokens(x_BHWC, self.size)
         return blocks.linear(self.width, x_BHWE.shape[-1], "proj", self.dtype)(x_BHWE)
 
 
 class TokenSplit(nn.Module):
-    """Projected and cut up: [B, H, W, D] -> [B, H h, W w, width]. With a skip, merged with it (see `skip` of HDiT)."""
+    """Projected and cut up: [B, H, W, D] -> [B, H h, W w, width]; with a skip, merged with it (HDiT.skip)."""
 
     width: int
     size: tuple[int, int]
     skip: str | None
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x_BHWD, skip_BHWC=None):
+    def __call__(self, x_BHWD: jax.Array, skip_BHWC: jax.Array | None = None) -> jax.Array:
         features = self.width * self.size[0] * self.size[1]
         x_BHWE = blocks.linear(features, x_BHWD.shape[-1], "proj", self.dtype, zero=self.skip is None)(x_BHWD)
         x_BHWC = split_tokens(x_BHWE, self.size)
-        if self.skip is None:
+        if self.skip is None or skip_BHWC is None:
             return x_BHWC
         if self.skip == "concat":
             both_BHWE = jnp.concatenate([skip_BHWC, x_BHWC], axis=-1)
@@ -101,72 +110,83 @@ class TokenSplit(nn.Module):
         return skip_BHWC + fac_1[0] * (x_BHWC - skip_BHWC)
 
 
-class HDiT(Backbone):
+class HDiT(TokenBackbone):
     """The backbone of a level whose variable is one array [B, H, W, C].
 
     Tuples have one entry per level, finest tokens first.
-    patch_size: p, or (p_h, p_w). depths: layers on the way down, and as many on the way up; the last level's once.
-    attentions: blocks.ATTENTIONS. windows: kernel, an int or (rows, columns), or window size; 0 where attention is
-        'global' or 'none'. head_widths: multiples of 8; one number for all levels. ff_widths: None for 3 (geglu) or 4
-        (gelu) times the width. dropouts, mapping_dropout: rates; one number for all levels.
-    mapping_ff_width: None for 3 times mapping_width. mapping_cond_dim: width of a vector cond['mapping'], as in the
-        authors' code, which trains no model with one either; for callers of the module, not in configs; 0: none.
-    num_classes: null is num_classes; 0: no label. conditions: (name, patch size) of each coarser level; the patch size,
-        which U-ViT needs, is not used.
-    position, feed_forward, skip: POSITIONS, blocks.FEED_FORWARDS, SKIPS.
-    attention: of global and window attention, 'xla' or 'cudnn'. neighborhood: implementation of neighborhood attention.
-    remat: recompute each block in the backward pass. dtype: of matrix products and the residual stream, None for that
-        of the input; parameters are float32.
+    depths: layers on the way down, and as many on the way up; those of the last level are run once.
+    windows: kernels, an int or (rows, columns) each, or window sizes; 0 if attention is 'global' or 'none'.
+    mapping_cond_dim: width of a vector cond['mapping'], as in the authors' code, which trains no model with one either;
+        for callers of the module, not for configs; 0: none.
+    num_classes: labels are 0..num_classes-1 and null is num_classes; 0: no label.
+    conditions: (name, patch size, which is not used) of each coarser level.
+    remat: whether each block is recomputed in the backward pass. dtype: of matrix products and the residual stream;
+        None is that of the input. Parameters are float32.
     """
 
-    patch_size: int | tuple[int, int]
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    attentions: tuple[str, ...]
-    windows: tuple[int | tuple[int, int], ...]
-    head_widths: int | tuple[int, ...] = 64
-    ff_widths: tuple[int, ...] | None = None
-    dropouts: float | tuple[float, ...] = 0.0
-    mapping_depth: int = 2
-    mapping_width: int = 256
-    mapping_ff_width: int | None = None
-    mapping_dropout: float = 0.0
+    patch_size: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]  wider: patches may be oblong here
+        int | tuple[int, int], "side of a token's patch, in positions of the level's variable, or (rows, columns)"
+    ]
+    depths: Annotated[tuple[int, ...], "layers of each level, finest tokens first"] = (2, 4)
+    widths: Annotated[tuple[int, ...], "channels of each level"] = (256, 512)
+    attentions: Annotated[tuple[str, ...], "of each level: neighborhood | shifted_window | global | none"] = (
+        "neighborhood",
+        "global",
+    )
+    windows: Annotated[
+        tuple[int | tuple[int, int], ...], "kernel or window of each level, 0 if it has none; (): 7 and 8"
+    ] = ()
+    head_widths: Annotated[int | tuple[int, ...], "multiples of 8, or one number for all levels"] = 64
+    ff_widths: Annotated[tuple[int, ...] | None, "inside the feed-forward; None: 3 (geglu) or 4 (gelu) times width"] = (
+        None
+    )
+    dropouts: Annotated[float | tuple[float, ...], "rates, or one number for all levels"] = 0.0
+    mapping_depth: Annotated[int, "blocks of the mapping network"] = 2
+    mapping_width: Annotated[int, "channels of the mapping network"] = 256
+    mapping_ff_width: Annotated[int | None, "inside its feed-forward; None: 3 times mapping_width"] = None
+    mapping_dropout: Annotated[float, "rate in the mapping network"] = 0.0
     mapping_cond_dim: int = 0
     num_classes: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
-    position: str = "rope"
-    feed_forward: str = "geglu"
-    skip: str = "lerp"
-    attention: str = "xla"
-    neighborhood: str = "auto"
+    position: Annotated[Position, "rotary, or learned and added to the tokens"] = "rope"
+    feed_forward: Annotated[blocks.FeedForwardKind, "activation of the feed-forwards"] = "geglu"
+    skip: Annotated[Skip, "how the way up is merged with the way down"] = "lerp"
+    attention: Annotated[Attention, "of global and window attention; cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
+    neighborhood: Annotated[Literal["auto", "reference", "blocked"], "how neighborhood attention is computed"] = "auto"
     remat: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
-    buffers = (r"(^|/)(time_emb|aug_emb)/weight$", r"/pos_emb/freqs$")
-    inputs = ("augment",)
+    buffers: ClassVar[tuple[str, ...]] = (r"(^|/)(time_emb|aug_emb)/weight$", r"/pos_emb/freqs$")
+    inputs: ClassVar[tuple[str, ...]] = ("augment",)
 
     @property
     def has_dropout(self) -> bool:
+        """Whether training needs cond['dropout'], a key for each row."""
         return any(self.per_level(self.dropouts)) or self.mapping_dropout > 0
 
     @property
     def patch(self) -> tuple[int, int]:
-        return (self.patch_size,) * 2 if isinstance(self.patch_size, int) else tuple(self.patch_size)
+        """(rows, columns) of a token's patch."""
+        rows, columns = (self.patch_size,) * 2 if isinstance(self.patch_size, int) else self.patch_size
+        return rows, columns
 
-    def num_tokens(self, shape: tuple[int, int, int]) -> int:
-        """Tokens of a variable of this shape (h, w, c) at the finest level."""
-        return shape[0] // self.patch[0] * (shape[1] // self.patch[1])
-
-    def per_level(self, value) -> tuple:
+    def per_level(self, value: Any) -> tuple:
+        """Return an option as one entry for each level."""
         return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(self.depths)
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
-        """[B, H, W, C] like x. c_noise_B: log(sigma) / 4. cond: 'label' [B] int where num_classes, 'mapping' [B, n]
-        where mapping_cond_dim, each condition by its name [B, h, w, c]; optional 'augment' [B, 9], 'keep_NAME' [B] bool
-        and, in training, 'dropout' [B] keys.
+    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, Any], *, train: bool) -> jax.Array:
+        """Return [B, H, W, C] like x.
 
-        ValueError: a condition is missing or unknown; image, windows, kernels or merges that do not fit.
+        Args:
+            x_BHWC: the noisy image.
+            c_noise_B: log(sigma) / 4.
+            cond: 'label' [B] int if there are classes, 'mapping' [B, n] if there is a mapping_cond_dim, each condition
+                by its name [B, h, w, c]; optional 'augment' [B, 9] and 'keep_NAME' [B] bool.
+            train: whether there is dropout, whose keys are then cond['dropout'] [B].
+
+        Raises:
+            ValueError: if a condition is missing or unknown, or if image, windows, kernels or merges do not fit.
         """
         self.check(x_BHWC.shape, cond)
         if train and self.has_dropout and "dropout" not in cond:
@@ -184,13 +204,14 @@ class HDiT(Backbone):
         out = TokenSplit(x_BHWC.shape[-1], self.patch, None, self.dtype, name="patch_out")(x_BHWD)
         return out.astype(x_BHWC.dtype)
 
-    def hourglass(self, x_BHWD, cond_BM, keys_B):
+    def hourglass(self, x_BHWD: jax.Array, cond_BM: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+        """Return the tokens after all levels, down and up again."""
         last = len(self.depths) - 1
         positions = [blocks.axial_positions(*x_BHWD.shape[1:3])]
         options = [self.level_options(level) for level in range(last + 1)]
         skips, index = [], 0
 
-        def layers(x, level, name, numbers):
+        def layers(x: jax.Array, level: int, name: str, numbers: Iterable[int]) -> jax.Array:
             nonlocal index
             for i, number in enumerate(numbers):
                 layer = blocks.Layer(options[level], number, index, name=f"{name}_{i}")
@@ -212,10 +233,11 @@ class HDiT(Backbone):
         return x_BHWD
 
     def level_options(self, level: int) -> blocks.LevelOptions:
+        """Return what the layers of one level share."""
         hidden = self.ff_widths or tuple(blocks.FEED_FORWARDS[self.feed_forward] * width for width in self.widths)
         return blocks.LevelOptions(
             attention=self.per_level(self.attentions)[level],
-            window=self.per_level(self.windows)[level],
+            window=(self.windows or default_windows(self.per_level(self.attentions)))[level],
             head_width=self.per_level(self.head_widths)[level],
             hidden=hidden[level],
             feed_forward=self.feed_forward,
@@ -227,10 +249,10 @@ class HDiT(Backbone):
             dtype=self.dtype,
         )
 
-    def mapping(self, c_noise_B, cond, keys_B) -> jax.Array:
-        """[B, M] float32 or better: what every AdaRMSNorm reads."""
+    def mapping(self, c_noise_B: jax.Array, cond: Mapping[str, Any], keys_B: jax.Array | None) -> jax.Array:
+        """Return [B, M] float32 or better, which every AdaRMSNorm reads."""
         width, B = self.mapping_width, c_noise_B.shape[0]
-        c_noise_B = c_noise_B.astype(blocks.at_least_float32(c_noise_B.dtype))
+        c_noise_B = c_noise_B.astype(at_least_float32(c_noise_B.dtype))
         augment = cond.get("augment", jnp.zeros((B, AUGMENT_WIDTH), c_noise_B.dtype))
         time_BM = blocks.FourierFeatures(width, name="time_emb")(c_noise_B[:, None])
         augment_BM = blocks.FourierFeatures(width, name="aug_emb")(augment.astype(c_noise_B.dtype))
@@ -255,8 +277,8 @@ class HDiT(Backbone):
         )
         return network(total, keys_B)
 
-    def add_grids(self, x_BHWD, cond) -> jax.Array:
-        """The tokens plus every coarser variable with a layout, projected and resized to them."""
+    def add_grids(self, x_BHWD: jax.Array, cond: Mapping[str, Any]) -> jax.Array:
+        """Return the tokens plus every coarser variable with a layout, projected and resized to them."""
         B, H, W, D = x_BHWD.shape
         for name, _ in self.conditions:
             z_BhwC = cond[name].astype(x_BHWD.dtype)
@@ -268,8 +290,8 @@ class HDiT(Backbone):
             x_BHWD = x_BHWD + jax.image.resize(z_BhwD, (B, H, W, D), "bilinear")
         return x_BHWD
 
-    def check(self, shape, cond) -> None:
-        """One line about what does not fit, before flax or XLA say it at length."""
+    def check(self, shape: tuple[int, ...], cond: Mapping[str, Any]) -> None:
+        """Raise ValueError, in one line, for inputs that do not fit: flax and XLA would say it at length."""
         levels = len(self.depths)
         for name in ("widths", "attentions", "windows", "head_widths", "dropouts", "ff_widths"):
             value = getattr(self, name)
@@ -283,7 +305,8 @@ class HDiT(Backbone):
         if not all(0 <= rate < 1 for rate in (*self.per_level(self.dropouts), self.mapping_dropout)):
             raise ValueError(f"HDiT: dropouts {self.dropouts}, mapping_dropout {self.mapping_dropout}: expected rates "
                              "in [0, 1)")  # fmt: skip
-        for name, allowed in (("position", POSITIONS), ("feed_forward", blocks.FEED_FORWARDS), ("skip", SKIPS)):
+        choices = {"position": get_args(Position), "feed_forward": blocks.FEED_FORWARDS, "skip": get_args(Skip)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"HDiT: {name} {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if len(shape) != 4 or shape[1] % self.patch[0] or shape[2] % self.patch[1]:
@@ -300,6 +323,7 @@ class HDiT(Backbone):
         self.check_cond(cond, shape[0])
 
     def check_level(self, level: int, height: int, width: int) -> None:
+        """Raise ValueError if a level's options do not fit its height x width tokens."""
         options = self.level_options(level)
         where = f"HDiT: level {level} ({height}x{width} tokens)"
         if options.attention not in blocks.ATTENTIONS:
@@ -322,7 +346,8 @@ class HDiT(Backbone):
         elif not isinstance(window, int) or window < 1 or height % window or width % window:
             raise ValueError(f"{where}: window {window} must be a number that divides both sides; change windows")
 
-    def check_cond(self, cond, batch: int) -> None:
+    def check_cond(self, cond: Mapping[str, Any], batch: int) -> None:
+        """Raise ValueError for conditions that are missing, unknown or of another shape."""
         names = [name for name, _ in self.conditions]
         required = ["label"] * (self.num_classes > 0) + ["mapping"] * (self.mapping_cond_dim > 0) + names
         optional = {"augment", "dropout", *(f"keep_{name}" for name in names)}

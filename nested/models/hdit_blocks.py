@@ -17,49 +17,60 @@ bfloat16. Dropout takes a key per row, so that a row's mask does not depend on t
 
 import dataclasses
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from nested.models.layers import at_least_float32, attention, torch_uniform
+from nested.models.layers import torch_uniform
+from nested.ops.attention import at_least_float32, attention
 from nested.ops.neighborhood_attention import neighborhood_attention
 
 EPSILON = 1e-6
 EXACT = jax.lax.Precision.HIGHEST  # accelerators would round float32 products of the few rows that condition the rest
 MAPPING_INDEX = 1 << 20  # of the mapping network's first dropout, beyond those of the layers
 ATTENTIONS = ("global", "neighborhood", "shifted_window", "none")
+FeedForwardKind = Literal["geglu", "gelu"]
 FEED_FORWARDS = {"geglu": 3, "gelu": 4}  # name -> hidden width over width
 
 
-def linear(features: int, fan_in: int, name: str, dtype=None, zero: bool = False, precision=None) -> nn.Dense:
-    """A layer without bias, initialised as torch does or with zeros. precision: EXACT where float32 is meant."""
+def linear(
+    features: int,
+    fan_in: int,
+    name: str,
+    dtype: DTypeLike | None = None,
+    zero: bool = False,
+    precision: jax.lax.Precision | None = None,
+) -> nn.Dense:
+    """Return a layer without bias that starts as torch's does, or at zeros. precision: EXACT if float32 is meant."""
     init = nn.initializers.zeros if zero else torch_uniform(fan_in)
     return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, precision=precision, name=name)
 
 
 def axial_positions(height: int, width: int) -> np.ndarray:
-    """[height, width, 2] float64, (row, column) of the cells' centres; the longer side spans [-1, 1]."""
+    """Return [height, width, 2] float64, (row, column) of the cells' centres; the longer side spans [-1, 1]."""
     longer = max(height, width)
     rows, columns = ((2 * np.arange(n) + 1 - n) / longer for n in (height, width))
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1)
 
 
 def halved(positions_HW2: np.ndarray) -> np.ndarray:
-    """Positions of the next level: the mean of each 2 x 2."""
+    """Return the positions of the next level: the mean of each 2 x 2."""
     H, W, _ = positions_HW2.shape
     return positions_HW2.reshape(H // 2, 2, W // 2, 2, 2).mean((1, 3))
 
 
 def rope_frequencies(num_heads: int, head_width: int) -> np.ndarray:
-    """[num_heads, head_width / 8] float64: pi to 10 pi, log-spaced without the end, dealt out to the heads in turn."""
+    """Return [num_heads, head_width / 8] float64: pi to 10 pi, log-spaced without the end, dealt to heads in turn."""
     count = num_heads * head_width // 8
     return (math.pi * 10 ** (np.arange(count) / count)).reshape(-1, num_heads).T
 
 
 def rotate(x_BHWND: jax.Array, theta_HWNF: jax.Array) -> jax.Array:
-    """Turns the pairs (x_j, x_{j + F}), j < F = D / 4, by theta; the other half of each head stays."""
+    """Turn the pairs (x_j, x_{j + F}), j < F = D / 4, by theta; the other half of each head stays."""
     F = theta_HWNF.shape[-1]
     cos, sin = jnp.cos(theta_HWNF)[None], jnp.sin(theta_HWNF)[None]
     first, second, rest = x_BHWND[..., :F], x_BHWND[..., F : 2 * F], x_BHWND[..., 2 * F :]
@@ -67,7 +78,7 @@ def rotate(x_BHWND: jax.Array, theta_HWNF: jax.Array) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, index: int) -> jax.Array:
-    """Row b of x with the mask of fold_in(keys[b], index); keys None: nothing is dropped."""
+    """Drop entries of row b of x by the mask of fold_in(keys[b], index); without keys nothing is dropped."""
     if rate == 0 or keys_B is None:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate, x.shape[1:]))(keys_B)
@@ -75,7 +86,7 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None, index: int) -> 
 
 
 def normalise(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """RMS norm over the last axis; statistics and scale in float32 or better, the product in x's dtype."""
+    """Return the RMS norm over the last axis; statistics and scale in float32 or better, the product in x's dtype."""
     mean_square = jnp.mean(jnp.square(x.astype(at_least_float32(x.dtype))), axis=-1, keepdims=True)
     return x * (scale * jax.lax.rsqrt(mean_square + EPSILON)).astype(x.dtype)
 
@@ -84,7 +95,7 @@ class RMSNorm(nn.Module):
     """[..., D] -> [..., D]; a learned scale, 1 at the start."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         scale_D = self.param("gain", nn.initializers.ones, (x.shape[-1],))
         return normalise(x, scale_D.reshape((1,) * (x.ndim - 1) + (-1,)))
 
@@ -93,7 +104,7 @@ class AdaRMSNorm(nn.Module):
     """[B, H, W, D], cond [B, M] -> [B, H, W, D]; the scale is 1 + W cond, W 0 at the start."""
 
     @nn.compact
-    def __call__(self, x_BHWD, cond_BM):
+    def __call__(self, x_BHWD: jax.Array, cond_BM: jax.Array) -> jax.Array:
         scale_BD = 1 + linear(x_BHWD.shape[-1], cond_BM.shape[-1], "linear", zero=True, precision=EXACT)(cond_BM)
         return normalise(x_BHWD, scale_BD[:, None, None])
 
@@ -104,7 +115,7 @@ class FourierFeatures(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x_Bn):
+    def __call__(self, x_Bn: jax.Array) -> jax.Array:
         weight_Fn = self.param("weight", nn.initializers.normal(1.0), (self.features // 2, x_Bn.shape[-1]))
         # Not a matrix product, which accelerators round: angles of many turns need every digit.
         angles_BF = 2 * math.pi * jnp.sum(x_Bn[:, None] * jax.lax.stop_gradient(weight_Fn)[None], axis=-1)
@@ -118,19 +129,21 @@ class AxialRoPE(nn.Module):
     head_width: int
 
     @nn.compact
-    def __call__(self, positions_HW2):
+    def __call__(self, positions_HW2: np.ndarray) -> jax.Array:
         freqs_NF = self.param(
             "freqs", lambda _, shape: jnp.asarray(rope_frequencies(self.num_heads, self.head_width), jnp.float32),
             (self.num_heads, self.head_width // 8),
         )  # fmt: skip
         freqs_NF = jax.lax.stop_gradient(freqs_NF)
-        positions_HW2 = jnp.asarray(positions_HW2, freqs_NF.dtype)
-        return jnp.concatenate([positions_HW2[:, :, axis, None, None] * freqs_NF[None, None] for axis in (0, 1)], -1)
+        grid_HW2 = jnp.asarray(positions_HW2, freqs_NF.dtype)
+        return jnp.concatenate([grid_HW2[:, :, axis, None, None] * freqs_NF[None, None] for axis in (0, 1)], -1)
 
 
 def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """bool [windows, window^2, window^2]: after a roll by `shift`, the rows and columns that wrapped around, the first
-    `shift` of the first window row and column, see only each other."""
+    """Return bool [windows, window^2, window^2], which cells see each other after a roll by `shift`.
+
+    The rows and columns that wrapped around, the first `shift` of the first window row and column, see only each other.
+    """
     part = (np.arange(window) < shift).astype(int)  # within a first window: 1 what wrapped, 0 the rest
     rows, columns = (np.zeros((n // window, window), int) for n in (height, width))
     rows[0], columns[0] = part, part
@@ -139,12 +152,14 @@ def shifted_window_mask(height: int, width: int, window: int, shift: int) -> np.
     return (cells[:, :, None] == cells[:, None, :]).all(-1)
 
 
-def shifted_window_attention(q_BHWND, k_BHWND, v_BHWND, window: int, shift: int, implementation: str) -> jax.Array:
-    """[B, H, W, N, D]: attention within windows of the grid rolled by `shift` towards larger indices."""
+def shifted_window_attention(
+    q_BHWND: jax.Array, k_BHWND: jax.Array, v_BHWND: jax.Array, window: int, shift: int, implementation: str
+) -> jax.Array:
+    """Return [B, H, W, N, D]: attention within windows of the grid rolled by `shift` towards larger indices."""
     B, H, W, N, D = q_BHWND.shape
     rows, columns = H // window, W // window
 
-    def cut(x_BHWND):
+    def cut(x_BHWND: jax.Array) -> jax.Array:
         x_BHWND = jnp.roll(x_BHWND, (shift, shift), axis=(1, 2))
         return x_BHWND.reshape(B, rows, window, columns, window, N, D).swapaxes(2, 3).reshape(-1, window**2, N, D)
 
@@ -161,10 +176,10 @@ def shifted_window_attention(q_BHWND, k_BHWND, v_BHWND, window: int, shift: int,
 class LevelOptions:
     """What the layers of one level share.
 
-    attention: one of ATTENTIONS; window: kernel or window size of 'neighborhood' and 'shifted_window'. head_width: a
+    attention: one of ATTENTIONS; window: the kernel or window of 'neighborhood' and 'shifted_window'. head_width: a
     multiple of 8. hidden: width inside the feed-forward of kind `feed_forward`. rope: whether q and k are turned.
-    dropout: rate. implementation: of global and window attention ('xla', 'cudnn'); neighborhood: of neighborhood
-    attention. remat: recompute attention and feed-forward, each by itself, in the backward pass. dtype: see HDiT.
+    dropout: a rate. implementation: of global and window attention ('xla', 'cudnn'); neighborhood: of neighborhood
+    attention. remat: whether attention and feed-forward are each recomputed in the backward pass. dtype: see HDiT.
     """
 
     attention: str
@@ -177,19 +192,24 @@ class LevelOptions:
     implementation: str
     neighborhood: str
     remat: bool
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
 
 class SelfAttention(nn.Module):
-    """x + attention(norm(x)), [B, H, W, D]. number: of the layer within its level, down and then up; windows of odd
-    ones are shifted by half. index: which of the model's dropouts this is."""
+    """x + attention(norm(x)), [B, H, W, D].
+
+    number: the layer's place within its level, down and then up; windows of odd ones are shifted by half.
+    index: which of the model's dropouts this is.
+    """
 
     options: LevelOptions
     number: int
     index: int
 
     @nn.compact
-    def __call__(self, x_BHWD, positions_HW2, cond_BM, keys_B):
+    def __call__(
+        self, x_BHWD: jax.Array, positions_HW2: np.ndarray, cond_BM: jax.Array, keys_B: jax.Array | None
+    ) -> jax.Array:
         B, H, W, D = x_BHWD.shape
         options = self.options
         normed_BHWD = AdaRMSNorm(name="norm")(x_BHWD, cond_BM)
@@ -203,36 +223,49 @@ class SelfAttention(nn.Module):
         out_BHWD = dropout(out_BHWND.reshape(B, H, W, D), options.dropout, keys_B, self.index)
         return x_BHWD + linear(D, D, "out_proj", options.dtype, zero=True)(out_BHWD)
 
-    def attend_macs(self, q_BHWND, k_BHWND, v_BHWND) -> int:
-        """Multiply-accumulates of `attend` (nested/modes/summary.py): q k^T and the sum over v, of the keys that
-        count."""
+    def attend_macs(self, q_BHWND: jax.Array, k_BHWND: jax.Array, v_BHWND: jax.Array) -> int:
+        """Return the multiply-accumulates of `attend`: q k^T and the sum over v, of the keys that count.
+
+        nested/modes/summary.py reads it.
+        """
         _, H, W, _, _ = q_BHWND.shape
         window = self.options.window if self.options.attention != "global" else (H, W)
         return 2 * q_BHWND.size * (window**2 if isinstance(window, int) else math.prod(window))
 
-    def attend(self, q_BHWND, k_BHWND, v_BHWND):
-        """softmax(q k^T) v over each query's keys, [B, H, W, N, D]."""
+    def attend(self, q_BHWND: jax.Array, k_BHWND: jax.Array, v_BHWND: jax.Array) -> jax.Array:
+        """Return softmax(q k^T) v over each query's keys, [B, H, W, N, D]."""
         options = self.options
         if options.attention == "neighborhood":
             return neighborhood_attention(q_BHWND, k_BHWND, v_BHWND, options.window, 1.0, options.neighborhood)
         if options.attention == "shifted_window":
-            shift = options.window // 2 if self.number % 2 else 0
-            return shifted_window_attention(q_BHWND, k_BHWND, v_BHWND, options.window, shift, options.implementation)
+            window = options.window
+            assert isinstance(window, int)  # HDiT.check_level
+            shift = window // 2 if self.number % 2 else 0
+            return shifted_window_attention(q_BHWND, k_BHWND, v_BHWND, window, shift, options.implementation)
         B, H, W, N, D = q_BHWND.shape
         q_BLND, k_BLND, v_BLND = (x.reshape(B, H * W, N, D) for x in (q_BHWND, k_BHWND, v_BHWND))
         return attention(q_BLND, k_BLND, v_BLND, options.implementation, scale=1.0).reshape(B, H, W, N, D)
 
 
 def similarity(x_BHWND: jax.Array, scale_N: jax.Array, theta_HWNF: jax.Array | None) -> jax.Array:
-    """A query or key as cosine attention wants it: normalised, times sqrt(scale), turned; in x's dtype."""
+    """Return a query or key as cosine attention wants it: normalised, times sqrt(scale), turned; in x's dtype."""
     wide = x_BHWND.astype(at_least_float32(x_BHWND.dtype))
     length = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + EPSILON)
     wide = wide * (jnp.sqrt(scale_N).reshape(1, 1, 1, -1, 1) * length)
     return (wide if theta_HWNF is None else rotate(wide, theta_HWNF)).astype(x_BHWND.dtype)
 
 
-def feed_forward(x, hidden: int, kind: str, rate: float, keys_B, index: int, dtype, precision=None) -> jax.Array:
-    """down(dropout(activation(up(x)))) within the calling module, [..., D] -> [..., D]. GEGLU's second half gates."""
+def feed_forward(
+    x: jax.Array,
+    hidden: int,
+    kind: str,
+    rate: float,
+    keys_B: jax.Array | None,
+    index: int,
+    dtype: DTypeLike | None,
+    precision: jax.lax.Precision | None = None,
+) -> jax.Array:
+    """Return down(dropout(activation(up(x)))), [..., D], in the calling module. The second half of GEGLU gates."""
     width = x.shape[-1]
     if kind == "geglu":
         value, gate = jnp.split(linear(2 * hidden, width, "up_proj", dtype, precision=precision)(x), 2, axis=-1)
@@ -250,7 +283,7 @@ class FeedForward(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x_BHWD, cond_BM, keys_B):
+    def __call__(self, x_BHWD: jax.Array, cond_BM: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         options = self.options
         normed_BHWD = AdaRMSNorm(name="norm")(x_BHWD, cond_BM)
         return x_BHWD + feed_forward(
@@ -266,7 +299,9 @@ class Layer(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x_BHWD, positions_HW2, cond_BM, keys_B):
+    def __call__(
+        self, x_BHWD: jax.Array, positions_HW2: np.ndarray, cond_BM: jax.Array, keys_B: jax.Array | None
+    ) -> jax.Array:
         attend, forward = SelfAttention, FeedForward
         if self.options.remat:
             attend, forward = nn.remat(attend), nn.remat(forward)
@@ -285,7 +320,7 @@ class MappingBlock(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x_BM, keys_B):
+    def __call__(self, x_BM: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         normed_BM = RMSNorm(name="norm")(x_BM)
         return x_BM + feed_forward(normed_BM, self.hidden, self.kind, self.rate, keys_B, self.index, None, EXACT)
 
@@ -299,7 +334,7 @@ class MappingNetwork(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x_BM, keys_B):
+    def __call__(self, x_BM: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         x_BM = RMSNorm(name="in_norm")(x_BM)
         for i in range(self.depth):
             x_BM = MappingBlock(self.hidden, self.kind, self.rate, MAPPING_INDEX + i, name=f"blocks_{i}")(x_BM, keys_B)

@@ -1,4 +1,4 @@
-"""How a network takes coarser variables: what stands in for a dropped one, and the injection of the ICLR draft.
+"""How a network reads coarser variables: what stands for a dropped one, and the injection of the ICLR draft.
 
 Nested Diffusion's first draft (an anonymous ICLR submission, Sec. 4.1) upsamples each condition to the level's token
 grid by a transposed convolution, and every two blocks concatenates the features with the tokens, followed by two fully
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from nested.models import layers
 
@@ -25,15 +26,16 @@ EMPTIES = ("token", "variable")
 
 
 def check_empty(network: str, empty: str) -> None:
-    """ValueError unless `empty` is one of EMPTIES."""
+    """Raise ValueError unless `empty` is one of EMPTIES."""
     if empty not in EMPTIES:
         raise ValueError(f"{network}: empty is {empty!r}, expected one of {', '.join(map(repr, EMPTIES))}")
 
 
 def kept_or_empty(z: jax.Array, empty: jax.Array, cond: Mapping[str, jax.Array], name: str) -> jax.Array:
-    """z [B, ...], and `empty` (of z's rank, broadcast against it) in the rows where cond['keep_NAME'] is False.
+    """Return z [B, ...] with `empty` (of z's rank, broadcast against it) in the rows where cond['keep_NAME'] is False.
 
-    All of z where cond has no 'keep_NAME'."""
+    Without 'keep_NAME' in cond all rows are kept.
+    """
     if f"keep_{name}" not in cond:
         return z
     keep = cond[f"keep_{name}"].reshape(-1, *[1] * (z.ndim - 1))
@@ -49,7 +51,7 @@ class Deconvolution(nn.Module):
 
     grid: tuple[int, int]
     width: int
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, z_BhwC: jax.Array) -> jax.Array:
@@ -70,7 +72,7 @@ class Injection(nn.Module):
     """x + mlp([x, c]): `num_layers` linear layers of x's width with GELU between them."""
 
     num_layers: int
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, c_BNE: jax.Array) -> jax.Array:

@@ -26,31 +26,32 @@ groups whatever the ResNets have.
 """
 
 import itertools
-import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from nested.models import unet_blocks as blocks
-from nested.models.layers import Backbone, at_least_float32
-from nested.models.unet_nets import Net, check_shapes, nets
+from nested.models.backbone import Backbone, Shape
+from nested.models.unet_nets import Net, check_shapes
+from nested.ops.attention import Attention, at_least_float32
 from nested.ops.mixed_rows import fill_rows, take_rows
 
-__all__ = ["VARIANTS", "Net", "NestedUNet", "nets"]
 
+def _variants(preset: Literal["paper", "released"]) -> dict[str, dict[str, Any]]:
+    """The models of App. A and D, as the paper has them or as ml-mdm's cc12m_*.yaml do.
 
-def _variants(preset: str) -> dict[str, dict]:
-    """The models of App. A and D, as the paper has them or as ml-mdm's cc12m_*.yaml do ('released'; beyond those three
-    by analogy). Text: FLAN-T5 XL's vectors."""
+    'released' goes beyond those three files by analogy. The text is FLAN-T5 XL's vectors.
+    """
     released = preset == "released"
     text = dict(text_width=2048, text_proj=1024, lm_layers=2, masked_cross_attention=True)
     if released:
         text = dict(text_width=2048, text_proj=2048, lm_layers=0, masked_cross_attention=False)
 
-    def net(side, channels, resnets, **options):
+    def net(side: int, channels: tuple[int, ...], resnets: tuple[int, ...], **options: Any) -> dict[str, Any]:
         micro = (("scale", float(side)),) if released else ()
         return dict(channels=channels, resnets=resnets, micro=micro, **options)
 
@@ -72,15 +73,16 @@ def _variants(preset: str) -> dict[str, dict]:
     return {name: dict(nets=nets_, **text) for name, nets_ in all_nets.items()}
 
 
-PRESETS = {preset: _variants(preset) for preset in ("paper", "released")}
+PRESETS = {"paper": _variants("paper"), "released": _variants("released")}
 VARIANTS = {name: {preset: PRESETS[preset][name] for preset in PRESETS} for name in PRESETS["paper"]}
 
 
 class Signals(NamedTuple):
-    """What all nets are told, each array with the rows of the coarsest resolution.
+    """The conditions of all nets, each array with the rows of the coarsest resolution.
 
-    numbers: 'micro_NAME' and 'noise_step_NAME' [B]. vector_BD: of class and text, joins temb. text_BLD, mask_BL: tokens
-    to attend to, None for none and all. conditions: {name: (variable, keep [B] or None)} of coarser levels.
+    numbers: 'micro_NAME' and 'noise_step_NAME' [B]. vector_BD: of class and text, added to temb. text_BLD: the text's
+    tokens, or None; mask_BL: which of them are attended to, None for all. conditions: {name: (variable, keep [B] or
+    None)} of coarser levels.
     """
 
     c_noise_B: jax.Array
@@ -92,8 +94,8 @@ class Signals(NamedTuple):
     conditions: dict[str, tuple[jax.Array, jax.Array | None]]
 
 
-def as_leaves(x) -> tuple:
-    """The resolutions of a variable, or of a shape."""
+def as_leaves(x: Any) -> tuple[Any, ...]:
+    """Return the resolutions of a variable, or of a shape."""
     several = isinstance(x, (tuple, list)) and not isinstance(x[0], int)
     return tuple(x) if several else (x,)
 
@@ -101,43 +103,43 @@ def as_leaves(x) -> tuple:
 class NestedUNet(Backbone):
     """The backbone of a level whose variable is one image [B, H, W, C], or a tuple of them, coarse to fine; or clips.
 
-    nets: innermost (coarsest) first. time_width: of temb. num_heads: of image and text attention. text_width: of the
-        text features; 0: no text. text_proj: their width after lm_proj; 0: no lm_proj. lm_layers: transformer layers
-        after it. masked_cross_attention: whether attention to the text (and in it) leaves out padding.
-    low_res_inputs: False: the inner nets see the features of the outermost only, not their own resolution (App. E's
-        nested UNet of a single resolution); they have outputs all the same.
-    num_classes: null is num_classes; 0: no label. conditions: (name, patch size) of each coarser level of the
-        hierarchy; the patch size, which U-ViT needs, is not used.
-    attention: 'xla' or 'cudnn'. remat: recompute each ResNet and attention layer in the backward pass. dtype: of
-        convolutions, matrix products and activations, None for that of the input; parameters are float32.
+    text_width: width of the text encoder's vectors; 0: no text.
+    low_res_inputs: without them the inner nets see the features of the outermost only (App. E's nested UNet of a single
+        resolution); they have outputs all the same.
+    num_classes: labels are 0..num_classes-1 and null is num_classes; 0: no label.
+    conditions: (name, None) of each coarser level of the hierarchy.
+    remat: whether each ResNet and attention layer is recomputed in the backward pass. dtype: of convolutions, matrix
+        products and activations; None is that of the input. Parameters are float32.
     """
 
-    nets: tuple[Net, ...]
-    time_width: int = 1024
-    num_heads: int = 8
+    nets: Annotated[tuple[Net, ...], "the nets, innermost (coarsest) first"] = ()
+    time_width: Annotated[int, "channels of the time embedding"] = 1024
+    num_heads: Annotated[int, "heads of image and text attention"] = 8
     text_width: int = 0
-    text_proj: int = 0
-    lm_layers: int = 0
-    masked_cross_attention: bool = True
-    low_res_inputs: bool = True
+    text_proj: Annotated[int, "the text is first projected to this width; 0: not at all"] = 0
+    lm_layers: Annotated[int, "transformer layers over the text"] = 0
+    masked_cross_attention: Annotated[bool, "whether attention to the text, and in it, leaves out padding"] = True
+    low_res_inputs: Annotated[bool, "whether the inner nets see their own resolution"] = True
     num_classes: int = 0
     conditions: tuple[tuple[str, int | None], ...] = ()
-    attention: str = "xla"
+    attention: Annotated[Attention, "cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
     remat: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
-    buffers = (r"/pos_emb/freqs$",)
-    sees_noise_steps = True
+    buffers: ClassVar[tuple[str, ...]] = (r"/pos_emb/freqs$",)
+    takes_text: ClassVar[bool] = True
+    sees_noise_steps: ClassVar[bool] = True
+
+    @classmethod
+    def text_options(cls, width: int, max_tokens: int) -> dict[str, int]:
+        return dict(text_width=width)
 
     @property
     def has_dropout(self) -> bool:
+        """Whether training needs cond['dropout'], a key for each row."""
         return any(net.dropout for net in self.nets)
 
-    def num_tokens(self, shape) -> int:
-        """Pixels of all resolutions and frames."""
-        return sum(math.prod(leaf[:-1]) for leaf in as_leaves(shape))
-
-    def setup(self):
+    def setup(self) -> None:
         if len(self.nets) > 1:
             self.inner_unet = self.clone(nets=self.nets[:-1], conditions=(), parent=None, name=None)
             return
@@ -150,15 +152,20 @@ class NestedUNet(Backbone):
         if self.num_classes:
             self.class_emb = nn.Embed(self.num_classes + 1, self.time_width, embedding_init=nn.initializers.normal(1.0))
 
-    def __call__(self, x, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
-        """Like x, with the same rows. c_noise_B: the time, t - 1 in 0..999.
+    def __call__(self, x: Any, c_noise_B: jax.Array, cond: Mapping[str, Any], *, train: bool) -> Any:
+        """Return the outputs, like x and with the same rows.
 
-        x: leaf r may have fewer rows than the coarsest: of its rows those of take_rows. cond, all of it with the rows
-        of the coarsest: 'label' [B] int where num_classes; 'text' [B, L, D] where text_width and, optional, 'text_mask'
-        [B, L] (each row has a token); 'micro_NAME' [B]; each condition by its name [B, h, w, c] and, optional,
-        'keep_NAME' [B] bool and 'noise_step_NAME' [B], 0..1000 (its layer is made if it is there when parameters are);
-        in training with dropout, 'dropout' [B] keys.
-        ValueError: a condition is missing or unknown, shapes do not fit the nets.
+        Args:
+            x: the noisy resolutions, coarse to fine. A leaf may have fewer rows than the coarsest, those of take_rows.
+            c_noise_B: the time, t - 1 in 0..999.
+            cond: with the rows of the coarsest resolution, 'label' [B] int if there are classes; 'text' [B, L, D] if
+                there is text and, optional, 'text_mask' [B, L] (each row has a token); 'micro_NAME' [B]; each condition
+                by its name [B, h, w, c] and, optional, 'keep_NAME' [B] bool and 'noise_step_NAME' [B], 0..1000 (its
+                layer is made if it is there at initialisation).
+            train: whether there is dropout, whose keys are then cond['dropout'] [B].
+
+        Raises:
+            ValueError: if a condition is missing or unknown, or shapes do not fit the nets.
         """
         leaves = as_leaves(x)
         self.check_call(leaves, c_noise_B, cond, train)
@@ -171,8 +178,13 @@ class NestedUNet(Backbone):
         outputs = tuple(out.astype(leaf.dtype) for out, leaf in zip(outputs, leaves, strict=True))
         return outputs if isinstance(x, (tuple, list)) else outputs[0]
 
-    def condition(self, cond, dtype, batch: int):
-        """(what joins temb [B, D], tokens of the text [B, L, C] or None, which to attend to or None for all)."""
+    def condition(
+        self, cond: Mapping[str, Any], dtype: DTypeLike, batch: int
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Return (what is added to temb [B, D], the text's tokens [B, L, C], which are attended to [B, L]).
+
+        The tokens are None without text, and the mask is None if all of them are attended to.
+        """
         if len(self.nets) > 1:
             return self.inner_unet.condition(cond, dtype, batch)
         wide = at_least_float32(dtype)
@@ -186,14 +198,19 @@ class NestedUNet(Backbone):
                 text_BLD = self.lm_proj(text_BLD)
             for layer in self.lm_head:
                 text_BLD = layer(text_BLD, mask_BL if self.masked_cross_attention else None)
-            all_tokens = mask_BL is None or (not self.masked_cross_attention and self.lm_layers > 0)
-            where = None if all_tokens else mask_BL[..., None]
+            padding_counts = not self.masked_cross_attention and self.lm_layers > 0
+            where = None if mask_BL is None or padding_counts else mask_BL[..., None]
             vector_BD = vector_BD + self.cond_emb(jnp.mean(text_BLD.astype(wide), axis=1, where=where))
         return vector_BD, text_BLD, mask_BL if self.masked_cross_attention else None
 
     @nn.compact
-    def denoise(self, leaves: tuple[jax.Array, ...], feature_RHWC: jax.Array | None, signals: Signals):
-        """(the outputs, coarse to fine; the last features of this net). feature_RHWC: from the net around this one."""
+    def denoise(
+        self, leaves: tuple[jax.Array, ...], feature_RHWC: jax.Array | None, signals: Signals
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Return (the outputs, coarse to fine, the last features of this net).
+
+        feature_RHWC: the features from the net around this one.
+        """
         net, rows = self.nets[-1], [leaf.shape[0] for leaf in leaves]
         own = jax.tree.map(lambda value: take_rows(value, *rows), signals)
         temb_BD = self.time_embedding(own)
@@ -218,7 +235,7 @@ class NestedUNet(Backbone):
         return (*lows, out_RHWC.reshape(leaves[-1].shape)), x_RHWC
 
     def time_embedding(self, own: Signals) -> jax.Array:
-        """[B, D] float32 or better: what every ResNet of this net reads."""
+        """Return [B, D] float32 or better, which every ResNet of this net reads."""
         net, width = self.nets[-1], self.time_width
         hidden_BD = blocks.exact_linear(width, name="temb_layer1")(blocks.sinusoid(own.c_noise_B, width // 4))
         temb_BD = blocks.exact_linear(width, name="temb_layer2")(nn.silu(hidden_BD)) + own.vector_BD
@@ -231,8 +248,8 @@ class NestedUNet(Backbone):
                 numbers[f"level_{name}"] = own.numbers[f"noise_step_{name}"]  # the layer keeps its name
         return temb_BD + blocks.NumberEmbeddings(width, name="cond_layers")(numbers) if numbers else temb_BD
 
-    def entered(self, x, feature_RHWC, own: Signals) -> jax.Array:
-        """The net's first features: of its own resolution, of what it sees besides, of the net around it."""
+    def entered(self, x: jax.Array, feature_RHWC: jax.Array | None, own: Signals) -> jax.Array:
+        """Return the net's first features: of its own resolution, of the coarser levels and of the net around it."""
         if feature_RHWC is not None and not self.low_res_inputs:
             return feature_RHWC
         net = self.nets[-1]
@@ -250,8 +267,13 @@ class NestedUNet(Backbone):
         x_RHWC = blocks.Conv(net.channels[0], dtype=self.dtype, name="conv_in")(x_RHWC)
         return x_RHWC if feature_RHWC is None else x_RHWC + feature_RHWC
 
-    def middle(self, leaves, x_RHWC, context, signals: Signals):
-        """(outputs of the nets inside, features): the nets inside between two adapters, or the innermost net's own."""
+    def middle(
+        self, leaves: tuple[jax.Array, ...], x_RHWC: jax.Array, context: blocks.Context, signals: Signals
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Return (outputs of the nets inside, features).
+
+        The nets inside stand between two adapters; the innermost net has stages of its own instead.
+        """
         if len(self.nets) == 1:
             last = len(self.nets[-1].channels) - 1
             x_RHWC, _ = self.stage("mid_blocks_0", last, 1, "", attention=1)(x_RHWC, context)
@@ -265,11 +287,11 @@ class NestedUNet(Backbone):
         return lows, x_RHWC + self.adapter("out_adapter", self.nets[-1].channels[-1], y_RHWC)
 
     def adapter(self, name: str, features: int, x_RHWC: jax.Array) -> jax.Array:
-        """The convolution between two nets, frame by frame; 0 at the start."""
+        """Return the convolution between two nets, frame by frame; 0 at the start."""
         return blocks.Conv(features, zero=True, dtype=self.dtype, name=name)(x_RHWC)
 
     def stage(self, name: str, level: int, resnets: int, resample: str, attention: int | None = None) -> blocks.Stage:
-        """The stage at resolution `level` of this net. attention: layers after each ResNet, None for the net's."""
+        """Return the stage at resolution `level` of this net. attention: layers after each ResNet; None: the net's."""
         net, own_resample = self.nets[-1], self.nets[-1].per_resolution("resample")
         if resample and not own_resample[level if resample == "down" else level - 1]:
             resample = "same"
@@ -289,8 +311,8 @@ class NestedUNet(Backbone):
         )
         return blocks.Stage(options, resnets, resample, name=name)
 
-    def check_shape(self, shape) -> None:
-        """Raises ValueError where options contradict each other or a shape, without batch, does not fit the nets."""
+    def check_shape(self, shape: Shape) -> None:
+        """Raise ValueError if options contradict each other or a shape, without batch, does not fit the nets."""
         if self.time_width % 8:
             raise ValueError(f"NestedUNet: time_width {self.time_width}, expected a multiple of 8")
         if not self.text_width and (self.text_proj or self.lm_layers or not self.masked_cross_attention):
@@ -304,8 +326,8 @@ class NestedUNet(Backbone):
             raise ValueError("NestedUNet: low_res_inputs is False but there is only one net; set it to True")
         check_shapes(self.nets, as_leaves(shape), self.num_heads)
 
-    def check_call(self, leaves, c_noise_B, cond, train: bool) -> None:
-        """One line about what does not fit, before flax or XLA say it at length."""
+    def check_call(self, leaves: tuple[Any, ...], c_noise_B: jax.Array, cond: Mapping[str, Any], train: bool) -> None:
+        """Raise ValueError, in one line, for inputs that do not fit: flax and XLA would say it at length."""
         self.check_shape(tuple(leaf.shape[1:] for leaf in leaves))
         rows = [len(leaf) for leaf in leaves]
         if rows[0] != len(c_noise_B) or any(few > many for many, few in itertools.pairwise(rows)):

@@ -15,38 +15,40 @@ out.
 
 import types
 from collections.abc import Mapping
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from nested.models import layers
+from nested.models.backbone import Shape, TokenBackbone
 
 VARIANTS = types.MappingProxyType({  # the only one that they have configs of
     "l12_w1536": types.MappingProxyType(dict(width=1536, depth=12, time_width=256, mid_width=1536)),
 })  # fmt: skip
 
 
-def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
-    """Two-pass variance; statistics in float32 or better."""
+def layer_norm(epsilon: float, dtype: DTypeLike | None, name: str) -> nn.LayerNorm:
+    """Return a LayerNorm with two-pass variance; statistics in float32 or better."""
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def torch_dense(features: int, fan_in: int, dtype, name: str) -> nn.Dense:
-    """A linear layer that starts as torch leaves it."""
+def torch_dense(features: int, fan_in: int, dtype: DTypeLike | None, name: str) -> nn.Dense:
+    """Return a linear layer that starts as torch leaves it."""
     init = layers.torch_uniform(fan_in)
     return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
 
 
 class ResBlock(nn.Module):
-    """x [B, width] plus what the block makes of it, the time e [B, time_width] and, unless None, the label."""
+    """x [B, width] plus a function of it, of the time e [B, time_width] and of the label, unless that is None."""
 
     mid_width: int
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x_BD: jax.Array, e_BT: jax.Array, label_BC: jax.Array | None) -> jax.Array:
-        def dense(y_BE, name):
+        def dense(y_BE: jax.Array, name: str) -> jax.Array:
             return torch_dense(self.mid_width, y_BE.shape[-1], self.dtype, name)(nn.silu(y_BE))
 
         h_BM = dense(layer_norm(1e-5, self.dtype, "in_layers_0")(x_BD), "in_layers_2") + dense(e_BT, "emb_layers_1")
@@ -57,33 +59,28 @@ class ResBlock(nn.Module):
         return x_BD + nn.Dense(x_BD.shape[-1], dtype=self.dtype, kernel_init=zeros, name="out_layers_3")(h_BM)
 
 
-class ResMLP(layers.Backbone):
+class ResMLP(TokenBackbone):
     """The backbone of a level whose variable is one vector, [B, 1, 1, c].
 
-    width, mid_width: of the residual stream and inside the blocks; depth: number of blocks; time_width: of the time's
-        embedding. num_classes: labels 0..num_classes-1, null = num_classes; 0: no label. label_width: of its embedding.
-    conditions: must be (), no coarser levels. patch_size: 1, by which networks of tokens read this variable.
-    remat: recompute each block in the backward pass. dtype: of matrix products and activations, None for that of the
-        input; parameters are float32.
+    num_classes: labels are 0..num_classes-1 and null is num_classes; 0: no label.
+    conditions: must be (), no coarser levels.
+    remat: whether each block is recomputed in the backward pass. dtype: of matrix products and activations; None is
+        that of the input. Parameters are float32.
     """
 
-    width: int
-    depth: int
-    time_width: int
-    mid_width: int
-    patch_size: int = 1
+    patch_size: Annotated[int, "must be 1; networks of tokens read this variable by it"] = 1
+    width: Annotated[int, "channels of the residual stream"] = 1536
+    depth: Annotated[int, "number of blocks"] = 12
+    time_width: Annotated[int, "channels of the time embedding"] = 256
+    mid_width: Annotated[int, "channels inside the blocks"] = 1536
     num_classes: int = 0
-    label_width: int = 512
+    label_width: Annotated[int, "channels of the label embedding"] = 512
     conditions: tuple[tuple[str, int], ...] = ()
     remat: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
 
-    def num_tokens(self, shape: tuple[int, int, int]) -> int:
-        """1: the vector."""
-        return 1
-
-    def check_shape(self, shape) -> None:
-        """Raises ValueError unless it is (1, 1, c) and the options allow it."""
+    def check_shape(self, shape: Shape) -> None:
+        """Raise ValueError unless the shape is (1, 1, c) and there are no coarser levels."""
         super().check_shape(shape)
         if tuple(shape[:2]) != (1, 1) or self.patch_size != 1:
             raise ValueError(f"ResMLP: found shape {shape} and patch_size {self.patch_size}, expected (1, 1, channels) "
@@ -93,11 +90,17 @@ class ResMLP(layers.Backbone):
             raise ValueError(f"ResMLP takes no coarser levels, conditions has {names}; put this level first")
 
     @nn.compact
-    def __call__(self, x_B11C: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
-        """[B, 1, 1, c] like x. c_noise_B: the time (RCG: 0..999). cond: 'label' [B] int where num_classes.
+    def __call__(self, x_B11C: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, Any], *, train: bool) -> jax.Array:
+        """Return [B, 1, 1, c] like x.
 
-        `train` is part of the contract of backbones; this one has no dropout and does the same either way.
-        ValueError: a variable of another shape, coarser levels, a label that is missing, anything else in cond.
+        Args:
+            x_B11C: the noisy vector.
+            c_noise_B: the time as the network is told it (RCG: 0..999).
+            cond: 'label' [B] int if there are classes.
+            train: part of the contract of backbones; without dropout it changes nothing.
+
+        Raises:
+            ValueError: for a variable of another shape, coarser levels, a missing label, or anything else in cond.
         """
         self.check(x_B11C, cond)
         x_BC = x_B11C[:, 0, 0]
@@ -120,8 +123,8 @@ class ResMLP(layers.Backbone):
         out_BC = nn.Dense(x_BC.shape[1], dtype=self.dtype, kernel_init=zeros, name="out_2")(y_BD)
         return out_BC[:, None, None].astype(x_B11C.dtype)
 
-    def check(self, x_B11C, cond) -> None:
-        """One line about what does not fit, before flax or XLA say it at length."""
+    def check(self, x_B11C: Any, cond: Mapping[str, Any]) -> None:
+        """Raise ValueError, in one line, for inputs that do not fit: flax and XLA would say it at length."""
         shape = getattr(x_B11C, "shape", type(x_B11C).__name__)
         if not hasattr(x_B11C, "ndim") or x_B11C.ndim != 4:
             raise ValueError(f"ResMLP: its input has shape {shape}, expected one array (batch, 1, 1, channels)")

@@ -21,16 +21,19 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 
 from nested.models.hdit_blocks import EXACT, dropout
-from nested.models.layers import at_least_float32, attention, torch_uniform
+from nested.models.layers import torch_uniform
+from nested.ops.attention import at_least_float32, attention
 
 ATTENTION_GROUPS = 32  # of the norms before attention, whatever the ResNets have
 TEMPORAL_HEAD_WIDTH = 32
@@ -48,16 +51,16 @@ class Conv(nn.Module):
     stride: int = 1
     zero: bool = False
     use_bias: bool = True
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
     precision: jax.lax.Precision | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         C = x.shape[-1]
         init = nn.initializers.zeros if self.zero else torch_uniform(math.prod(self.window) * C)
         kernel = self.param("kernel", init, (*self.window, C, self.features))
         bias = self.param("bias", init, (self.features,)) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         if math.prod(self.window) == 1:
             y = jnp.dot(x, kernel.reshape(C, self.features), precision=self.precision)
         else:
@@ -80,38 +83,40 @@ exact_linear = functools.partial(linear, precision=EXACT)  # of conditions: few 
 pointwise = functools.partial(Conv, window=(1, 1))
 
 
-def group_norm(groups: int, dtype, name: str) -> nn.GroupNorm:
+def group_norm(groups: int, dtype: DTypeLike | None, name: str) -> nn.GroupNorm:
+    """Return torch's GroupNorm: eps 1e-5, two-pass variance."""
     return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def layer_norm(dtype, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: DTypeLike | None, name: str) -> nn.LayerNorm:
+    """Return torch's LayerNorm: eps 1e-5, two-pass variance."""
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def repeat_rows(x: jax.Array, rows: int) -> jax.Array:
-    """[rows, ...]: each row of x as often as a sample has frames."""
+    """Return [rows, ...]: each row of x as often as a sample has frames."""
     return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
 
 
 def split_rows(x: jax.Array, batch: int) -> jax.Array:
-    """[R, ...] -> [batch, R / batch, ...]: frames on an axis of their own."""
+    """Return [R, ...] as [batch, R / batch, ...]: frames on an axis of their own."""
     return x.reshape(batch, -1, *x.shape[1:])
 
 
 def join_rows(x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [B T, ...], the inverse of split_rows."""
+    """Return [B, T, ...] as [B T, ...], the inverse of split_rows."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def upsample(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Nearest neighbour, twice as many along each axis."""
+    """Return x twice as large along each axis, by nearest neighbours."""
     for axis in axes:
         x = jnp.repeat(x, 2, axis=axis)
     return x
 
 
 def sinusoid(t_B: jax.Array, width: int) -> jax.Array:
-    """[B, width] = concat[sin(t f), cos(t f)], f_k = 10000^(-k / (width / 2)); frequencies are float64 on the host."""
+    """Return [B, width] = concat[sin(t f), cos(t f)], f_k = 10000^(-k / (width / 2)), which is float64 on the host."""
     half = width // 2
     t_B1 = t_B.astype(at_least_float32(t_B.dtype))[:, None]
     frequencies_1K = np.exp(-math.log(10000.0) * np.arange(half) / half)[None]
@@ -126,7 +131,7 @@ class NumberEmbeddings(nn.Module):
 
     @nn.compact
     def __call__(self, numbers: Mapping[str, jax.Array]) -> jax.Array:
-        total = 0.0
+        total: Any = 0.0
         for name, number_B in numbers.items():
             hidden_BD = exact_linear(self.width, name=f"{name}_0")(sinusoid(number_B, self.width // 4))
             total = total + exact_linear(self.width, zero=True, name=f"{name}_1")(nn.silu(hidden_BD))
@@ -138,9 +143,10 @@ class Options:
     """What the blocks of one resolution share.
 
     width: channels. groups: of the ResNets' norms. attention, temporal_attention: layers after each ResNet. ffn:
-    whether image attention has a feed-forward. num_heads: of image and text attention. temporal: resampling is over
-    frames, not pixels. rotary: positions in the temporal attention. dropout: rate in the ResNets. implementation: of
-    attention. remat: recompute each ResNet and attention layer in the backward pass. dtype: see NestedUNet.
+    whether image attention has a feed-forward. num_heads: of image and text attention. temporal: whether frames are
+    resampled, not pixels. rotary: whether temporal attention has rotary positions. dropout: rate in the ResNets.
+    implementation: of attention. remat: whether each ResNet and attention layer is recomputed in the backward pass.
+    dtype: see NestedUNet.
     """
 
     width: int
@@ -154,7 +160,7 @@ class Options:
     dropout: float
     implementation: str
     remat: bool
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
 
 class ResNet(nn.Module):
@@ -163,7 +169,7 @@ class ResNet(nn.Module):
     options: Options
 
     @nn.compact
-    def __call__(self, x_RHWC, temb_BD, keys_B):
+    def __call__(self, x_RHWC: jax.Array, temb_BD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         options, rows = self.options, x_RHWC.shape[0]
         width, groups, dtype = options.width, options.groups, options.dtype
         h_RHWC = nn.silu(group_norm(groups, dtype, "norm1")(x_RHWC))
@@ -181,15 +187,15 @@ class ResNet(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """[R, H, W, C] -> [R, H, W, C]: each pixel attends to all pixels and, where there is text, to the text.
+    """[R, H, W, C] -> [R, H, W, C]: each pixel attends to all pixels and, unless text_BLD is None, to the text.
 
-    text_BLD: None for none. mask_BL: which of its tokens there are, None for all.
+    mask_BL: which tokens of the text are attended to; None is all.
     """
 
     options: Options
 
     @nn.compact
-    def __call__(self, x_RHWC, text_BLD, mask_BL):
+    def __call__(self, x_RHWC: jax.Array, text_BLD: jax.Array | None, mask_BL: jax.Array | None) -> jax.Array:
         R, H, W, C = x_RHWC.shape
         options, heads, dtype = self.options, self.options.num_heads, self.options.dtype
         qkv_RHWE = pointwise(3 * C, dtype=dtype, name="qkv")(group_norm(ATTENTION_GROUPS, dtype, "norm")(x_RHWC))
@@ -217,7 +223,7 @@ class RotaryPositions(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, x_BTND):
+    def __call__(self, x_BTND: jax.Array) -> jax.Array:
         D = x_BTND.shape[-1]
         frequencies = 10000.0 ** (-np.arange(0, D, 2) / D)
         freqs_F = self.param("freqs", lambda _, shape: jnp.asarray(frequencies, jnp.float32), (D // 2,))
@@ -231,15 +237,15 @@ class RotaryPositions(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """x + proj_out(attend(qkv(LN x))), [B, L, C]; masked tokens (mask_BL False) are seen by none."""
+    """x + proj_out(attend(qkv(LN x))), [B, L, C]; nothing attends to masked tokens (mask_BL False)."""
 
     num_heads: int
     rotary: bool
     implementation: str
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x_BLC, mask_BL=None):
+    def __call__(self, x_BLC: jax.Array, mask_BL: jax.Array | None = None) -> jax.Array:
         B, L, C = x_BLC.shape
         qkv_BLE = linear(3 * C, dtype=self.dtype, name="qkv")(layer_norm(self.dtype, "norm")(x_BLC))
         q_BLND, k_BLND, v_BLND = jnp.moveaxis(qkv_BLE.reshape(B, L, 3, self.num_heads, C // self.num_heads), 2, 0)
@@ -254,10 +260,10 @@ class TokenAttention(nn.Module):
 class TokenMlp(nn.Module):
     """x + linear(gelu(linear(LN x))), [..., C], four times as wide inside."""
 
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         C = x.shape[-1]
         h = linear(4 * C, dtype=self.dtype, name="main_1")(layer_norm(self.dtype, "main_0")(x))
         return x + linear(C, zero=True, dtype=self.dtype, name="main_3")(nn.gelu(h, approximate=False))
@@ -268,10 +274,10 @@ class TokenBlock(nn.Module):
 
     num_heads: int
     implementation: str
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
-    def __call__(self, x_BLC, mask_BL=None):
+    def __call__(self, x_BLC: jax.Array, mask_BL: jax.Array | None = None) -> jax.Array:
         x_BLC = TokenAttention(self.num_heads, False, self.implementation, self.dtype, name="attn")(x_BLC, mask_BL)
         return TokenMlp(self.dtype, name="mlp")(x_BLC)
 
@@ -283,7 +289,7 @@ class TemporalAttentionBlock(nn.Module):
     batch: int
 
     @nn.compact
-    def __call__(self, x_RHWC):
+    def __call__(self, x_RHWC: jax.Array) -> jax.Array:
         options, dtype, C = self.options, self.options.dtype, x_RHWC.shape[-1]
         h_RHWC = Conv(C, stride=2, dtype=dtype, name="down_conv")(x_RHWC)
         _, H, W, _ = h_RHWC.shape
@@ -298,8 +304,11 @@ class TemporalAttentionBlock(nn.Module):
 
 
 class Context(NamedTuple):
-    """What conditions a net's blocks: temb_BD; the text's tokens text_BLD, None for none; which of them there are,
-    mask_BL, None for all; keys_B of dropout, None for no dropout."""
+    """The conditions of a net's blocks.
+
+    text_BLD: the text's tokens, or None; mask_BL: which of them are attended to, None is all; keys_B: of dropout, or
+    None.
+    """
 
     temb_BD: jax.Array
     text_BLD: jax.Array | None
@@ -310,9 +319,9 @@ class Context(NamedTuple):
 class Stage(nn.Module):
     """One resolution, down or up: [R, H, W, c] -> ([R', H', W', width], the arrays that the way up joins to its own).
 
-    resnets: how many, each with options.attention layers after it. resample: "" for none; else the last convolution's,
-    'down' to half the sides or frames, 'up' to twice, 'same'.
-    skips: joined to the channels before each ResNet, in this order; none on the way down.
+    resnets: their number; options.attention layers follow each. resample: what the last convolution does, 'down' to
+    half the sides or frames, 'up' to twice, 'same'; "" if there is none.
+    skips: arrays joined to the channels before each ResNet, in this order; there are none on the way down.
     """
 
     options: Options
@@ -320,7 +329,9 @@ class Stage(nn.Module):
     resample: str
 
     @nn.compact
-    def __call__(self, x_RHWC, context: Context, skips=()):
+    def __call__(
+        self, x_RHWC: jax.Array, context: Context, skips: Sequence[jax.Array] = ()
+    ) -> tuple[jax.Array, list[jax.Array]]:
         options, outputs = self.options, []
         recomputed = nn.remat if options.remat else lambda module: module
         for i in range(self.resnets):
@@ -339,7 +350,8 @@ class Stage(nn.Module):
             outputs.append(x_RHWC)
         return x_RHWC, outputs
 
-    def resampled(self, x_RHWC, batch: int):
+    def resampled(self, x_RHWC: jax.Array, batch: int) -> jax.Array:
+        """Return the features at the next resolution; batch: the number of samples."""
         options, stride = self.options, 2 if self.resample == "down" else 1
         if not options.temporal:
             if self.resample == "up":

@@ -1,40 +1,39 @@
-"""The nets of a NestedUNet (nested/models/nested_unet.py) as data, and what they refuse: shapes that do not halve into
-one another, channels that norms and heads do not divide."""
+"""The nets of a NestedUNet (nested/models/nested_unet.py) as data, and their checks.
+
+Shapes must halve into one another, and norms and heads must divide the channels.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Annotated, Literal, get_args
 
 from nested.models.unet_blocks import ATTENTION_GROUPS, TEMPORAL_HEAD_WIDTH
 
-KINDS = ("spatial", "temporal")
+Kind = Literal["spatial", "temporal"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """One net of the nest, its own resolutions fine to coarse.
+    """One net of the nest, with its own resolutions fine to coarse.
 
-    channels, resnets: per resolution; ResNets of the way down, one more on the way up. attention, temporal_attention:
-    layers after each ResNet, per resolution; () for none. kind: 'spatial' or 'temporal', see above; only the latter has
-    temporal attention. resample: whether the resolution halves between one and the next, len(channels) - 1 of them; ()
-    for all. normalize_input: divide each image or frame by its standard deviation. attention_ffn: feed-forward in the
-    attention. micro: (name, default) of numbers the net is told. groups: of the ResNets' norms. dropout: in the
-    ResNets. rotary: positions in the temporal attention.
+    A 'temporal' net resamples frames, a 'spatial' one pixels; only the first has temporal attention.
+    Raises ValueError for options that do not fit each other.
     """
 
-    channels: tuple[int, ...]
-    resnets: tuple[int, ...]
-    attention: tuple[int, ...] = ()
-    temporal_attention: tuple[int, ...] = ()
-    kind: str = "spatial"
-    resample: tuple[bool, ...] = ()
-    normalize_input: bool = False
-    attention_ffn: bool = False
-    micro: tuple[tuple[str, float], ...] = ()
-    groups: int = 32
-    dropout: float = 0.0
-    rotary: bool = False
+    channels: Annotated[tuple[int, ...], "of each resolution, fine to coarse"]
+    resnets: Annotated[tuple[int, ...], "of each resolution on the way down; one more on the way up"]
+    attention: Annotated[tuple[int, ...], "attention layers after each ResNet, per resolution; (): none"] = ()
+    temporal_attention: Annotated[tuple[int, ...], "the same, over time; temporal nets only"] = ()
+    kind: Annotated[Kind, "what is resampled: pixels | frames"] = "spatial"
+    resample: Annotated[tuple[bool, ...], "whether each resolution halves to the next; (): all do"] = ()
+    normalize_input: Annotated[bool, "divide each image or frame by its standard deviation"] = False
+    attention_ffn: Annotated[bool, "a feed-forward in the attention"] = False
+    micro: Annotated[tuple[tuple[str, float], ...], "(name, default) of numbers that the net is told"] = ()
+    groups: Annotated[int, "of the ResNets' norms"] = 32
+    dropout: Annotated[float, "rate in the ResNets"] = 0.0
+    rotary: Annotated[bool, "rotary positions in the temporal attention"] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         count = len(self.channels)
         if not count or min((*self.channels, *self.resnets, self.groups)) < 1:
             raise ValueError(f"channels {self.channels}, resnets {self.resnets}, groups {self.groups}: expected 1 or "
@@ -45,8 +44,8 @@ class Net:
             if len(value) != expected and (value or name == "resnets"):
                 raise ValueError(f"{name} {value} has {len(value)} entries, expected {expected} for channels "
                                  f"{self.channels}")  # fmt: skip
-        if self.kind not in KINDS:
-            raise ValueError(f"kind {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
         if self.kind == "spatial" and any(self.temporal_attention):
             raise ValueError(f"temporal_attention {self.temporal_attention} in a net of kind 'spatial': expected ()")
         if self.rotary and not any(self.temporal_attention):
@@ -57,34 +56,16 @@ class Net:
             raise ValueError(f"dropout {self.dropout}, expected a rate in [0, 1)")
 
     def per_resolution(self, name: str) -> tuple:
-        """attention, temporal_attention or resample, with () spelt out."""
+        """Return attention, temporal_attention or resample, with () spelt out."""
         default = dict(resample=(True,) * (len(self.channels) - 1))
         return getattr(self, name) or default.get(name, (0,) * len(self.channels))
 
 
-def nets(options: Sequence[Mapping]) -> tuple[Net, ...]:
-    """The nets of a config, one mapping each, coarse to fine. Raises ValueError for unknown or missing names."""
-    fields = {field.name: field for field in dataclasses.fields(Net)}
-    result = []
-    for i, option in enumerate(options):
-        unknown = [name for name in option if name not in fields]
-        missing = [name for name in ("channels", "resnets") if name not in option]
-        if unknown or missing:
-            raise ValueError(f"nets[{i}]: unknown {unknown}, missing {missing}; choose from {', '.join(fields)}")
-        try:
-            result.append(Net(**{name: as_tuple(value) for name, value in option.items()}))
-        except ValueError as error:
-            raise ValueError(f"nets[{i}]: {error}") from error
-    return tuple(result)
+def check_shapes(nets: Sequence[Net], shapes: Sequence[tuple[int, ...]], num_heads: int) -> None:
+    """Raise ValueError unless the shapes fit the nets: each net ends where the one inside it begins.
 
-
-def as_tuple(value):
-    return tuple(as_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def check_shapes(nets, shapes, num_heads: int) -> None:
-    """Raises ValueError unless the shapes (height, width, channels) or (frames, height, width, channels), coarse to
-    fine, fit the nets: each ends where the one inside it begins. A grid is a shape without channels."""
+    shapes: (height, width, channels) or (frames, height, width, channels), coarse to fine.
+    """
     if len(shapes) != len(nets):
         raise ValueError(f"NestedUNet: {len(shapes)} resolution(s) {tuple(shapes)} for {len(nets)} nets; give one each")
     end = None
@@ -101,8 +82,11 @@ def check_shapes(nets, shapes, num_heads: int) -> None:
         end = end_of(net, shape[:-1], where)
 
 
-def end_of(net, grid: tuple[int, ...], where: str) -> tuple[int, ...]:
-    """The grid of the net's last resolution; a temporal net's one frame is not in it."""
+def end_of(net: Net, grid: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """Return the grid (a shape without channels) of the net's last resolution, without a temporal net's one frame.
+
+    Raises ValueError, beginning with `where`, for a grid that does not halve as the net needs it.
+    """
     temporal = net.kind == "temporal"
     if any(net.temporal_attention) and (grid[1] % 2 or grid[2] % 2):
         raise ValueError(f"{where}: temporal attention halves height and width; expected even ones")
@@ -118,8 +102,8 @@ def end_of(net, grid: tuple[int, ...], where: str) -> tuple[int, ...]:
     return grid[1:] if temporal else grid
 
 
-def check_channels(net, innermost: bool, num_heads: int, where: str) -> None:
-    """Raises ValueError where norms or heads do not divide a resolution's channels."""
+def check_channels(net: Net, innermost: bool, num_heads: int, where: str) -> None:
+    """Raise ValueError, beginning with `where`, if norms or heads do not divide a resolution's channels."""
     attention, temporal_attention = list(net.per_resolution("attention")), net.per_resolution("temporal_attention")
     attention[-1] += innermost  # the layer in the middle
     for channels, layers, temporal in zip(net.channels, attention, temporal_attention, strict=True):

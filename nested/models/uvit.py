@@ -18,13 +18,17 @@ An odd depth gives 2 (depth // 2) + 1 blocks, as there.
 
 import types
 from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from nested.models import layers
+from nested.models.backbone import Shape, TokenBackbone
 from nested.models.injection import Deconvolution, Injection, check_empty, kept_or_empty
+from nested.ops.attention import Attention
 
 VARIANTS = types.MappingProxyType({
     "S": types.MappingProxyType(dict(width=512, depth=12, num_heads=8)),
@@ -45,7 +49,7 @@ class Block(nn.Module):
     mlp_ratio: float
     qkv_bias: bool
     attention: str
-    dtype: jnp.dtype | None
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, skip_BLD: jax.Array | None = None) -> jax.Array:
@@ -61,69 +65,79 @@ class Block(nn.Module):
         return x_BLD + mlp(layer_norm(self.dtype, "norm2")(x_BLD))
 
 
-def layer_norm(dtype, name: str) -> nn.LayerNorm:
-    """torch's LayerNorm: eps 1e-5, two-pass variance; statistics in float32 or better."""
+def layer_norm(dtype: DTypeLike | None, name: str) -> nn.LayerNorm:
+    """Return torch's LayerNorm: eps 1e-5, two-pass variance; statistics in float32 or better."""
     return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
-class UViT(layers.Backbone):
+class UViT(TokenBackbone):
     """The backbone of one level whose variable is one array [B, h, w, c].
 
-    num_classes: labels 0..num_classes-1, null = num_classes; 0: no label token. text_dim, text_tokens: size and number
-        of the text encoder's vectors; 0: no text. conditions: (name, patch size) of each coarser level, in token order.
-    injection: 'append_tokens' or 'deconv_concat', how they enter; the latter joins them to the patch tokens after every
-        `inject_every`-th block by `inject_layers` linear layers (the draft: 2 and 2; both 0 with 'append_tokens') and
-        makes no use of their patch sizes. empty: what stands for one that is dropped: 'token', a learnable vector of
-        `width`, after its embedding; 'variable', a learnable vector of its channels, before it (RCG's fake latent).
-    mlp_ratio: hidden width of the MLP over `width`. time_mlp: two layers after the time embedding. skip: long skips.
-    final_conv: 3x3 convolution at the end. attention: 'xla' or 'cudnn'. remat: recompute each block in the backward
-        pass. dtype: of matrix products and activations, None for that of the input; parameters are float32.
+    num_classes: labels are 0..num_classes-1 and null is num_classes; 0: no label token. text_dim, text_tokens: size and
+        number of the text encoder's vectors; 0: no text. conditions: (name, patch size) of each coarser level, in token
+        order.
+    injection: 'deconv_concat' joins the coarser levels to the patch tokens after every `inject_every`-th block by
+        `inject_layers` linear layers (both must be 0 with 'append_tokens') and does not use their patch sizes.
+    empty: what stands for a dropped level: 'token', a learnable vector of `width`, after the level's embedding;
+        'variable', a learnable vector of its channels, before that (RCG's fake latent).
+    remat: whether each block is recomputed in the backward pass. dtype: of matrix products and activations; None is
+        that of the input. Parameters are float32.
     """
 
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4
-    qkv_bias: bool = False
+    width: Annotated[int, "channels of a token"] = 512
+    depth: Annotated[int, "the network has 2 (depth // 2) + 1 blocks"] = 12
+    num_heads: Annotated[int, "attention heads"] = 8
+    mlp_ratio: Annotated[float, "hidden width of the MLP over width"] = 4
+    qkv_bias: Annotated[bool, "whether q, k and v have a bias"] = False
     num_classes: int = 0
     text_dim: int = 0
     text_tokens: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
-    injection: str = "append_tokens"
-    inject_every: int = 0
-    inject_layers: int = 0
-    empty: str = "token"
-    time_mlp: bool = False
-    skip: bool = True
-    final_conv: bool = True
-    attention: str = "xla"
+    injection: Annotated[
+        Literal["append_tokens", "deconv_concat"],
+        "how coarser levels enter (CVPR | ICLR)",
+    ] = "append_tokens"
+    inject_every: Annotated[int, "deconv_concat: after every so many blocks; ICLR: 2"] = 0
+    inject_layers: Annotated[int, "deconv_concat: linear layers at each place; ICLR: 2"] = 0
+    empty: Annotated[Literal["token", "variable"], "what is learned in place of a dropped level"] = "token"
+    time_mlp: Annotated[bool, "two layers after the time embedding"] = False
+    skip: Annotated[bool, "long skip connections"] = True
+    final_conv: Annotated[bool, "a 3x3 convolution at the end"] = True
+    attention: Annotated[Attention, "cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
     remat: bool = False
-    dtype: jnp.dtype | None = None
+    dtype: DTypeLike | None = None
+
+    takes_text: ClassVar[bool] = True
+
+    @classmethod
+    def text_options(cls, width: int, max_tokens: int) -> dict[str, int]:
+        return dict(text_dim=width, text_tokens=max_tokens)
 
     @property
     def num_extra_tokens(self) -> int:
-        """Tokens before the patches: label, time, text."""
+        """The number of tokens before the patches: label, time, text."""
         return (self.num_classes > 0) + 1 + self.text_tokens
 
-    def num_tokens(self, shape: tuple[int, int, int]) -> int:
-        """Tokens of a variable of this shape (h, w, c), without those of its conditions."""
-        return shape[0] * shape[1] // self.patch_size**2
-
-    def check_shape(self, shape) -> None:
-        """As every backbone's, and what can be said of the options before there are inputs."""
+    def check_shape(self, shape: Shape) -> None:
+        """Raise ValueError unless the shape divides into patches and the options fit each other."""
         super().check_shape(shape)
         self.check_options()
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, jax.Array], *, train: bool):
-        """[B, h, w, c] like x. c_noise_B: the time as the network is told it (U-ViT: 0..1000). cond: 'label' [B] int,
-        'text' [B, T, C], each condition by its name [B, h, w, c] and, optional, 'keep_NAME' [B] bool. A 'text_mask'
-        beside 'text' is allowed and not looked at.
+    def __call__(self, x_BHWC: jax.Array, c_noise_B: jax.Array, cond: Mapping[str, Any], *, train: bool) -> jax.Array:
+        """Return [B, h, w, c] like x.
 
-        `train` is part of the contract of backbones; U-ViT has no dropout and does the same either way.
-        ValueError: a condition is missing or unknown, a shape does not divide, a condition's grid is larger than the
-        tokens' (deconv_concat), the tokens are not those of the params, options that contradict each other.
+        Args:
+            x_BHWC: the noisy variable.
+            c_noise_B: the time as the network is told it (U-ViT: 0..1000).
+            cond: 'label' [B] int, 'text' [B, T, C], each condition by its name [B, h, w, c] and, optional, 'keep_NAME'
+                [B] bool. A 'text_mask' beside 'text' is allowed but not read.
+            train: part of the contract of backbones; without dropout it changes nothing.
+
+        Raises:
+            ValueError: if a condition is missing or unknown, a shape does not divide, a condition's grid is larger than
+                that of the tokens (deconv_concat), the parameters are for another number of tokens, or options
+                contradict each other.
         """
         self.check(x_BHWC, cond)
         patches_BND = layers.PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(x_BHWC)
@@ -151,8 +165,8 @@ class UViT(layers.Backbone):
         patches_BND = layer_norm(self.dtype, "norm")(x_BLD[:, start : start + patches_BND.shape[1]])
         return self.decode(patches_BND, x_BHWC.shape).astype(x_BHWC.dtype)
 
-    def extra_tokens(self, c_noise_B, cond, dtype) -> list[jax.Array]:
-        """The tokens before the patches, each [B, 1 or T, D]: label, time, text."""
+    def extra_tokens(self, c_noise_B: jax.Array, cond: Mapping[str, Any], dtype: DTypeLike) -> list[jax.Array]:
+        """Return the tokens before the patches, each [B, 1 or T, D]: label, time, text."""
         time_BD = layers.timestep_embedding(c_noise_B, self.width).astype(dtype)
         if self.time_mlp:
             time_BE = nn.silu(self.dense(4 * self.width, "time_embed_0")(time_BD))
@@ -168,8 +182,8 @@ class UViT(layers.Backbone):
             tokens.append(self.dense(self.width, "context_embed")(cond["text"].astype(dtype)))
         return tokens
 
-    def embedded_conditions(self, cond, shape) -> list[jax.Array]:
-        """Each coarser level as [B, its own patches, D], or with deconv_concat as [B, this level's patches, D]."""
+    def embedded_conditions(self, cond: Mapping[str, Any], shape: tuple[int, ...]) -> list[jax.Array]:
+        """Return each coarser level as [B, its own patches, D]; with deconv_concat as [B, this level's patches, D]."""
         embedded, grid = [], (shape[1] // self.patch_size, shape[2] // self.patch_size)
         for name, patch_size in self.conditions:
             if self.injection == "append_tokens":
@@ -185,8 +199,8 @@ class UViT(layers.Backbone):
                 embedded.append(kept_or_empty(embed(z_BHWC), empty, cond, name))
         return embedded
 
-    def injected(self, x_BLD, blocks_done: int, c_BNE: jax.Array | None) -> jax.Array:
-        """The tokens after `blocks_done` blocks, with the conditions' features joined to the patches in their turn."""
+    def injected(self, x_BLD: jax.Array, blocks_done: int, c_BNE: jax.Array | None) -> jax.Array:
+        """Return the tokens after `blocks_done` blocks; after every inject_every-th the conditions join the patches."""
         if c_BNE is None or blocks_done % self.inject_every:
             return x_BLD
         injection = nn.remat(Injection) if self.remat else Injection
@@ -194,7 +208,8 @@ class UViT(layers.Backbone):
         extras_BSD, patches_BND = jnp.split(x_BLD, [self.num_extra_tokens], axis=1)
         return jnp.concatenate([extras_BSD, inject(patches_BND, c_BNE)], axis=1)
 
-    def position_embedding(self, num_tokens: int, shape) -> jax.Array:
+    def position_embedding(self, num_tokens: int, shape: tuple[int, ...]) -> jax.Array:
+        """Return the learned positions [1, num_tokens, D]; ValueError if the parameters hold another number."""
         if self.has_variable("params", "pos_embed"):
             held = self.get_variable("params", "pos_embed").shape[1]
             if held != num_tokens:
@@ -204,7 +219,8 @@ class UViT(layers.Backbone):
                 )
         return self.param("pos_embed", nn.initializers.normal(0.02), (1, num_tokens, self.width))
 
-    def decode(self, patches_BND, shape) -> jax.Array:
+    def decode(self, patches_BND: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Return the output [B, h, w, c] of the patch tokens; shape: that of the input."""
         _, height, width, channels = shape
         p = self.patch_size
         pixels_BNP = self.dense(p * p * channels, "decoder_pred")(patches_BND)
@@ -217,10 +233,11 @@ class UViT(layers.Backbone):
         return x_BHWC
 
     def dense(self, features: int, name: str) -> nn.Dense:
+        """Return a linear layer that starts at N(0, .02^2)."""
         return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
 
-    def check(self, x_BHWC, cond) -> None:
-        """One line about what does not fit, before flax or XLA say it at length."""
+    def check(self, x_BHWC: Any, cond: Mapping[str, Any]) -> None:
+        """Raise ValueError, in one line, for inputs that do not fit: flax and XLA would say it at length."""
         self.check_options()
         names = [name for name, _ in self.conditions]
         required = ["label"] * (self.num_classes > 0) + ["text"] * (self.text_tokens > 0) + names
@@ -247,7 +264,7 @@ class UViT(layers.Backbone):
                                  "that deconv_concat joins it to; give this level a smaller patch_size")  # fmt: skip
 
     def check_options(self) -> None:
-        """What can be said of the options alone."""
+        """Raise ValueError for options that do not fit each other."""
         if self.width % self.num_heads:
             raise ValueError(f"U-ViT: width {self.width} is not divisible by num_heads {self.num_heads}")
         if (self.text_dim > 0) != (self.text_tokens > 0):
@@ -265,10 +282,16 @@ class UViT(layers.Backbone):
 def resize_position_embedding(
     params: Mapping, old_grid: tuple[int, int], new_grid: tuple[int, int], extras: int
 ) -> dict:
-    """The params with pos_embed's patch positions resampled (bicubic) to another grid, for another resolution.
+    """Return the parameters for another resolution: the patch positions of pos_embed resampled (bicubic).
 
-    old_grid, new_grid: (rows, columns) of patches. extras: tokens before the patches (UViT.num_extra_tokens); those
-    and the coarser levels' tokens after the patches are kept. ValueError: pos_embed is too short for old_grid.
+    Args:
+        params: a U-ViT's parameters.
+        old_grid, new_grid: (rows, columns) of patches.
+        extras: the number of tokens before the patches (UViT.num_extra_tokens). Their positions, and those of the
+            coarser levels' tokens after the patches, are kept.
+
+    Raises:
+        ValueError: if pos_embed is too short for old_grid.
     """
     pos_1LD = params["pos_embed"]
     end = extras + old_grid[0] * old_grid[1]

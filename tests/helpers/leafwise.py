@@ -9,12 +9,12 @@ import numpy as np
 
 from nested.diffusion import hierarchy, process, samplers, schedules
 from nested.diffusion.level import Level, row_keys
-from nested.models import layers
+from nested.models.backbone import Backbone
 
 SHAPES = ((2, 2, 1), (4, 4, 1))
 
 
-class Leafwise(layers.Backbone):
+class Leafwise(Backbone):
     """Of each leaf: gain x + bias + the time, whatever its rows; of the text, the kept tokens' sum."""
 
     sees_text: bool = False

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from nested.diffusion import process, samplers, schedules
 from nested.diffusion.level import Level, row_keys
-from nested.models import layers
+from nested.models.backbone import Backbone
 
 
-class Probe(layers.Backbone):
+class Probe(Backbone):
     """A backbone whose output shows its conditions: bias + sum of kept conditions' means + label."""
 
     conditions: tuple = ()

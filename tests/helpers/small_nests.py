@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested.models.nested_unet import NestedUNet, Net
+from nested.models.nested_unet import NestedUNet
+from nested.models.unet_nets import Net
 
 INNER = Net((32,), (1,), (1,), attention_ffn=True, micro=(("scale", 8.0), ("score", 0.5)), groups=8)
 OUTER = Net((16, 32), (1, 1), groups=8)
