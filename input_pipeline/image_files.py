@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.decoded import JSON_ERRORS, Decoded, choose_classes, is_text, read_file, some
-from input_pipeline.options import ClassOptions, FileOptions, IndexOptions, SplitOptions
+from input_pipeline.options import ClassOptions, ColorOptions, FileOptions, IndexOptions, SplitOptions
 from input_pipeline.sources import Record, fingerprint_of
 from input_pipeline.tars import read_or_make_index
 from input_pipeline.transforms import DECODE_ERRORS, check_channels, decode_image
@@ -186,7 +186,7 @@ class ImageFolderSource(Folder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tfds(SplitOptions, ClassOptions, IndexOptions):
+class Tfds(ColorOptions, SplitOptions, ClassOptions, IndexOptions):
     """A split of a data set prepared by TFDS as ArrayRecord files, read without TensorFlow.
 
     Its feature "image" is a tfds.features.Image, "label" a ClassLabel or absent (num_classes 0).
@@ -195,14 +195,11 @@ class Tfds(SplitOptions, ClassOptions, IndexOptions):
     split: as TFDS spells it: "train", "train[:10%]".
     classes: the chosen classes have the labels 0, 1, ... in sorted order. To find them every record is read once.
     index_dir: where the labels are kept then (tars.py).
-    channels: 3 (RGB) or 1 (grey), whatever the files hold.
 
     open() raises: FileNotFoundError if path is not a prepared data set; ValueError for another file format, other
       features and an unknown split or class; when reading, ValueError for an example without a label (-1, as in test
       splits).
     """
-
-    channels: int = 3
 
     def open(self) -> "TfdsSource":
         return TfdsSource(self)

@@ -50,11 +50,17 @@ class PathOptions(ImageSourceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileOptions(PathOptions):
-    """Sources whose images or clips are decoded when they are read, see decoded.py."""
+class ColorOptions(PathOptions):
+    """Sources whose images are converted as they are decoded. channels: 1 (grey) or 3 (RGB)."""
+
+    channels: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(ColorOptions):
+    """Sources whose images or clips are decoded when they are read, and where some may be bad, see decoded.py."""
 
     max_bad_images: Annotated[int, "files that cannot be decoded; more than this number are an error"] = 0
-    channels: int = 3  # 1 (grey) or 3 (RGB), whatever the files hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,7 @@ class SplitOptions(PathOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassOptions(PathOptions):
-    """Sources that can read some of their classes only."""
+    """Sources that can read only some of their classes."""
 
     classes: Annotated[str, "a text file of class names, one per line, to read only those classes; '': all"] = ""
 
