@@ -21,7 +21,3 @@ def __getattr__(name: str) -> Any:
     from nested import run
 
     return getattr(run, name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -13,8 +13,8 @@ from nested.modes import evaluate, sample
 
 def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch, capsys):
     """Against the images of the split that scores are against; the file is named by its content."""
-    generator, source = fake_scoring(8, unguided=False)
-    generator.config.evaluate.split = "val2014"
+    config, generator, source = fake_scoring(8, unguided=False)
+    config.evaluate.split = "val2014"
     file, opened = tmp_path / "w.npz", []
     np.savez(file, a=np.zeros(1))
 
@@ -29,7 +29,7 @@ def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch,
     monkeypatch.setattr(build_data, "images", read)
     monkeypatch.setattr(build_data, "latents", None)  # would encode
     monkeypatch.setattr(sample, "open_generator", fake_opened)
-    evaluate.run(generator.config, str(tmp_path), str(file))
+    evaluate.run(config, str(tmp_path), str(file))
     assert opened == [("val2014", str(file))]
     row = json.loads((tmp_path / "scores.json").read_text())[0]
     assert row["step"] == 0 and row["weights"] == weights_identity(str(file)) and len(row["weights"]) == 16
@@ -38,7 +38,7 @@ def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch,
 
 
 def test_what_cannot_be_scored_is_said_before_training(monkeypatch, tmp_path):
-    config = fake_scoring(8, unguided=False)[0].config
+    config = fake_scoring(8, unguided=False)[0]
     evaluate.check_evaluation(config)
     config.evaluate.split = "no such"
 

@@ -1,7 +1,6 @@
 """Pictures: every pixel of a grid, captions, curves by their figure, and files that are whole or absent."""
 
 import os
-import types
 
 import numpy as np
 import pytest
@@ -347,9 +346,8 @@ def test_pictures_of_clips_and_their_prompts(tmp_path):
     """What sample.py writes of clips: rows of frames, an animation of all, a line per prompt."""
     config = common.default()
     config.sample.update(columns=2, scale=2)
-    generator = types.SimpleNamespace(config=config, prompts=("a cat", "a dog"))
     clips = np.random.default_rng(0).integers(0, 255, (3, 4, 8, 8, 3), dtype=np.uint8)
-    paths = sample.save_sample_pictures(generator, clips, str(tmp_path / "clips"))
+    paths = sample.save_sample_pictures(config, clips, ("a cat", "a dog"), str(tmp_path / "clips"))
     assert [path.rpartition(".")[2] for path in paths] == ["png", "webp", "txt"]
     assert (tmp_path / "clips.txt").read_text().splitlines() == ["0\ta cat", "1\ta dog", "2\ta cat"]
     with Image.open(paths[1]) as animation:

@@ -257,7 +257,7 @@ def test_a_generator_shows_every_resolution():
     params = {f"bias_{i}": jnp.full(1, bias) for i, bias in enumerate(biases)}
     params = {"x": params | {"gain_0": jnp.zeros(1), "gain_1": jnp.zeros(1)}}
     made = latents_of_images((level_source("x", "pixels", SHAPES),), (4, 4, 1))
-    gen = sampling.Generator(get_config("nest"), (level,), made, partition.make_mesh(1, 1), None, None)
+    gen = sampling.make_generator((level,), made, partition.make_mesh(1, 1), seed=0, batch_size=1, num_classes=10)
     for number, times in ((3, (1.0, 0.334, 1e-3)), (9, (1.0, 0.667, 0.334, 1e-3))):
         steps = gen.steps(params, 0, number)
         assert len(steps) == len(times)

@@ -17,7 +17,6 @@ from nested.build.levels import build_levels
 from nested.modes import evaluate, sample, sweep, train
 from nested.runtime import partition
 from nested.runtime.writers import read_metrics
-from nested.sampling import generator as sampling
 
 
 def config_of(kind, *changes):
@@ -70,10 +69,10 @@ def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, c
 
 def test_a_noise_level_that_there_is_not_is_refused():
     config = config_of("cascade", ("evaluate.sweep", (("hierarchy.cond_noise_step", (0, 2000)),)))
-    gen = sampling.make_generator(
+    gen = sample.build_generator(
         config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
     )
-    refused(sweep.build_combinations, gen, match="condition noise: noise_step 2000 is outside 0 to 1000")
+    refused(sweep.build_combinations, config, gen, match="condition noise: noise_step 2000 is outside 0 to 1000")
 
 
 # --- main.py ---------------------------------------------------------------------------------------------------------

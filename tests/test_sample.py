@@ -51,7 +51,7 @@ class Decoder:
 
 def make_generator(config, mesh):
     """The latents' stand-in decodes a quarter of z: most of what an untrained net says is then within the range."""
-    return sampling.make_generator(config, build_levels(config), Decoder(0.25), mesh)
+    return sample.build_generator(config, build_levels(config), Decoder(0.25), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,7 @@ def test_sample_i_does_not_depend_on_the_batch_size(drawn, params, mesh):
 
 def test_batches_are_decoded_in_slices(drawn, params, mesh):
     generator, images = drawn
-    decoder, programs = Decoder(0.25, most=2), generator.programs
-    slow = sampling.make_generator(generator.config, generator.levels, decoder, mesh, programs=programs)
+    slow = dataclasses.replace(generator, latents=Decoder(0.25, most=2)).with_levels(generator.levels)
     np.testing.assert_array_equal(slow.images(params, 4, "tests"), images[:4])
 
 
@@ -113,8 +112,8 @@ def test_keys_and_labels_follow_the_index():
     np.testing.assert_array_equal(
         jax.random.key_data(keys[1]), jax.random.key_data(jax.random.fold_in(jax.random.key(5), 7))
     )
-    np.testing.assert_array_equal(requests.sample_labels(CLASSES, [0, 1, 2, 3, 7]), [0, 1, 2, 0, 1])
-    np.testing.assert_array_equal(requests.sample_labels(0, [0, 5]), [0, 0])  # no classes
+    np.testing.assert_array_equal(requests.choose_labels(CLASSES, [0, 1, 2, 3, 7]), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(requests.choose_labels(0, [0, 5]), [0, 0])  # no classes
 
 
 def test_labels_reach_the_network(drawn, params):
@@ -150,7 +149,7 @@ def test_levels_of_equal_programs_are_compiled_once(mesh):
     config.levels = tuple(ConfigDict(dict(equal, name=name)) for name in ("za", "zb", "zc"))
     config.hierarchy.label_levels = ("za", "zb", "zc")
     levels = build_levels(config)
-    generator = sampling.make_generator(config, levels, Decoder(1.0), mesh)
+    generator = sample.build_generator(config, levels, Decoder(1.0), mesh)
     init = jax.jit(lambda key: hierarchy.init(levels, key), compiler_options={"xla_backend_optimization_level": 0})
     params = init(jax.random.key(0))
     images = generator.images(params, 4, "tests")
@@ -169,7 +168,6 @@ def test_levels_of_equal_programs_are_compiled_once(mesh):
 
 def fake_generator(batch_size, names=("z3", "z2", "x")):
     """Its images say which sample each level was given and which label: z3, z2, x (mod 251) and the label."""
-    config = tiny_config(batch_size)
 
     def draw_variables(params, indices, context, fixed):
         assert all(of_level.shape == (batch_size,) for of_level in indices.values())
@@ -177,7 +175,7 @@ def fake_generator(batch_size, names=("z3", "z2", "x")):
         return {names[-1]: np.stack(parts, axis=1).astype(np.uint8).reshape(batch_size, 2, 2, 1)}
 
     levels = tuple(types.SimpleNamespace(name=name) for name in names)
-    return sampling.Generator(config, levels, None, None, draw_variables, lambda z: z)
+    return sampling.Generator(levels, None, None, 0, batch_size, CLASSES, draw_variables, lambda z: z)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
@@ -211,7 +209,7 @@ def test_show_writes_the_pictures_of_a_run(drawn, params, tmp_path):
     generator, images = drawn
     (tmp_path / "metrics.jsonl").write_text("")  # a run that was complete when it was started again
     expected = [str(tmp_path / name) for name in ("samples.png", "hierarchy.png", "curves.png")]
-    assert sample.save_run_pictures(generator, params, str(tmp_path)) == expected[:2]
+    assert sample.save_run_pictures(tiny_config(), generator, params, str(tmp_path)) == expected[:2]
     grid = np.asarray(Image.open(expected[0]))
     np.testing.assert_array_equal(grid, pictures.image_grid(images[:6], columns=3, scale=1))
     assert Image.open(expected[1]).height > 4 * 4  # two groups of two rows
@@ -220,15 +218,12 @@ def test_show_writes_the_pictures_of_a_run(drawn, params, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/x": 1.0}\n{"step": 2, "loss/x": 0.5}\n')
     single = dataclasses.replace(
         generator,
-        config=config,
         levels=generator.levels[1:],
         draw_variables=lambda *a: {"x": images[:4]},
         decode=lambda z: z,
     )
-    assert sample.save_run_pictures(single, params, str(tmp_path)) == [
-        expected[0],
-        expected[2],
-    ]  # no hierarchy of one level
+    paths = sample.save_run_pictures(config, single, params, str(tmp_path))
+    assert paths == [expected[0], expected[2]]  # no hierarchy of one level
     assert Image.open(expected[2]).width > 100
 
 
@@ -267,14 +262,14 @@ def test_rechunk():
     assert [chunk.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4], [0, 1]]
 
 
-def scored(generator, source, folder, step):
-    scorer = evaluate.build_scorer(generator.config, source, str(folder))
-    return score_generator(scorer, generator, None, step, generator.config.evaluate.unguided)
+def scored(config, generator, source, folder, step):
+    scorer = evaluate.build_scorer(config, source, str(folder))
+    return score_generator(scorer, generator, None, step, config.evaluate.unguided)
 
 
 def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
-    generator, source = fake_scoring(30)
-    guided, unguided = scored(generator, source, tmp_path, step=9)
+    config, generator, source = fake_scoring(30)
+    guided, unguided = scored(config, generator, source, tmp_path, step=9)
     assert guided.guided and guided.guidance == (0.5, 0.3) and not unguided.guided and unguided.guidance == (0.0, 0.0)
     assert abs(guided.fd) < 1e-9 and guided.num_samples == guided.num_reference == 30 and guided.step == 9
     shift = 50 / 255 * np.random.default_rng(0).normal(size=(16, 5)).sum(0)  # equal covariances: |mu_1 - mu_2|^2
@@ -286,13 +281,13 @@ def test_the_data_score_zero_and_other_images_do_not(pooler, tmp_path):
 
 @pytest.mark.parametrize("guidance, unguided", [((0.5, 0.3), False), ((0.0, 0.0), True)])
 def test_the_unguided_score_only_where_asked_for_and_different(pooler, tmp_path, guidance, unguided):
-    generator, source = fake_scoring(8, guidance, unguided)
-    (score,) = scored(generator, source, tmp_path, step=1)
+    config, generator, source = fake_scoring(8, guidance, unguided)
+    (score,) = scored(config, generator, source, tmp_path, step=1)
     assert score.guidance == guidance
 
 
 def test_reference_features_are_kept(pooler, tmp_path):
-    generator, source = fake_scoring(30)
+    _, _, source = fake_scoring(30)
     features = reference_features(source, pooler, 10, 4, str(tmp_path))
     every_third = np.stack([record["image"] for record in source[::3]])
     np.testing.assert_array_equal(features, Pooler().pooled(every_third))
@@ -305,10 +300,10 @@ def test_reference_features_are_kept(pooler, tmp_path):
 
 @pytest.mark.parametrize("key", ["num_samples", "num_reference"])
 def test_too_few_to_score_is_refused(pooler, tmp_path, key):
-    generator, source = fake_scoring(8)
-    generator.config.evaluate[key] = 1
+    config, generator, source = fake_scoring(8)
+    config.evaluate[key] = 1
     with pytest.raises(ValueError, match=f"{key} 1.* a distance needs 2 or more of each") as error:
-        scored(generator, source, tmp_path, step=1)
+        scored(config, generator, source, tmp_path, step=1)
     assert "\n" not in str(error.value)
 
 
@@ -322,12 +317,12 @@ def test_write_scores(tmp_path):
 
 
 def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):
-    generator, source = fake_scoring(8, unguided=False)
+    config, generator, source = fake_scoring(8, unguided=False)
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (source, None))
     monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (generator, None, 7))
-    evaluate.run(generator.config, str(tmp_path))
+    evaluate.run(config, str(tmp_path))
     assert json.loads((tmp_path / "scores.json").read_text())[0]["step"] == 7
     assert "FD-EffLite0 0.00" in capsys.readouterr().out
-    generator.config.evaluate.num_samples = 0
+    config.evaluate.num_samples = 0
     with pytest.raises(ValueError, match="evaluate.num_samples is 0, so nothing would be scored"):
-        evaluate.run(generator.config, str(tmp_path))
+        evaluate.run(config, str(tmp_path))

@@ -21,18 +21,17 @@ from nested.evaluation.report import Score
 from nested.figures import curves as plots
 from nested.modes import evaluate, sample, sweep
 from nested.runtime import partition
-from nested.sampling import generator as sampling
 
 
 def generator(config):
-    return sampling.make_generator(
+    return sample.build_generator(
         config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
     )
 
 
 def swept(*pairs, depth=2, **changes):
-    """The generator of a config with this sweep."""
-    return generator(config_of(depth, evaluate__sweep=pairs, **changes))
+    """A config with this sweep."""
+    return config_of(depth, evaluate__sweep=pairs, **changes)
 
 
 def unlabelled(config):
@@ -55,9 +54,10 @@ class Measure:
         return Score(True, tuple(level.guidance for level in gen.levels), fd, fd / 100, 8, 8, 32, step)
 
 
-def run(gen, measure, workdir, step=1):
-    """Scores the sweep of a generator -> the rows of sweep.json."""
-    sweep.score_combinations(gen, None, sweep.build_combinations(gen), measure, step, str(workdir))
+def run(config, measure, workdir, step=1):
+    """Scores the sweep of a config -> the rows of sweep.json."""
+    gen = generator(config)
+    sweep.score_combinations(config, gen, None, sweep.build_combinations(config, gen), measure, step, str(workdir))
     return rows_of(workdir)
 
 
@@ -69,9 +69,11 @@ def rows_of(workdir):
 
 
 def test_every_combination_is_scored_in_order(tmp_path):
-    gen = swept(("guidance", (0.0, (1, 0.25))), ("hierarchy.noise_gamma", (0, 0.3, "inf")), ("sampler.steps", (2, 3)))
+    config = swept(
+        ("guidance", (0.0, (1, 0.25))), ("hierarchy.noise_gamma", (0, 0.3, "inf")), ("sampler.steps", (2, 3))
+    )
     measure = Measure()
-    rows = run(gen, measure, tmp_path)
+    rows = run(config, measure, tmp_path)
     found = [(a.guidance, b.guidance, a.noise_gamma, a.sampler.steps) for a, b in measure.levels]
     assert found == [(*w, gamma, n) for w in ((0, 0), (1, 0.25)) for gamma in (0, 0.3, np.inf) for n in (2, 3)]
     assert [row["fd"] for row in rows] == list(range(1, 13))
@@ -83,15 +85,16 @@ def test_every_combination_is_scored_in_order(tmp_path):
 
 def test_scores_of_another_weight_file_are_not_taken_over(tmp_path):
     """Every weight file is step 0 of the same config."""
-    gen = swept(("sampler.steps", (2, 3)))
-    todo = sweep.build_combinations(gen)
+    config = swept(("sampler.steps", (2, 3)))
+    gen = generator(config)
+    todo = sweep.build_combinations(config, gen)
     for file, fds in (("aa", [1.0, 2.0]), ("bb", [1.0, 2.0]), ("bb", [1.0, 2.0])):
         measure = Measure()
 
         def measured(*arguments, measure=measure, file=file):
             return dataclasses.replace(measure(*arguments), weights=file)
 
-        sweep.score_combinations(gen, None, todo, measured, 0, str(tmp_path), file)
+        sweep.score_combinations(config, gen, None, todo, measured, 0, str(tmp_path), file)
         assert [(row["fd"], row["weights"]) for row in rows_of(tmp_path)] == [(fd, file) for fd in fds]
     assert measure.levels == []  # the third took over the rows of the second
 
@@ -125,8 +128,10 @@ def test_what_can_be_guided_can_lose_a_condition():
 
 
 def test_noise_options_reach_the_levels():
-    gen = swept(("hierarchy.noise_scale", ("variance", "std")), ("hierarchy.noise_resample", (False, True)))
-    found = [(one.levels[1].noise_scale, one.levels[1].noise_resample) for one in sweep.build_combinations(gen)]
+    config = swept(("hierarchy.noise_scale", ("variance", "std")), ("hierarchy.noise_resample", (False, True)))
+    gen = generator(config)
+    todo = sweep.build_combinations(config, gen)
+    found = [(one.levels[1].noise_scale, one.levels[1].noise_resample) for one in todo]
     assert found == [("variance", False), ("variance", True), ("std", False), ("std", True)]
     assert gen.levels[1].noise_scale == "variance"  # the generator's own levels stay
 
@@ -134,11 +139,11 @@ def test_noise_options_reach_the_levels():
 @pytest.mark.parametrize(
     "pairs, message",
     [
-        (("guidance",), "config.evaluate.sweep: 'guidance' is no pair (option, values); give pairs, as "),
-        ((("guidance", 0.5),), "config.evaluate.sweep: ('guidance', 0.5) is no pair (option, values)"),
+        (("guidance",), "config.evaluate.sweep: 'guidance' is not a pair (option, values); give pairs, as "),
+        ((("guidance", 0.5),), "config.evaluate.sweep: ('guidance', 0.5) is not a pair (option, values)"),
         ((("guidance", (0.5,)),), "config.evaluate.sweep: guidance has values (0.5,); give two or more different ones"),
         ((("guidance", (0.5, 0.5)),), "guidance has values (0.5, 0.5); give two or more different ones"),
-        (((3, (1, 2)),), "config.evaluate.sweep: (3, (1, 2)) is no pair (option, values)"),
+        (((3, (1, 2)),), "config.evaluate.sweep: (3, (1, 2)) is not a pair (option, values)"),
         ((("guidance", (0.5, "inf")),), "config.evaluate.sweep: 'inf' given for guidance, expected float"),
         ((("guidance", (0.5, "1")),), "config.evaluate.sweep: '1' given for guidance, expected float; choose from gui"),
         ((("guidance", (0.5, True)),), "config.evaluate.sweep: True given for guidance, expected float"),
@@ -160,7 +165,7 @@ def test_noise_options_reach_the_levels():
 )
 def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch):
     config = config_of(2, evaluate__sweep=pairs)
-    gen = types.SimpleNamespace(config=config, levels=build_levels(config), text=None)
+    gen = types.SimpleNamespace(levels=build_levels(config), text=None)
     monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (gen, None, 1))
     monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (None, None))
     monkeypatch.setattr(evaluate, "build_scorer", None)
@@ -176,32 +181,31 @@ def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch
 )
 def test_sweeps_of_what_changes_nothing_are_refused(pair, message):
     config = unlabelled(config_of(1, evaluate__sweep=(pair,)))
-    gen = types.SimpleNamespace(config=config, levels=build_levels(config), text=None)
-    refused(sweep.build_combinations, gen, match=message)
+    gen = types.SimpleNamespace(levels=build_levels(config), text=None)
+    refused(sweep.build_combinations, config, gen, match=message)
 
 
 def test_a_level_that_nothing_conditions_is_not_guided_by_name():
-    gen = generator(unlabelled(config_of(2, evaluate__sweep=(("x2.guidance", (0.0, 0.5)),))))
-    refused(
-        sweep.build_combinations, gen, match="config.levels[0].guidance is 0.5 but nothing conditions x2: set it to 0"
-    )
+    config = unlabelled(config_of(2, evaluate__sweep=(("x2.guidance", (0.0, 0.5)),)))
+    message = "config.levels[0].guidance is 0.5 but nothing conditions x2: set it to 0"
+    refused(sweep.build_combinations, config, generator(config), match=message)
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_that_was_killed_keeps_its_rows(tmp_path):
-    gen = swept(("guidance", (0.0, 1.0)), ("sampler.steps", (2, 3)))
+    config = swept(("guidance", (0.0, 1.0)), ("sampler.steps", (2, 3)))
     with pytest.raises(KeyboardInterrupt):
-        run(gen, Measure(limit=3), tmp_path)
+        run(config, Measure(limit=3), tmp_path)
     assert [row["fd"] for row in rows_of(tmp_path)] == [1, 2, 3] and not (tmp_path / "sweep.md").exists()
     measure = Measure()
-    rows = run(gen, measure, tmp_path)
+    rows = run(config, measure, tmp_path)
     ((coarse, fine),) = measure.levels
     assert (coarse.guidance, fine.sampler.steps) == (1.0, 3)
     assert [row["fd"] for row in rows] == [1, 2, 3, 1] and len((tmp_path / "sweep.md").read_text().splitlines()) == 6
     measure = Measure()
-    assert run(gen, measure, tmp_path) == rows and measure.levels == []
+    assert run(config, measure, tmp_path) == rows and measure.levels == []
     same = swept(("sampler.steps", (2, 3)), ("guidance", ((0, 0), (1, 1))))  # the same configs in other words
     found = run(same, measure, tmp_path)
     assert [row["fd"] for row in found] == [1, 3, 2, 1] and measure.levels == []
@@ -211,7 +215,7 @@ def test_a_sweep_that_was_killed_keeps_its_rows(tmp_path):
 def test_only_rows_of_the_same_step_and_config_are_taken(tmp_path):
     pair = ("sampler.steps", (2, 3))
     run(swept(pair), Measure(), tmp_path)
-    for gen, step, new in (
+    for config, step, new in (
         (swept(("sampler.steps", (3, 4, 2))), 1, [4]),  # a value more
         (swept(pair), 2, [2, 3]),
         (swept(pair, evaluate__num_samples=9), 2, [2, 3]),
@@ -219,7 +223,7 @@ def test_only_rows_of_the_same_step_and_config_are_taken(tmp_path):
         (swept(pair, evaluate__num_samples=9, hierarchy__noise_gamma=0.5, search__sigmas=()), 2, []),
     ):
         measure = Measure()
-        run(gen, measure, tmp_path, step)
+        run(config, measure, tmp_path, step)
         assert [coarse.sampler.steps for coarse, _ in measure.levels] == new
 
 
@@ -235,8 +239,8 @@ def figures(monkeypatch):
 
 
 def test_the_option_with_the_most_values_lies_along_x(tmp_path, figures):
-    gen = swept(("guidance", (0.0, 1.0)), ("sampler.steps", (2, 5, 9)), ("hierarchy.noise_gamma", (0.0, "inf")))
-    rows = run(gen, Measure(), tmp_path)
+    config = swept(("guidance", (0.0, 1.0)), ("sampler.steps", (2, 5, 9)), ("hierarchy.noise_gamma", (0.0, "inf")))
+    rows = run(config, Measure(), tmp_path)
     for axis, key in zip(figures[0].axes, ("fd", "kid"), strict=True):
         assert axis.get_xlabel() == "sampler.steps"
         scores = np.reshape([row[key] for row in rows], (2, 3, 2))

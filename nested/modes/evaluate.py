@@ -149,11 +149,11 @@ def run(config: Config, workdir: str, weights: str = "") -> None:
     source = build_data.images(config) if images_alone else build_data.latents(config, workdir, generator.text)[0]
     cache_dir, identity = build_data.latents_dir(config, workdir), weights_identity(weights)
     if config.evaluate.sweep:
-        todo = sweep.build_combinations(generator)  # all are checked before the first is drawn
+        todo = sweep.build_combinations(config, generator)  # all are checked before the first is drawn
         scorer = build_scorer(config, source, cache_dir, identity)
         lines = [
             f"sweep:   {path}"
-            for path in sweep.score_combinations(generator, params, todo, scorer.score, step, workdir, identity)
+            for path in sweep.score_combinations(config, generator, params, todo, scorer.score, step, workdir, identity)
         ]
     else:
         lines = report_scores(generator, params, config, source, cache_dir, step, workdir, identity)

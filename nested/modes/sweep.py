@@ -34,12 +34,15 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from nested.build.levels import build_levels
-from nested.build.options import to_plain
+from nested.build.options import Config, to_plain
 from nested.diffusion.level import Level
+from nested.evaluation.report import Score
 from nested.figures import curves as plots
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
-from nested.sampling import generator as sampling
+from nested.sampling.generator import Generator
+
+Tree = Any
 
 HIERARCHY = ("cond_noise_step", "noise_gamma", "noise_scale", "noise_resample")
 CHOICES = (
@@ -69,32 +72,32 @@ class Combination:
     config: str
 
 
-def build_combinations(gen: sampling.Generator) -> list[Combination]:
-    """Every combination that config.evaluate.sweep asks for, the last option's values changing fastest.
+def build_combinations(config: Config, generator: Generator) -> list[Combination]:
+    """Every combination of the values in config.evaluate.sweep; those of the last option change fastest.
 
-    Raises ValueError for an option, a level or a value that there is not."""
-    pairs = sweep_pairs(gen.config)
+    Raises ValueError for an unknown option or level, a value that is not allowed, and an option without effect."""
+    pairs = sweep_pairs(config)
     options = [option for option, _ in pairs]
-    check_places(gen.config, options)
-    check_effects(gen.levels, options)
-    null_text, result = gen.text and gen.text.encode_one(), []
+    check_places(config, options)
+    check_effects(generator.levels, options)
+    null_text, result = generator.text and generator.text.encode_one(), []
     for values in itertools.product(*(values for _, values in pairs)):
-        config = copy.deepcopy(gen.config)
+        changed = copy.deepcopy(config)
         for option, value in zip(options, values, strict=True):
-            set_option(config, option, value, gen.levels)
-        levels = build_levels(config, null_text)
-        result.append(Combination(dict(zip(options, values, strict=True)), levels, config_fingerprint(config)))
+            set_option(changed, option, value, generator.levels)
+        levels = build_levels(changed, null_text)
+        result.append(Combination(dict(zip(options, values, strict=True)), levels, config_fingerprint(changed)))
     return result
 
 
-def sweep_pairs(config) -> list[tuple[str, tuple]]:
-    """config.evaluate.sweep, each option with two or more different values."""
+def sweep_pairs(config: Config) -> list[tuple[str, tuple]]:
+    """config.evaluate.sweep, checked: pairs of an option and two or more different values."""
     pairs = config.evaluate.sweep
     for pair in pairs:
         kinds = (str, (tuple, list))
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(isinstance, pair, kinds)):
             raise ValueError(
-                f"config.evaluate.sweep: {pair!r} is no pair (option, values); give pairs, as "
+                f"config.evaluate.sweep: {pair!r} is not a pair (option, values); give pairs, as "
                 '(("guidance", (0.0, 0.5)), ("sampler.steps", (10, 25)))'
             )
         if len(set(map(str, pair[1]))) < max(2, len(pair[1])):
@@ -102,8 +105,8 @@ def sweep_pairs(config) -> list[tuple[str, tuple]]:
     return [(option, tuple(tuple(v) if isinstance(v, list) else v for v in values)) for option, values in pairs]
 
 
-def check_places(config, options: Sequence[str]) -> None:
-    """ValueError for an option that sets nothing, or what another one sets."""
+def check_places(config: Config, options: Sequence[str]) -> None:
+    """Raises ValueError for an option that sets nothing, or sets what another option sets."""
     taken = {}
     for option in options:
         found = option_places(config, option)
@@ -117,7 +120,7 @@ def check_places(config, options: Sequence[str]) -> None:
 
 
 def check_effects(levels: Sequence[Level], options: Sequence[str]) -> None:
-    """ValueError for an option that changes nothing in this hierarchy."""
+    """Raises ValueError for an option that changes nothing in this hierarchy."""
     for option in options:
         what = option.rpartition(".")[2]
         if what == "guidance" and not any(map(can_be_guided, levels)):
@@ -126,8 +129,8 @@ def check_effects(levels: Sequence[Level], options: Sequence[str]) -> None:
             raise ValueError(f"config.evaluate.sweep: {option} changes nothing, as no level sees one with a sigma")
 
 
-def option_places(config, option: str) -> list[tuple[Any, str]]:
-    """[(part of the config, key)] that the option sets; none where there is no such option."""
+def option_places(config: Config, option: str) -> list[tuple[Any, str]]:
+    """[(section of the config, key)] that the option sets; [] for an unknown option."""
     first, _, rest = option.partition(".")
     levels = [level for level in config.levels if level.name == first]
     if levels:
@@ -140,7 +143,7 @@ def option_places(config, option: str) -> list[tuple[Any, str]]:
     return [(config.hierarchy, name)] if part == "hierarchy" and name in HIERARCHY and not levels else []
 
 
-def set_option(config, option: str, value, levels: Sequence[Level]) -> None:
+def set_option(config: Config, option: str, value: Any, levels: Sequence[Level]) -> None:
     """Sets an option of the config; `levels` says which levels a single guidance is for."""
     found = option_places(config, option)
     values = [value] * len(found)
@@ -163,8 +166,8 @@ def can_be_guided(level: Level) -> bool:
     )
 
 
-def check_value(option: str, value, kind: type):
-    """The value as `kind`; ValueError where it is of another one."""
+def check_value(option: str, value: Any, kind: type) -> Any:
+    """The value as a `kind`. Raises ValueError for a value of another type."""
     if option == "hierarchy.noise_gamma" and value == "inf":
         return math.inf
     allowed = (int, float) if kind is float else kind
@@ -173,7 +176,7 @@ def check_value(option: str, value, kind: type):
     return kind(value)
 
 
-def config_fingerprint(config) -> str:
+def config_fingerprint(config: Config) -> str:
     """12 hexadecimal digits of the whole config, but for what asks for more rows: evaluate.sweep and search."""
     kept = to_plain(config)
     kept = {**kept, "evaluate": {**kept["evaluate"], "sweep": []}, "search": {}}
@@ -191,34 +194,51 @@ def read_rows(path: str) -> list[dict]:
         raise ValueError(f"{path}: not a table of this version ({error}); move it away to start anew") from error
 
 
-def write_rows(path: str, rows: Sequence[dict], **others) -> None:
-    """Process 0 writes the rows, and what belongs to all of them."""
+def write_rows(path: str, rows: Sequence[dict], **others: Any) -> None:
+    """Process 0 writes the rows, and beside them what belongs to all of them."""
     if jax.process_index() == 0:
         atomic_write(path, json.dumps({**others, "rows": rows}, indent=2) + "\n")
 
 
 def score_combinations(
-    gen: sampling.Generator, ema, todo: Sequence[Combination], measure: Callable, step: int, workdir: str, weights=""
+    config: Config,
+    generator: Generator,
+    params: Tree,
+    todo: Sequence[Combination],
+    score: Callable[[Generator, Tree, int], Score],
+    step: int,
+    workdir: str,
+    weights: str = "",
 ) -> list[str]:
-    """Scores the combinations; writes sweep.json, sweep.md and sweep.png in `workdir`; their paths.
+    """Scores the combinations and writes sweep.json, sweep.md and sweep.png to `workdir`; returns their paths.
 
-    measure: (generator, EMA, step) -> Score (nested/evaluation/report.py). weights: of a weight file, as in Score."""
+    Args:
+      config: the run's config, with config.evaluate.sweep.
+      generator, params: the hierarchy, and its parameters of `step`.
+      todo: the combinations, from build_combinations().
+      score: (generator, params, step) -> Score.
+      step: the step of the checkpoint; 0 for a weight file.
+      workdir: the folder of the run, which may hold rows of an earlier call.
+      weights: the identity of a weight file, as in Score; '' for a checkpoint.
+    """
     paths = [os.path.join(workdir, f"sweep.{kind}") for kind in ("json", "md", "png")]
     known = {row["config"]: row for row in read_rows(paths[0]) if (row["step"], row["weights"]) == (step, weights)}
     done = multihost_utils.broadcast_one_to_all(np.array([one.config in known for one in todo], np.int32))
-    rows, before = [known.get(one.config) for one in todo], int(done.sum())
+    rows: dict[int, dict] = {i: known[one.config] for i, one in enumerate(todo) if one.config in known}
+    before = int(done.sum())
     if before:
         logging.info("sweep: %d of %d rows taken from %s, made of this step and config", before, len(todo), paths[0])
     progress = Progress("sweep", len(todo), before, interval=0.0)
-    for made, i in enumerate(np.flatnonzero(done == 0), before + 1):
-        result = measure(gen.with_levels(todo[i].levels), ema, step)
+    for made, i in enumerate(np.flatnonzero(done == 0).tolist(), before + 1):
+        result = score(generator.with_levels(todo[i].levels), params, step)
         rows[i] = {"config": todo[i].config, **dataclasses.asdict(result)}
-        write_rows(paths[0], [row_with_values(one, row) for one, row in zip(todo, rows, strict=True) if row])
+        write_rows(paths[0], [row_with_values(todo[j], rows[j]) for j in sorted(rows)])
         progress.update(made, f"{format_values(todo[i].values)}: FD-EffLite0 {result.fd:.2f}")
     if jax.process_index() == 0:
-        write_rows(paths[0], [row_with_values(one, row) for one, row in zip(todo, rows, strict=True)])
-        atomic_write(paths[1], format_table(todo, rows))
-        plot_scores(gen.config, rows, paths[2])
+        table = [rows[i] for i in range(len(todo))]
+        write_rows(paths[0], [row_with_values(one, row) for one, row in zip(todo, table, strict=True)])
+        atomic_write(paths[1], format_table(todo, table))
+        plot_scores(config, table, paths[2])
     return paths
 
 
@@ -227,7 +247,7 @@ def row_with_values(one: Combination, row: dict) -> dict:
     return {**row, "values": {option: "inf" if value == math.inf else value for option, value in one.values.items()}}
 
 
-def format_value(value) -> str:
+def format_value(value: Any) -> str:
     """0.5 -> '0.5', (0.0, 0.5) -> '(0, 0.5)'."""
     if isinstance(value, (tuple, list)):
         return f"({', '.join(format_value(one) for one in value)})"
@@ -252,7 +272,7 @@ def format_table(todo: Sequence[Combination], rows: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot_scores(config, rows: Sequence[dict], path: str) -> None:
+def plot_scores(config: Config, rows: Sequence[dict], path: str) -> None:
     """The option with the most values along x, a curve per combination of the others; a panel for each score, and with
     CLIP scores one of FD against them (Matryoshka, Fig. 8)."""
     pairs = sweep_pairs(config)

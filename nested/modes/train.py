@@ -5,8 +5,9 @@ WORKDIR/phases/NAME, the last one in WORKDIR; each starts from the EMA of the on
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ from nested.modes import evaluate, sample, summary
 from nested.runtime import partition
 from nested.runtime.checkpoint import Checkpoints, Preemption, latest_step
 from nested.runtime.writers import MetricWriter
-from nested.sampling.generator import make_generator
+from nested.sampling.generator import Generator
 from nested.training import optimizer as opt
 from nested.training.loop import Run, feed, fresh_state, train_loop
 from nested.training.meter import NonFiniteError
@@ -89,7 +90,7 @@ def initial_state(run: Run, config: Config, root: str = "") -> TrainState:
     return state.replace(params=params, ema=ema)
 
 
-def training_batches(config: Config, records: Any, first: int) -> Generator[dict[str, np.ndarray], None, None]:
+def training_batches(config: Config, records: Any, first: int) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size."""
     return feed(
         records,
@@ -160,10 +161,14 @@ def train_phase(config, workdir: str, root: str) -> bool:
     elif jax.process_index() == 0:
         logging.info("\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
     writer = MetricWriter(workdir, jax.process_index(), first)
-    gen = make_generator(config, run.step.levels, latents, run.mesh, text) if config.train.sample_every else None
+
+    @functools.cache
+    def generator() -> Generator:
+        return sample.build_generator(config, run.step.levels, latents, run.mesh, text)
 
     def draw_samples(state: TrainState, step: int) -> np.ndarray:
-        return sample.save_sample_grid(gen, state.ema, os.path.join(workdir, "samples", f"step_{step:08d}.png"))
+        path = os.path.join(workdir, "samples", f"step_{step:08d}.png")
+        return sample.save_sample_grid(config, generator(), state.ema, path)
 
     macs = sum(level.macs for level in summary.summarize_levels(run.step.levels) if level.name in run.step.trained)
     batches = training_batches(config, training, first)
@@ -198,11 +203,11 @@ def finish(run: Run, config: Config, text: Any, state: TrainState, source: Any, 
     lines = []
     if not config.sample.num_samples and not config.evaluate.num_samples:
         return
-    gen = make_generator(config, run.step.levels, run.step.latents, run.mesh, text)
+    generator = sample.build_generator(config, run.step.levels, run.step.latents, run.mesh, text)
     if config.sample.num_samples:
-        lines += [f"picture: {path}" for path in sample.save_run_pictures(gen, state.ema, workdir)]
+        lines += [f"picture: {path}" for path in sample.save_run_pictures(config, generator, state.ema, workdir)]
     if config.evaluate.num_samples:
         cache_dir = build_data.latents_dir(config, workdir)
-        lines += evaluate.report_scores(gen, state.ema, config, source, cache_dir, int(state.step), workdir)
+        lines += evaluate.report_scores(generator, state.ema, config, source, cache_dir, int(state.step), workdir)
     if jax.process_index() == 0:
         print("\n".join(lines))

@@ -1,7 +1,7 @@
-"""Sampling: batches of whole hierarchies, and the pictures people look at.
+"""Sampling: whole hierarchies in batches of one size, coarse to fine, a compiled program per level.
 
-Sample i is a function of (config.seed, i): its keys are fold_in(seed, i) and its label is i modulo the number of
-classes, whatever the batch size, the number of devices and of hosts.
+Sample i is a function of (seed, i): its keys are fold_in(seed, i), its label is i modulo the number of classes and its
+prompt the i-th in turn (requests.py), whatever the batch size, the number of devices and of hosts.
 """
 
 import dataclasses
@@ -9,42 +9,69 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from nested.build import data as build_data
 from nested.diffusion import conditioning, hierarchy
 from nested.diffusion.level import Level, fold_rows
 from nested.runtime import partition
 from nested.runtime.writers import Progress
-from nested.sampling.requests import sample_keys, sample_labels
+from nested.sampling.requests import Indices, PromptEncoder, choose_labels, choose_prompts, sample_keys
 
 Tree = Any
 
 
+class Decoder(Protocol):
+    """What sampling asks of the latents of a run: the way from the finest level's variable to images."""
+
+    @property
+    def params(self) -> Tree:
+        """Parameters of the decoder, an argument of compiled programs; {} if it has none."""
+        ...
+
+    def with_params(self, params: Tree) -> "Decoder":
+        """The same decoder with its parameters somewhere else, such as on the devices of a mesh."""
+        ...
+
+    def decode(self, z: Tree, params: Tree = None) -> jax.Array:
+        """The finest level's variable [B, ...] -> uint8 images [B, H, W, C], or clips [B, T, H, W, C]."""
+        ...
+
+    def resolutions(self, z: Tree, params: Tree = None) -> tuple[jax.Array, ...]:
+        """As decode(), every resolution of the variable, coarse to fine."""
+        ...
+
+    def slices(self, rows: int, devices: int) -> Sequence[slice]:
+        """The equal slices of `rows` rows that are decoded one after the other."""
+        ...
+
+
 class Programs:
-    """Compiled programs by what they compute: levels of equal shapes, networks and samplers share one, and so does a
-    level whose options a sweep leaves alone. Equal is the text of the lowered program: parameters are arguments."""
+    """Compiled programs, found by what they compute.
 
-    def __init__(self):
-        self._compiled = {}
+    Two levels of equal shapes, networks and samplers share one program, and a level whose options a sweep leaves alone
+    keeps its own. Programs are equal if the text of their lowered form is; parameters are arguments of it.
+    """
 
-    def __len__(self):
+    def __init__(self) -> None:
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def __len__(self) -> int:
         return len(self._compiled)
 
-    def program(self, function: Callable, *arguments, out_shardings):
-        """`function` compiled for these arguments (arrays in trees, always of the same shapes and shardings)."""
+    def program(self, function: Callable[..., Tree], *arguments: Tree, out_shardings: Any) -> Callable[..., Tree]:
+        """`function` compiled for these arguments: trees of arrays, always of the same shapes and shardings."""
         leaves, structure = jax.tree.flatten(arguments)
         shapes = []
 
-        def flat(*leaves):  # without the names of levels, which are those of parameters and conditions too
+        def flat(*leaves: jax.Array) -> list[jax.Array]:  # without names of levels, which differ between equal levels
             results, shape = jax.tree.flatten(function(*structure.unflatten(leaves)))
             shapes.append(shape)
             return results
 
-        # keep_unused: what a function reads of its arguments is a part of its text then
+        # keep_unused: which of its arguments a function reads is then a part of its text
         lowered = jax.jit(flat, out_shardings=out_shardings, keep_unused=True).lower(*leaves)
         key = hashlib.sha256(lowered.as_text().encode()).hexdigest()
         if key not in self._compiled:
@@ -53,57 +80,66 @@ class Programs:
         return lambda *arguments: shapes[0].unflatten(compiled(*jax.tree.leaves(arguments)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """A hierarchy ready to draw images. Rows are split over the mesh inside and whole on every host outside. One shape,
-    config.sample.batch_size, is compiled for all uses, a program per level in `programs`.
+    """A hierarchy that is ready to draw images. Inside, rows are split over the mesh; outside, every host has them all.
 
-    draw_variables: (params, {level: sample indices [B]}, context, {level: fixed variable}) -> {level: variable}; fixed
-    variables are taken as they are, all other levels are sampled.
-    decode: the finest level's variable -> uint8 images [B, H, W, C], or clips [B, T, H, W, C].
-    text, prompts: the encoder of the prompts, which the samples have in turn; None and () where no level sees text."""
+    Attributes:
+      levels: the hierarchy, coarse to fine.
+      latents: decodes the finest level's variable.
+      mesh: the devices.
+      seed: of the samples.
+      batch_size: the one number of rows that is compiled, for all uses.
+      num_classes: labels are 0 ... num_classes - 1; 0 for no labels.
+      draw_variables: (params, {level: sample indices [B]}, context, {level: fixed variable}) -> {level: variable}.
+        Fixed variables are taken as they are, all other levels are sampled.
+      decode: the finest level's variable -> uint8 images [B, H, W, C], or clips [B, T, H, W, C].
+      text, prompts: the encoder of the prompts, which the samples take in turn; None and () if no level sees text.
+      programs: the compiled programs.
+    """
 
-    config: Any
     levels: tuple[Level, ...]
-    latents: Any
-    mesh: Any
-    draw_variables: Callable
-    decode: Callable
-    text: Any = None
+    latents: Decoder
+    mesh: jax.sharding.Mesh
+    seed: int
+    batch_size: int
+    num_classes: int
+    draw_variables: Callable[..., dict[str, Tree]]
+    decode: Callable[[Tree], np.ndarray]
+    text: PromptEncoder | None = None
     prompts: tuple[str, ...] = ()
     programs: Programs = dataclasses.field(default_factory=Programs)
 
-    def draw(self, params: Tree, indices: Mapping[str, Sequence[int]], context: Mapping[str, Any]) -> np.ndarray:
+    def draw(self, params: Tree, indices: Mapping[str, Indices], context: Mapping[str, Any]) -> np.ndarray:
         """The images or clips with these indices, {level: [B]}."""
         return self.decode(self.draw_variables(params, indices, context, {})[self.levels[-1].name])
 
     def context(
-        self, indices: Sequence[int], labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
+        self, indices: Indices, labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """The label, and the text, of the samples with these indices: those given, else the classes and the prompts in
-        turn.
+        """The labels, and the features of the prompts, of the samples with these indices.
 
-        Raises ValueError for a label that is no class, and for prompts that no level sees."""
-        classes = self.config.data.num_classes
-        if labels is None:
-            labels = sample_labels(classes, indices)
-        elif not classes:
-            raise ValueError("labels given, but this hierarchy has no classes")
-        elif wrong := [int(label) for label in labels if not 0 <= label < classes]:
-            raise ValueError(f"label {wrong[0]} given; the classes are 0 to {classes - 1}")
-        context = {"label": np.asarray(labels, np.int32)}
+        Args:
+          indices: numbers of samples [B].
+          labels: one per sample; None for the classes in turn.
+          prompts: one per sample; None for `self.prompts` in turn.
+
+        Raises:
+          ValueError: a label that is not a class, or labels or prompts that no level sees.
+        """
+        context = {"label": choose_labels(self.num_classes, indices, labels)}
         if self.text is None:
             if prompts is not None:
-                raise ValueError("prompts given, but this hierarchy takes no text")
+                raise ValueError("prompts given, but no level of this hierarchy sees text; leave them out")
             return context
-        if prompts is None:
-            prompts = [self.prompts[int(i) % len(self.prompts)] for i in indices]
-        return context | self.text.encode(prompts)
+        return context | self.text.encode(choose_prompts(self.prompts, indices) if prompts is None else prompts)
 
     def batches(self, params: Tree, number: int, what: str) -> Iterator[np.ndarray]:
-        """Images of samples 0 .. number - 1, uint8 [<= config.sample.batch_size, H, W, C] at a time, with a progress
-        line that names `what`."""
-        size, progress = self.config.sample.batch_size, Progress(what, number)
+        """Yields the images of samples 0 ... number - 1, at most `batch_size` at a time, uint8 [B, H, W, C].
+
+        what: names the samples in the progress line.
+        """
+        size, progress = self.batch_size, Progress(what, number)
         for start in range(0, number, size):
             indices = np.arange(start, start + size)
             of_level = dict.fromkeys((level.name for level in self.levels), indices)
@@ -115,12 +151,19 @@ class Generator:
         return np.concatenate(list(self.batches(params, number, what)))
 
     def cascade(self, params: Tree, firsts: Sequence[int], number: int = 8) -> list[tuple[str, np.ndarray]]:
-        """Rows of the paper's Figure 1: for each sample of `firsts`, itself and number - 1 others that share its label
-        and, row by row, none of its levels, its coarsest, its two coarsest ...: [(caption, uint8 [number, H, W, C])].
+        """Rows of Figure 1 of Nested Diffusion (CVPR): what stays when the coarsest levels are fixed.
 
-        The first column is the same sample in every row. Sharing a level is sharing its key."""
+        For each sample of `firsts` there is a row in which all levels are drawn anew, one in which the coarsest level
+        is that of the sample, one in which the two coarsest levels are, and so on. The first column of every row is the
+        sample itself; all of a row have its label. To share a level is to share its key.
+
+        Returns:
+          [(caption, uint8 images [number, H, W, C])], a pair per row.
+        """
         names = [level.name for level in self.levels]
-        captions, indices, labels = [], {name: [] for name in names}, []
+        captions: list[str] = []
+        indices: dict[str, list[int]] = {name: [] for name in names}
+        labels: list[int] = []
         for first in firsts:
             others = [first, *range(10**6 * (first + 1), 10**6 * (first + 1) + number - 1)]
             for kept in range(len(names)):
@@ -128,17 +171,20 @@ class Generator:
                 labels += [first] * number
                 for i, name in enumerate(names):
                     indices[name] += [first] * number if i < kept else others
-        rows, size = [], self.config.sample.batch_size
-        for start in range(0, len(labels), size):
-            take = np.arange(start, start + size) % len(labels)
+        rows = []
+        for start in range(0, len(labels), self.batch_size):
+            take = np.arange(start, start + self.batch_size) % len(labels)
             of_level = {name: np.asarray(indices[name])[take] for name in names}
             rows.append(np.asarray(self.draw(params, of_level, self.context(np.asarray(labels)[take]))))
         images = np.concatenate(rows)[: len(labels)]
         return list(zip(captions, images.reshape(len(captions), number, *images.shape[1:]), strict=True))
 
     def with_guidance(self, weights: Sequence[float]) -> "Generator":
-        """The same hierarchy with other guidance weights, coarse to fine; with none at all, conditions are shown clean
-        (CVPR Sec. 4.2: generated conditions are noised where guidance is on)."""
+        """The same hierarchy with other guidance weights, coarse to fine.
+
+        If all weights are 0, conditions are shown clean: generated conditions are noised only where guidance is on
+        (CVPR Sec. 4.2).
+        """
         gamma = {} if any(weights) else {"noise_gamma": math.inf}
         return self.with_levels(
             [dataclasses.replace(level, guidance=w, **gamma) for level, w in zip(self.levels, weights, strict=True)]
@@ -146,28 +192,40 @@ class Generator:
 
     def with_levels(self, levels: Sequence[Level]) -> "Generator":
         """The same with levels that are sampled differently; programs that stay the same are not compiled again."""
-        return make_generator(self.config, levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
+        return self._replace(levels=tuple(levels))
 
     def with_seed(self, seed: int) -> "Generator":
         """The same with other samples."""
-        config = self.config.copy_and_resolve_references()
-        config.seed = seed
-        return make_generator(config, self.levels, self.latents, self.mesh, self.text, self.prompts, self.programs)
+        return self._replace(seed=seed)
+
+    def _replace(self, **changes: Any) -> "Generator":
+        changed = dataclasses.replace(self, **changes)
+        draw, decode = compile_draw(changed.seed, changed.levels, changed.latents, changed.mesh, changed.programs)
+        return dataclasses.replace(changed, draw_variables=draw, decode=decode)
 
     def steps(self, params: Tree, index: int, number: int) -> list[tuple[np.ndarray, ...]]:
-        """What the finest level makes of sample `index` at `number` of its evaluations, evenly spaced, the first and
-        the last among them: for each, uint8 images (of clips the first frame) of every resolution, coarse to fine."""
+        """What the finest level makes of one sample at `number` of its network evaluations, evenly spaced.
+
+        Args:
+          params: {level: parameters}.
+          index: number of the sample.
+          number: how many evaluations to show; the first and the last are among them.
+
+        Returns:
+          For each of these evaluations, the estimate as uint8 images of every resolution, coarse to fine; of clips the
+          first frame.
+        """
         finest = self.levels[-1]
         evaluations = finest.sampler.nfe(finest.process)
         shown = tuple(int(k) for k in np.linspace(0, evaluations - 1, min(number, evaluations)).round())
 
-        def draw(params, codec_params, context):
-            keys = {level.name: sample_keys(self.config.seed, [index]) for level in self.levels}
+        def draw(params, decoder_params, context):
+            keys = {level.name: sample_keys(self.seed, [index]) for level in self.levels}
             variables = hierarchy.sample(self.levels[:-1], params, keys, context)
             cond = conditioning.conditions(finest, variables, context)
-            keys = fold_rows(keys[finest.name], len(self.levels) - 1)
-            _, estimates = hierarchy.sample_level(finest, params[finest.name], cond, keys, shown)
-            return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates), codec_params)
+            rows = fold_rows(keys[finest.name], len(self.levels) - 1)
+            _, estimates = hierarchy.sample_level(finest, params[finest.name], cond, rows, shown)
+            return self.latents.resolutions(jax.tree.map(lambda leaf: leaf[:, 0], estimates), decoder_params)
 
         whole, arguments = partition.replicated(self.mesh), (params, self.latents.params, self.context([index]))
         resolutions = jax.jit(draw, out_shardings=whole)(*arguments)
@@ -176,49 +234,70 @@ class Generator:
 
 
 def make_generator(
-    config, levels: Sequence[Level], latents, mesh, text=None, prompts=(), programs: Programs | None = None
+    levels: Sequence[Level],
+    latents: Decoder,
+    mesh: jax.sharding.Mesh,
+    *,
+    seed: int,
+    batch_size: int,
+    num_classes: int,
+    text: PromptEncoder | None = None,
+    prompts: Sequence[str] = (),
+    negative_prompt: str = "",
 ) -> Generator:
-    """A Generator for these levels; `latents` decodes the finest level's variable, `text` (build_data.Text) encodes
-    prompts: those given, or config.sample.prompts, or the data's captions. programs: where compiled ones may be found.
+    """A Generator for these levels.
 
-    Raises ValueError where config.sample.batch_size does not divide by the devices of the mesh."""
-    if config.sample.batch_size % mesh.size:
+    Args:
+      levels: the hierarchy, coarse to fine.
+      latents: decodes the finest level's variable.
+      mesh: the devices.
+      seed, batch_size, num_classes: see Generator.
+      text: the encoder of prompts, None if no level sees text.
+      prompts: what the samples show, in turn.
+      negative_prompt: the text that guidance leads away from; '' is the empty caption of training.
+
+    Raises:
+      ValueError: batch_size does not divide by the number of devices.
+    """
+    if batch_size % mesh.size:
         raise ValueError(
-            f"config.sample.batch_size {config.sample.batch_size} does not divide by {mesh.size} devices; "
+            f"config.sample.batch_size {batch_size} does not divide by {mesh.size} devices; "
             f"use a multiple of {mesh.size}"
         )
-
     if text is not None:
-        null = text.encode_one(config.sample.negative_prompt)
+        null = text.encode_one(negative_prompt)
         levels = [level if level.null_text is None else dataclasses.replace(level, null_text=null) for level in levels]
-
-    if text is not None and not prompts:
-        prompts = tuple(config.sample.prompts) or build_data.some_captions(config, config.sample.num_samples)
-    programs = Programs() if programs is None else programs
     if latents.params:
         latents = latents.with_params(jax.device_put(latents.params, partition.replicated(mesh)))
-    draw_variables, decode = make_draw(config.seed, tuple(levels), latents, mesh, programs)
-    return Generator(config, tuple(levels), latents, mesh, draw_variables, decode, text, prompts, programs)
+    levels, programs = tuple(levels), Programs()
+    draw_variables, decode = compile_draw(seed, levels, latents, mesh, programs)
+    return Generator(
+        levels, latents, mesh, seed, batch_size, num_classes, draw_variables, decode, text, tuple(prompts), programs
+    )
 
 
-def make_draw(seed: int, levels: tuple[Level, ...], latents, mesh, programs: Programs) -> tuple[Callable, Callable]:
-    """Generator.draw_variables and Generator.decode: what hierarchy.sample does, a program per level, and one that
-    decodes."""
+def compile_draw(
+    seed: int, levels: tuple[Level, ...], latents: Decoder, mesh: jax.sharding.Mesh, programs: Programs
+) -> tuple[Callable[..., dict[str, Tree]], Callable[[Tree], np.ndarray]]:
+    """(Generator.draw_variables, Generator.decode): hierarchy.sample as a program per level, and one that decodes.
+
+    Programs are compiled when they are first called.
+    """
     split, whole = partition.batch_sharding(mesh), partition.replicated(mesh)
-    ready = {}
+    ready: dict[str, Callable[..., Tree]] = {}
 
-    def run(name, function, *arguments, out_shardings):
+    def run(name: str, function: Callable[..., Tree], *arguments: Tree, out_shardings: Any) -> Tree:
         if name not in ready:
             ready[name] = programs.program(function, *arguments, out_shardings=out_shardings)
         return ready[name](*arguments)
 
     @functools.partial(jax.jit, out_shardings=split)
-    def prepare(indices, context, fixed):
+    def place(indices, context, fixed):
         keys = {level.name: fold_rows(sample_keys(seed, indices[level.name]), i) for i, level in enumerate(levels)}
         return keys, context, fixed
 
     def draw_variables(params, indices, context, fixed):
-        keys, context, variables = prepare(indices, context, dict(fixed))
+        keys, context, variables = place(indices, context, dict(fixed))
         for level in levels:
             if level.name in variables:
                 continue
@@ -232,13 +311,13 @@ def make_draw(seed: int, levels: tuple[Level, ...], latents, mesh, programs: Pro
         return variables
 
     @functools.partial(jax.jit, static_argnames="rows", out_shardings=split)
-    def part(z, start, rows):
+    def take_slice(z, start, rows):
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows), z)
 
     def decode(z):
         images = []
-        for at in latents.slices(len(jax.tree.leaves(z)[0]), mesh.size):
-            rows = part(z, at.start, at.stop - at.start)
+        for part in latents.slices(len(jax.tree.leaves(z)[0]), mesh.size):
+            rows = take_slice(z, part.start, part.stop - part.start)
             images.append(run("", latents.decode, rows, latents.params, out_shardings=whole))
         return np.concatenate([np.asarray(some) for some in images])
 

@@ -43,7 +43,7 @@ class Pooler:
 
 
 def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
-    """(generator, source): the guided generator returns the data themselves, the unguided one brighter images."""
+    """(config, generator, source): the guided generator draws the data, the unguided one brighter images."""
     config = tiny_config()
     config.data.num_classes = number
     config.evaluate.update(num_samples=number, num_reference=number, unguided=unguided)
@@ -55,7 +55,7 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
     class Fake(sampling.Generator):
         def with_guidance(self, weights):
             unguided = [dataclasses.replace(level, guidance=w) for level, w in zip(levels, weights, strict=True)]
-            return Fake(config, unguided, None, None, self.draw_variables, lambda z: self.decode(z) + np.uint8(50))
+            return dataclasses.replace(self, levels=tuple(unguided), decode=lambda z: self.decode(z) + np.uint8(50))
 
     class Images(list):
         fingerprint = "fedcba9876543210"
@@ -65,4 +65,6 @@ def fake_scoring(number, guidance=(0.5, 0.3), unguided=True):
     def draw_variables(params, indices, context, fixed):
         return {levels[-1].name: images[context["label"]]}
 
-    return Fake(config, levels, None, None, draw_variables, lambda z: z), source
+    batch_size = config.sample.batch_size
+    generator = Fake(levels, None, None, config.seed, batch_size, number, draw_variables, lambda z: z)
+    return config, generator, source
