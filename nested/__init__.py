@@ -21,3 +21,7 @@ def __getattr__(name: str) -> Any:
     from nested import run
 
     return getattr(run, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
