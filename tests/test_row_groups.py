@@ -56,7 +56,9 @@ def test_every_group_is_alike():
 @pytest.mark.parametrize("count", [0, 9])
 def test_impossible_counts(count):
     for function, rows, number in ((take_rows, 8, count), (fill_rows, count, 8)):
-        with pytest.raises(ValueError, match=f"mixed batch: {count} of 8 rows asked for; expected 1 to 8") as error:
+        with pytest.raises(
+            ValueError, match=f"mixed batch: {count} of 8 rows hold a resolution; expected 1 to 8"
+        ) as error:
             function(jnp.zeros((rows, 1)), number)
         assert "\n" not in str(error.value)
 

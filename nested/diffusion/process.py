@@ -13,12 +13,12 @@ With d = alpha q - sigma p, a prediction y_a of space a at x_t is, in space b,
 
     y_b = (p_b q_a - q_b p_a) / d_a  x_t  +  d_b / d_a  y_a,
 
-the only conversion in this code base (v -> eps comes out as sigma x_t + alpha v, without a division by alpha). For edm
-it is EDM's preconditioning: x0 = c_skip x_t + c_out F with c_skip = sigma_data^2 / (s^2 + sigma_data^2) and
-c_out = s sigma_data / sqrt(s^2 + sigma_data^2) where alpha = 1; the network is then fed c_in x_t, of unit variance.
+which is the only conversion in this code base (v -> eps comes out as sigma x_t + alpha v, without a division by alpha).
+For edm it is EDM's preconditioning: x0 = c_skip x_t + c_out F with c_skip = sigma_data^2 / (s^2 + sigma_data^2) and
+c_out = s sigma_data / sqrt(s^2 + sigma_data^2) at alpha = 1; the network then reads c_in x_t, of unit variance.
 
-The loss is the mean squared error in `loss_space`. Weightings other than 'uniform' are stated for the error in x0, and
-carried into the loss space by the factor (sigma / d)^2 = |dx0 / dy|^2, so that they mean the same in every space:
+The loss is the mean squared error in `loss_space`. Weightings other than 'uniform' are defined for the error in x0, and
+the factor (sigma / d)^2 = |dx0 / dy|^2 carries them into the loss space, so that they mean the same in every space:
 
     karras: 1/s^2 + 1/sigma_data^2      snr: 1/s^2      min_snr: min(1/s^2, gamma)      soft_min_snr: 1/(s^2 + 1/gamma)
 
@@ -31,7 +31,7 @@ second half alone and is not weighted; the two are added as they are, as in DiT.
 not the learned one.
 
 Everything maps over the leaves of the variable, one schedule per leaf or one for all. Arithmetic is float32, or float64
-where the inputs are.
+if the inputs are.
 """
 
 import dataclasses

@@ -5,12 +5,12 @@ chain of betas read as a continuous process, log alpha linear between t_i = i / 
 DPM-Solver, arXiv 2206.00927, and of U-ViT's dpm_solver_pp.py); `LinearVP` is the VP-SDE of Song et al. (2011.13456).
 `Shifted` divides another schedule's SNR, as Matryoshka does level by level (2310.15111, Sec. 3.3 and App. A).
 Departures from the authors' code: sigma = sqrt(-expm1(2 log alpha)), which keeps its digits at small t; below t = 1/N
-log alpha runs to alpha(0) = 1, where theirs extends the next segment and crosses 0.
+log alpha runs to alpha(0) = 1, while theirs extends the next segment and crosses 0.
 
 Densities map u uniform in [0, 1) to s = sigma / alpha, by the inverse distribution function, so that stratified u give
 stratified noise levels (k_diffusion/utils.py:267-385, whose laws and end points these are).
 
-Arithmetic is float32, or float64 where the inputs are; numpy in, numpy float64 out (sampler tables).
+Arithmetic is float32, or float64 if the inputs are; numpy in, numpy float64 out (sampler tables).
 """
 
 import abc

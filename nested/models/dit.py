@@ -10,20 +10,21 @@
 In pixel space with patches of 4 it is the baseline of HDiT's Table 1 (arXiv 2401.11605).
 Names and numerics are those of the authors' code (models.py of facebookresearch/DiT), so its state dicts load with
 nested.weights.files.from_torch: LayerNorm without parameters and eps 1e-6, tanh GELU, 256 sinusoids with cosines first.
-Initial values as there: linear layers Xavier uniform, time and label embedding N(0, .02^2), biases and what ends a
-residual branch or the network 0. The patch embedding's bias, which some versions leave to torch, is 0 too.
+So are the initial values: linear layers Xavier uniform, time and label embedding N(0, .02^2), and 0 for biases and for
+the layers that end a residual branch or the network. The patch embedding's bias, which some versions leave to torch, is
+0 too.
 Coarser levels enter as in RCG's pixel generator (arXiv 2312.03701; pixel_generator/dit/models.py of LTH14/rcg): through
-a linear layer (Xavier uniform, bias 0) into c. One that is dropped becomes a learnable vector of its channels before
-that layer. RCG leaves the label out where it has a vector; here both are added. Its networks have the exact GELU
-(`tanh_gelu` False).
+a linear layer (Xavier uniform, bias 0) into c. A dropped level becomes a learnable vector of its channels before that
+layer. RCG leaves out the label if there is a vector; here both are added. Its networks have the exact GELU (`tanh_gelu`
+False).
 Departures from the authors' code: grids need not be square; without classes there is no label; `num_classes` does not
 count the null class, which is the last row of the label embedding. The time, the label, the adaptive scales, the
-coarser levels' vectors and the norms are float32 (or float64 where the input is) in every compute dtype.
+coarser levels' vectors and the norms are float32 (or float64 if the input is) in every compute dtype.
 """
 
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ from jax.typing import DTypeLike
 
 from nested.models import layers
 from nested.models.backbone import TokenBackbone
-from nested.models.injection import check_empty, kept_or_empty
+from nested.models.injection import Empty, check_empty, kept_or_empty
 from nested.ops.attention import Attention, at_least_float32
 
 SINUSOIDS = 256  # width of the time's sinusoidal embedding
@@ -152,7 +153,7 @@ class DiT(TokenBackbone):
     tanh_gelu: Annotated[bool, "GELU approximated by tanh (DiT), or exact (RCG)"] = True
     num_classes: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
-    empty: Annotated[Literal["variable", "token"], "what is learned in place of a dropped level"] = "variable"
+    empty: Annotated[Empty, "what is learned in place of a dropped level"] = "variable"
     attention: Annotated[Attention, "cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
     learn_variance: Annotated[bool, "twice the output channels: the process's learned_variance needs them"] = False
     remat: bool = False
@@ -217,7 +218,7 @@ class DiT(TokenBackbone):
             held, needed = self.get_variable("params", "pos_embed").shape[1], grid[0] * grid[1]
             if held != needed:
                 raise ValueError(f"DiT: a grid of {grid} patches needs {needed} positions, pos_embed has {held}; for "
-                                 f"another resolution take position_embedding{(*grid, self.width)}")  # fmt: skip
+                                 f"another resolution use position_embedding{(*grid, self.width)}")  # fmt: skip
 
         def init(key: jax.Array) -> jax.Array:
             return jnp.asarray(position_embedding(*grid, self.width), jnp.float32)

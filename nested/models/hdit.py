@@ -11,13 +11,13 @@
 
 The blocks are in hdit_blocks.py. Names and layouts are those of the authors' code (ImageTransformerDenoiserModelV2 of
 k_diffusion/models/image_transformer_v2.py at 4601bf08), so its state dicts load with nested.weights.files.from_torch.
-The network is given log(sigma) / 4 and c_in x_t by an EDM process (nested/diffusion/process.py).
+An EDM process gives the network log(sigma) / 4 and c_in x_t (nested/diffusion/process.py).
 
-Not in the authors' code, built from the paper's text: additive positions (learned, added after patch_in), plain GELU
-feed-forwards, add and concat skips. Ours: coarser levels as conditions. The variable z [h, w, c] of one goes, flattened
-and projected, into the mapping network, and, where it is more than 1 x 1, projected, resized bilinearly and added to
-the tokens; where it is dropped, a learned vector takes the first place and 0 the second.
-A condition `augment` of zeros is not nothing (cos 0 = 1): it is what sampling uses, and it is the default.
+Not in the authors' code, but built from the paper's text: additive positions (learned, added after patch_in), plain
+GELU feed-forwards, add and concat skips. Ours: coarser levels as conditions. The variable z [h, w, c] of such a level
+is flattened, projected and added in the mapping network; if it is larger than 1 x 1, it is also projected, resized
+bilinearly and added to the tokens. For a dropped level a learned vector takes the first place and 0 the second.
+A condition `augment` of zeros changes the output (cos 0 = 1): sampling uses it, and it is the default.
 """
 
 import types

@@ -11,8 +11,8 @@ position * frequency with pi to 10 pi shared out among the heads; positions span
 Linear layers start as torch leaves them, U(-1, 1) / sqrt(fan in), and those that end a residual branch at 0.
 
 Norm statistics, cosine similarity, RoPE, softmax, Fourier features, mapping network and the adaptive scales are float32
-(or float64 where the input is); the authors' bfloat16 computes the last three, and globally attending levels' RoPE, in
-bfloat16. Dropout takes a key per row, so that a row's mask does not depend on the batch around it.
+(or float64 if the input is). In bfloat16 the authors compute the last three, and the RoPE of globally attending levels,
+in bfloat16 too. Dropout takes a key per row, so that a row's mask does not depend on the batch around it.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from nested.ops.attention import at_least_float32, attention
 from nested.ops.neighborhood_attention import neighborhood_attention
 
 EPSILON = 1e-6
-EXACT = jax.lax.Precision.HIGHEST  # accelerators would round float32 products of the few rows that condition the rest
+EXACT = jax.lax.Precision.HIGHEST  # accelerators round float32 products; those of conditions are few and must be exact
 MAPPING_INDEX = 1 << 20  # of the mapping network's first dropout, beyond those of the layers
 ATTENTIONS = ("global", "neighborhood", "shifted_window", "none")
 FeedForwardKind = Literal["geglu", "gelu"]

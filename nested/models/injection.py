@@ -1,19 +1,20 @@
 """How a network reads coarser variables: what stands for a dropped one, and the injection of the ICLR draft.
 
 Nested Diffusion's first draft (an anonymous ICLR submission, Sec. 4.1) upsamples each condition to the level's token
-grid by a transposed convolution, and every two blocks concatenates the features with the tokens, followed by two fully
-connected layers:
+grid by a transposed convolution. After every two blocks it concatenates these features with the tokens, and two fully
+connected layers follow:
 
     c_m = deconv_m(z_m)                                 [B, H W, D], once per forward pass
-    x   = x + mlp_j([x, c_1, ..., c_n])                 of the patch tokens, j = 0, 1, ... counts the places
+    x   = x + mlp_j([x, c_1, ..., c_n])                 x: the patch tokens; j = 0, 1, ... counts the places
 
 The draft gives neither kernel sizes nor initial values, and does not say whether the places share their layers or keep
 a residual. Here each place has its own layers and the residual is kept; GELU (erf) stands between the layers; linear
-layers start at N(0, .02^2) as all of U-ViT's do, transposed convolutions as torch leaves them.
+layers start at N(0, .02^2) like all layers of U-ViT, transposed convolutions as torch leaves them.
 """
 
 import math
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -22,13 +23,13 @@ from jax.typing import DTypeLike
 
 from nested.models import layers
 
-EMPTIES = ("token", "variable")
+Empty = Literal["token", "variable"]  # what is learned in place of a dropped level: after, before its embedding
 
 
 def check_empty(network: str, empty: str) -> None:
-    """Raise ValueError unless `empty` is one of EMPTIES."""
-    if empty not in EMPTIES:
-        raise ValueError(f"{network}: empty is {empty!r}, expected one of {', '.join(map(repr, EMPTIES))}")
+    """Raise ValueError unless `empty` is one of Empty's values."""
+    if empty not in get_args(Empty):
+        raise ValueError(f"{network}: empty is {empty!r}, expected one of {', '.join(map(repr, get_args(Empty)))}")
 
 
 def kept_or_empty(z: jax.Array, empty: jax.Array, cond: Mapping[str, jax.Array], name: str) -> jax.Array:
@@ -45,7 +46,7 @@ def kept_or_empty(z: jax.Array, empty: jax.Array, cond: Mapping[str, jax.Array],
 class Deconvolution(nn.Module):
     """[B, h, w, c] -> features [B, H W, width] of the grid (H, W), rows first, by one transposed convolution.
 
-    Stride s = H // h and kernel k = H - (h - 1) s per axis make (h - 1) s + k = H, also where h does not divide H.
+    Stride s = H // h and kernel k = H - (h - 1) s per axis make (h - 1) s + k = H, even if h does not divide H.
     The grid must be at least h x w.
     """
 
@@ -56,9 +57,9 @@ class Deconvolution(nn.Module):
     @nn.compact
     def __call__(self, z_BhwC: jax.Array) -> jax.Array:
         sizes = z_BhwC.shape[1:3]
-        strides = tuple(wanted // size for wanted, size in zip(self.grid, sizes, strict=True))
+        strides = tuple(target // size for target, size in zip(self.grid, sizes, strict=True))
         kernel = tuple(
-            wanted - (size - 1) * stride for wanted, size, stride in zip(self.grid, sizes, strides, strict=True)
+            target - (size - 1) * stride for target, size, stride in zip(self.grid, sizes, strides, strict=True)
         )
         init = layers.torch_uniform(self.width * math.prod(kernel))  # torch takes its fan-in from the output channels
         c_BHWD = nn.ConvTranspose(

@@ -1,7 +1,7 @@
 """Pieces that backbones share: sinusoidal embedding, patches, self-attention, MLP, torch's initial values.
 
-Numerics: LayerNorm statistics, softmax and the sinusoid are computed in float32, or float64 when that is what comes in;
-only matrix products run in the compute dtype.
+LayerNorm statistics, softmax and the sinusoid are float32, or float64 if the input is; only matrix products run in the
+compute dtype.
 """
 
 import functools
@@ -76,7 +76,7 @@ class PatchEmbed(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; one projection for q, k and v, laid out (3, heads, head width) as in timm."""
+    """Multi-head self-attention with one projection to q, k and v, laid out (3, heads, head width) as in timm."""
 
     num_heads: int
     qkv_bias: bool = False

@@ -5,24 +5,24 @@
             x    = down stages (push every output);  f_{r-1} = in_adapter(x)
             outputs of the coarser nets, y = net r - 1(z_{r-1}, f_{r-1}, ...)
             x    = up stages(x + out_adapter(y)) (pop);  output r = conv_out(silu(GN(x)))
-    innermost net: ResNet + attention + ResNet instead of the adapters and the net inside: a UNet
+    innermost net: ResNet + attention + ResNet in place of the adapters and the net inside: a UNet
 
 Sec. 3.2, App. A; ml_mdm/models/unet.py, nested_unet.py at de8cde2, whose state dicts load with
-nested.weights.files.from_torch. The blocks are in unet_blocks.py, what a net is in unet_nets.py. The tree of
-parameters below `inner_unet` is that of the smaller model, so that its parameters go there. All outputs and the
-adapters are 0 at the start: what is inside computes what it would by itself.
-Text goes through lm_proj and lm_layers in the innermost net; its mean joins temb in every net, its tokens are attended
-to where there is attention.
+nested.weights.files.from_torch. The blocks are in unet_blocks.py, the options of a net in unet_nets.py. The tree of
+parameters below `inner_unet` is that of the smaller model, so that its parameters fit there. All outputs and the
+adapters are 0 at the start: the nets inside compute what they would on their own.
+Text goes through lm_proj and lm_layers in the innermost net; its mean is added to temb in every net, and every
+attention layer attends to its tokens.
 
 Video [B, T, H, W, C]: frames are rows of the batch. A net of kind 'temporal' resamples the frames, by convolutions over
-time, down to one, which goes to the net inside; its temporal attention looks at a pixel over time.
+time, down to one, which goes to the net inside; in its temporal attention a pixel attends to itself over time.
 
-Departures from the authors' code: arrays of frames instead of grids of them, so that adapters do not reach over into a
-neighbouring frame; nets are listed coarse to fine. Not in their code: classes (App. E), coarser levels of a hierarchy
-as additional channels with how noisy they are (the cascade of App. E), no low resolutions as inputs, a resolution that
-is not halved, fewer rows of a finer resolution spread over the batch (nested/ops/mixed_rows.py). As there, a clip's
-input is normalised frame by frame, a row of text whose mask is all False gives NaN, and attention's norms have 32
-groups whatever the ResNets have.
+Departures from the authors' code: clips are arrays of frames instead of grids of them, so that adapters do not reach
+into a neighbouring frame; nets are listed coarse to fine. Additions to it: classes (App. E), coarser levels of a
+hierarchy as further channels with their noise steps (the cascade of App. E), inner nets without low resolutions as
+inputs, resolutions that are not halved, and fewer rows of a finer resolution, spread over the batch
+(nested/ops/mixed_rows.py). As there, a clip's input is normalised frame by frame, a row of text whose mask is all False
+gives NaN, and the norms of attention have 32 groups whatever the ResNets have.
 """
 
 import itertools
@@ -245,7 +245,7 @@ class NestedUNet(Backbone):
             numbers[name] = jnp.minimum(value_B / default, 1) * default if name == "scale" else value_B * 1000
         for name, _ in self.conditions:
             if f"noise_step_{name}" in own.numbers:
-                numbers[f"level_{name}"] = own.numbers[f"noise_step_{name}"]  # the layer keeps its name
+                numbers[f"level_{name}"] = own.numbers[f"noise_step_{name}"]  # the name that checkpoints have
         return temb_BD + blocks.NumberEmbeddings(width, name="cond_layers")(numbers) if numbers else temb_BD
 
     def entered(self, x: jax.Array, feature_RHWC: jax.Array | None, own: Signals) -> jax.Array:

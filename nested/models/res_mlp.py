@@ -7,10 +7,9 @@
 
 Names and numerics are those of the authors' code, so its state dicts load with nested.weights.files.from_torch (prefix
 'model.diffusion_model.'): LayerNorm eps 1e-5 in the blocks and 1e-6 at the end, `width` sinusoids with cosines first.
-Initial values as there: linear2 and the last layer 0, the other layers as torch leaves them, label embedding N(0, 1).
-Departures from the authors' code: the label has a null class, the last row of its embedding, so that it can be dropped,
-and theirs has none; that table is a part of the network, `label_emb`. Dropout, which no config of theirs uses, is left
-out.
+So are the initial values: linear2 and the last layer 0, the other layers as torch leaves them, label embedding N(0, 1).
+Departures from the authors' code: the label has a null class, the last row of its embedding, so that it can be dropped;
+the table is a part of the network, `label_emb`. Dropout, which no config of theirs uses, is left out.
 """
 
 import types
@@ -24,7 +23,7 @@ from jax.typing import DTypeLike
 from nested.models import layers
 from nested.models.backbone import Shape, TokenBackbone
 
-VARIANTS = types.MappingProxyType({  # the only one that they have configs of
+VARIANTS = types.MappingProxyType({  # the only network that the authors have configs for
     "l12_w1536": types.MappingProxyType(dict(width=1536, depth=12, time_width=256, mid_width=1536)),
 })  # fmt: skip
 

@@ -3,7 +3,7 @@
     ResNet        h = conv1(silu(GN x));   h = silu(GN(h) (1 + a) + b),  a, b = time_layer(silu(temb));
                   x = conv3(x) + conv2(dropout(h)),  conv3 (1x1) only where the width changes
     SelfAttention q, k, v = qkv(GN32 x);  h = attend(q, k, v) + attend(q, kv_cond(LN text));   x = x + proj_out(h);
-                  x = x + ffn(x),  ffn = 1x1(gelu(1x1(GN32 x))),  if asked for
+                  x = x + ffn(x),  ffn = 1x1(gelu(1x1(GN32 x))),  with options.ffn
     TokenBlock    x = x + proj_out(attend(qkv(LN x)));  x = x + mlp(LN x)
     TemporalAttentionBlock   x + conv(nearest x2(TokenBlock over the frames of each pixel(conv stride 2 (x))))
     Stage         one resolution: each ResNet followed by its attention layers; at the end a resampling convolution
@@ -12,9 +12,9 @@
 a softmax of its own. Everything starts as torch leaves it, U(-1, 1) / sqrt(fan in) for weight and bias, and the last
 layer of each residual branch at 0. Norms have eps 1e-5; GELU is the exact one; strided convolutions pad both sides.
 
-Numerics: norm statistics, softmax, rotary angles and everything computed from temb are float32 (or float64 where the
-input is). Arrays of images are x_RHWC: R is the batch, or batch times frames with a sample's frames side by side; what
-conditions them has B rows and is repeated.
+Numerics: norm statistics, softmax, rotary angles and everything computed from temb are float32 (or float64 if the input
+is). Arrays of images are x_RHWC: R is the batch, or batch times frames with the frames of a sample side by side. Their
+conditions have B rows and are repeated.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def _channels_last(ndim: int) -> tuple[str, str, str]:
 
 
 linear = functools.partial(Conv, window=())
-exact_linear = functools.partial(linear, precision=EXACT)  # of conditions: few rows, in float32
+exact_linear = functools.partial(linear, precision=EXACT)  # for conditions: few rows, in float32
 pointwise = functools.partial(Conv, window=(1, 1))
 
 

@@ -5,20 +5,20 @@
     block(x):  x += attention(norm1(x));  x += mlp(norm2(x))                              n = depth // 2
     output = conv3x3(unpatchify(decoder_pred(norm(patches))))                             [B, h, w, c], like the input
 
-Numerics of the authors' code: LayerNorm eps 1e-5, erf GELU, cosines first; initial values as there (everything
-N(0, .02^2) with zero bias, label embedding N(0, 1), both convolutions as torch leaves them).
+The numerics are those of the authors' code: LayerNorm eps 1e-5, erf GELU, cosines first. So are the initial values:
+N(0, .02^2) with zero bias, label embedding N(0, 1), both convolutions as torch leaves them.
 Nested Diffusion (CVPR 2025, Sec. 3.3) appends the noised variables of coarser levels as tokens, each through its own
-patch embedding; one that is dropped becomes a learnable empty token, repeated, before the position is added. Its first
-draft (ICLR) joins them to the patch tokens every few blocks instead: nested/models/injection.py.
-With text all its tokens are attended to, the padding of short captions included, as in the authors' t2i model.
+patch embedding; a dropped level becomes a learnable empty token, repeated, before the position is added. The first
+draft of that paper (ICLR) instead joins them to the patch tokens every few blocks: nested/models/injection.py.
+All tokens of a text are attended to, the padding of short captions included, as in the authors' t2i model.
 Departures from the authors' code: grids need not be square; norm and decoder_pred run on the patch tokens only (the
 rest was discarded); `num_classes` does not count the null class, which is the last row of the label embedding.
-An odd depth gives 2 (depth // 2) + 1 blocks, as there.
+As there, the network has 2 (depth // 2) + 1 blocks.
 """
 
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 
 from nested.models import layers
 from nested.models.backbone import Shape, TokenBackbone
-from nested.models.injection import Deconvolution, Injection, check_empty, kept_or_empty
+from nested.models.injection import Deconvolution, Empty, Injection, check_empty, kept_or_empty
 from nested.ops.attention import Attention
 
 VARIANTS = types.MappingProxyType({
@@ -39,7 +39,7 @@ VARIANTS = types.MappingProxyType({
     "H": types.MappingProxyType(dict(width=1152, depth=28, num_heads=16, final_conv=False)),
 })  # fmt: skip
 
-INJECTIONS = ("append_tokens", "deconv_concat")  # CVPR, the ICLR draft
+Injections = Literal["append_tokens", "deconv_concat"]  # CVPR, the ICLR draft
 
 
 class Block(nn.Module):
@@ -93,13 +93,10 @@ class UViT(TokenBackbone):
     text_dim: int = 0
     text_tokens: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
-    injection: Annotated[
-        Literal["append_tokens", "deconv_concat"],
-        "how coarser levels enter (CVPR | ICLR)",
-    ] = "append_tokens"
+    injection: Annotated[Injections, "how coarser levels enter (CVPR | ICLR)"] = "append_tokens"
     inject_every: Annotated[int, "deconv_concat: after every so many blocks; ICLR: 2"] = 0
     inject_layers: Annotated[int, "deconv_concat: linear layers at each place; ICLR: 2"] = 0
-    empty: Annotated[Literal["token", "variable"], "what is learned in place of a dropped level"] = "token"
+    empty: Annotated[Empty, "what is learned in place of a dropped level"] = "token"
     time_mlp: Annotated[bool, "two layers after the time embedding"] = False
     skip: Annotated[bool, "long skip connections"] = True
     final_conv: Annotated[bool, "a 3x3 convolution at the end"] = True
@@ -271,8 +268,8 @@ class UViT(TokenBackbone):
             raise ValueError(f"U-ViT: text_dim {self.text_dim} and text_tokens {self.text_tokens} go together: "
                              "set both or neither")  # fmt: skip
         check_empty("U-ViT", self.empty)
-        if self.injection not in INJECTIONS:
-            raise ValueError(f"U-ViT: injection is {self.injection!r}, expected one of {INJECTIONS}")
+        if self.injection not in get_args(Injections):
+            raise ValueError(f"U-ViT: injection is {self.injection!r}, expected one of {get_args(Injections)}")
         numbers, appended = (self.inject_every, self.inject_layers), self.injection == "append_tokens"
         if any(numbers) if appended else min(numbers) < 1:
             raise ValueError(f"U-ViT: inject_every and inject_layers are {numbers} with injection {self.injection!r}: "

@@ -9,12 +9,12 @@ On an axis of length L with kernel k the window of the query at i is the keys
 It is shifted inward at borders and never shrinks, as in NATTEN; an even kernel has k // 2 keys before the query.
 
 Two implementations of the one function:
-- 'reference': all H W keys with a mask. Memory is quadratic in the tokens; the faster one on small grids.
+- 'reference': all H W keys with a mask. Memory is quadratic in the tokens; it is the faster one on small grids.
 - 'blocked': queries in tiles of a few rows and columns, each tile against the one patch of keys that holds the windows
   of all its queries, with a mask inside. A loop walks over the bands (rows) of tiles; the backward pass computes each
-  band again, so memory is linear in the tokens. It is slices, pads and matrix products, nothing of one device's own;
+  band again, so memory is linear in the tokens. It is made of slices, pads and matrix products, which every device has;
   a batch split over devices needs no communication.
-Departures from NATTEN: no dilation, no causal masks; scale is an argument there too (HDiT passes 1).
+Departures from NATTEN: no dilation, no causal masks; scale is an argument, as it is there (HDiT passes 1).
 """
 
 import functools
@@ -37,20 +37,24 @@ def neighborhood_attention(
     scale: float | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """[B, H, W, N, D] like q: N heads of width D on a grid of H x W tokens.
+    """Return neighborhood attention, [B, H, W, N, D], with logits and softmax in float32 or better.
 
-    kernel_size: keys per axis, or (rows, columns). scale: factor of q . k, None for D ** -0.5. implementation:
-    'reference', 'blocked' (see above) or 'auto', which takes the reference up to DENSE_TOKENS tokens.
-    Logits and softmax are in float32 or better.
-    ValueError: the arrays differ in shape, a kernel does not fit on the grid, the implementation is unknown.
+    Args:
+        q_BHWND, k_BHWND, v_BHWND: queries, keys and values of N heads of width D on a grid of H x W tokens.
+        kernel_size: keys per axis, or (rows, columns).
+        scale: factor of q . k; None is D ** -0.5.
+        implementation: 'reference', 'blocked' (see above) or 'auto', the reference up to DENSE_TOKENS tokens.
+
+    Raises:
+        ValueError: if the arrays differ in shape, a kernel does not fit on the grid, or the implementation is unknown.
     """
     kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
     _check(q_BHWND.shape, k_BHWND.shape, v_BHWND.shape, kernel, implementation)
     if implementation == "auto":
         _, H, W, _, _ = q_BHWND.shape
         implementation = "reference" if H * W <= DENSE_TOKENS else "blocked"
-    scale = q_BHWND.shape[-1] ** -0.5 if scale is None else scale
-    return IMPLEMENTATIONS[implementation](q_BHWND, k_BHWND, v_BHWND, kernel, scale)
+    factor = q_BHWND.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[implementation](q_BHWND, k_BHWND, v_BHWND, kernel, factor)
 
 
 def _check(q_shape, k_shape, v_shape, kernel, implementation) -> None:
@@ -67,18 +71,18 @@ def _check(q_shape, k_shape, v_shape, kernel, implementation) -> None:
 
 
 def window_starts(queries: np.ndarray, size: int, kernel: int) -> np.ndarray:
-    """The first key of each query's window on an axis of length `size`."""
+    """Return the first key of each query's window on an axis of length `size`."""
     return np.clip(queries - kernel // 2, 0, size - kernel)
 
 
 def _mask(queries_TQ: np.ndarray, keys_TK: np.ndarray, size: int, kernel: int) -> np.ndarray:
-    """[T, Q, K] on one axis: 0 for the keys in the window of a query, MASKED for others. Positions, by tile."""
+    """[T, Q, K] on one axis: 0 for the keys in the window of a query, MASKED for others; positions are by tile."""
     distance_TQK = keys_TK[:, None, :] - window_starts(queries_TQ, size, kernel)[:, :, None]
     return np.where((distance_TQK >= 0) & (distance_TQK < kernel), np.float32(0), np.float32(MASKED))
 
 
 def _attend(q_XQD, k_XKD, v_XKD, mask_XQK, scale):
-    """[..., Q, D]: masked attention of some queries on some keys. Dimensions of size 1 in the mask are repeated."""
+    """Masked attention of some queries to some keys, [..., Q, D]; axes of size 1 in the mask are repeated."""
     dtype = jnp.promote_types(q_XQD.dtype, jnp.float32)
     logits_XQK = jnp.einsum("...qd,...kd->...qk", q_XQD, k_XKD, preferred_element_type=dtype)
     logits_XQK = scale * logits_XQK + mask_XQK.astype(dtype)
@@ -106,7 +110,7 @@ def _reference(q_BHWND, k_BHWND, v_BHWND, kernel, scale):
 
 
 def tile_shape(height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of queries: a narrow grid is one tile wide."""
+    """Return (rows, columns) of a tile of queries; a narrow grid is one tile wide."""
     return min(BAND_ROWS, height), width if width <= WIDEST_TILE else TILE_COLUMNS
 
 
@@ -148,7 +152,7 @@ def _blocked(q_BHWND, k_BHWND, v_BHWND, kernel, scale):
 
 
 def _reach(columns_TC: np.ndarray, width: int, kernel: int) -> tuple[int, int]:
-    """How many columns (before, after) a tile the windows of its queries reach, at most over all tiles."""
+    """The columns (before, after) a tile that the windows of its queries reach, at most over all tiles."""
     starts_TC = window_starts(columns_TC, width, kernel)
     before = np.max(columns_TC[:, :1] - starts_TC)
     after = np.max(starts_TC + kernel - 1 - columns_TC[:, -1:])
@@ -156,9 +160,9 @@ def _reach(columns_TC: np.ndarray, width: int, kernel: int) -> tuple[int, int]:
 
 
 def _tiles(x_BRWND, tiles: int, columns: int, before: int, after: int):
-    """[B, N, T, R * S, D]: tiles of `columns` columns, each with those before and after it: S in all.
+    """Tiles [B, N, T, R * S, D] of `columns` columns, each with those before and after it, S in all; 0 beyond the grid.
 
-    Beyond the grid they are 0. Slices and concatenation, not a gather: the transpose is pads and sums, no scatter.
+    Slices and concatenation take the place of a gather, so that the transpose is pads and sums, not a scatter.
     """
     B, R, W, N, D = x_BRWND.shape
     neighbours = -(-(before + after) // columns)

@@ -5,7 +5,7 @@ alpha = 1). nested/diffusion/samplers/noise_levels.py has the grids and carries 
 and defaults are those of k_diffusion/sampling.py (4601bf08), which HDiT (arXiv 2401.11605) samples with. From the
 level s to e, with q = e / s and h = log(s / e), the methods are
 
-    euler         x <- q x + (1 - q) D                                                (all of them where e = 0: x = D)
+    euler         x <- q x + (1 - q) D                                                (all methods at e = 0: x = D)
     two stages    x_m by an Euler step to an inner level m, D_m = denoise(x_m), then
                   x <- q x + (1 - q) ((1 - w) D + w D_m)
                   heun m = e, w = 1 / 2q | dpm2 m = sqrt(s e), w = s / m | dpmpp_2s m = sqrt(s e), w = 1 |
@@ -24,8 +24,8 @@ Departures from the authors' code. Noise is drawn per sample and row; the Browni
 a dpmpp_sde step share the path from s, all others cover disjoint noise levels. A single step works for every sampler.
 The noise levels are those of the first schedule; a leaf with another schedule takes its own s at the same times, inner
 ones included (so for leaves of unlike schedules 'time_uniform' is the grid that brings each of them close to the data).
-dpm_fast without noise is DPMSolver(steps, 3, 'dpm_solver', 'fast', 'log_snr', 'log_snr') from t = 1 to t_end, its noise
-is left out; dpm_adaptive chooses its steps as it goes and fits no table.
+dpm_fast is DPMSolver(steps, 3, 'dpm_solver', 'fast', 'log_snr', 'log_snr') from t = 1 to t_end, without its noise;
+dpm_adaptive chooses its steps while it runs and fits no table.
 """
 
 import dataclasses

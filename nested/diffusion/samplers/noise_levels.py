@@ -194,7 +194,7 @@ def time_of(schedule: Schedule, s: float) -> float:
     if t > 1 + 1e-9 and alpha < 1:
         raise ValueError(
             f"the noise level {s:.6g} is above {sigma / alpha:.6g}, the schedule's largest (at t = 1): "
-            "lower sigma_max, or s_tmax where it comes from churn"
+            "lower sigma_max, or s_tmax if churn raises the level"
         )
     return t
 

@@ -1,14 +1,14 @@
-"""The one loop behind every sampler: a table of numbers, one row per network evaluation, run by one lax.scan.
+"""The one loop behind every sampler: one lax.scan over a table of numbers with a row for each network evaluation.
 
 Every sampler is linear in its state, the network's outputs and fresh noise. A table first takes x_T to
 
-    x = x_base <- scale x_T + noise n_K    (its `opening`, absent from most: noise before the first evaluation)
+    x = x_base <- scale x_T + noise n_K    (its `opening`, noise before the first evaluation; most tables have none)
 
-and then row k of its K rows says
+and then row k of its K rows computes
 
     m    = output_0 x + output_1 denoise(x, t)                 (the evaluation, as x0 or as eps)
     x   <- base x_base + sum_j history_j m_{-j} + noise n_k + last_noise n_{k-1}     (m_{-0} the newest evaluation)
-    x_base <- x  where the row commits                         (the end of a step; its inner evaluations do not)
+    x_base <- x  if the row commits                            (the end of a step; its inner evaluations do not)
 
 Tables are built on the host in float64, one for each leaf of the variable from the leaf's own schedule, all on the time
 grid of the process's first schedule. Noise n_k of sample i is drawn with fold_in(keys[i], j 2^20 + k) for leaf j.
