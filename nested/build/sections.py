@@ -127,6 +127,10 @@ class EvaluateOptions:
     unguided: Annotated[bool, "also score samples without guidance"] = True
     sweep: Annotated[tuple, '(option, values) pairs of which all combinations are scored: (("guidance", (0, 1)),)'] = ()
     memorization: Annotated[int, "samples shown beside their nearest training images; 0: none"] = 0
+    likelihood: Annotated[int, "held-out images whose bits per dimension are computed (one level of pixels)"] = 0
+    likelihood_steps: Annotated[int, "Runge-Kutta steps of it, of four evaluations with derivatives each"] = 100
+    likelihood_sigma_min: Annotated[float, "noise that the images are given; 0: .01, or the process's lowest"] = 0.0
+    likelihood_sigma_max: Annotated[float, "noise level where it ends; 0: 80, or the process's highest"] = 0.0
     clip: Annotated[ClipScoreOptions, "the CLIP score"] = ClipScoreOptions()
     neighbors: Annotated[NeighborOptions, "of --mode=neighbors"] = NeighborOptions()
 

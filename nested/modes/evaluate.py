@@ -2,22 +2,30 @@
 
     python main.py --config=... --workdir=... --mode=evaluate --config.evaluate.num_samples=10000
 
-With the weights of a CLIP (config.evaluate.clip) the samples are held to their prompts. With config.evaluate.
-memorization the samples are compared with the training images. With config.evaluate.sweep several values of sampling
-options are scored instead (nested/modes/sweep.py).
+With the weights of a CLIP (config.evaluate.clip) the samples are held to their prompts. With
+config.evaluate.memorization they are compared with the training images. With config.evaluate.likelihood the bits per
+dimension of held-out images are computed, for a hierarchy of one level of pixels (nested/evaluation/likelihood.py).
+With config.evaluate.sweep several values of sampling options are scored instead (nested/modes/sweep.py).
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import jax
 import numpy as np
 
+from input_pipeline import loader
+from input_pipeline.latent_records import unflipped
 from nested.build import data as build_data
+from nested.build.levels import as_shape, build_levels
 from nested.build.options import Config
+from nested.build.process import is_joint
+from nested.encoders.text_encoder import TextEncoder
 from nested.evaluation.clip_score import Clip, load_clip
 from nested.evaluation.features import pooled_features, reference_features
+from nested.evaluation.likelihood import Likelihood, measure_likelihood, noise_range, write_likelihood
 from nested.evaluation.memorization import report_memorization
 from nested.evaluation.report import Scorer, score_generator, weights_identity, write_scores
 from nested.modes import sample, sweep
@@ -59,6 +67,7 @@ def check_evaluation(config: Config) -> None:
 
     Raises ValueError or FileNotFoundError, in one line that names the option."""
     check_memorization(config)
+    check_likelihood(config)
     if wants_clip_score(config):
         find_weight_files(config.evaluate.clip.weights)
     if config.evaluate.split and config.evaluate.num_samples:
@@ -80,6 +89,27 @@ def check_memorization(config: Config) -> None:
         )
     if number and len(build_data.finest_shape(config)) > 3:
         raise ValueError(f"config.evaluate.memorization {number}: it compares still images, not clips; set it to 0")
+
+
+def check_likelihood(config: Config) -> None:
+    """Raises ValueError if config.evaluate.likelihood asks for likelihoods that cannot be computed."""
+    number, level = config.evaluate.likelihood, config.levels[-1]
+    if not number:
+        return
+    key = f"config.evaluate.likelihood {number}"
+    if len(config.levels) > 1:
+        raise ValueError(
+            f"{key}: bits per dimension are defined for a single level; this config has {len(config.levels)}, and the "
+            "finest one's density is only conditional on the others; set it to 0"
+        )
+    if level.source != "pixels" or is_joint(as_shape(level.shape)):
+        variable = "several resolutions" if is_joint(as_shape(level.shape)) else f"the source {level.source!r}"
+        raise ValueError(f"{key}: needs a level of pixels, {level.name} has {variable}; set it to 0")
+    if number > config.data.holdout:
+        raise ValueError(
+            f"{key}: needs as many images that are not trained on; config.data.holdout is {config.data.holdout}: "
+            "raise that, or lower this"
+        )
 
 
 def load_clip_scorer(config: Config) -> Clip | None:
@@ -107,9 +137,15 @@ def report_scores(
     """Scores a generator, writes scores.json and what else config.evaluate asks for; returns the lines to print.
 
     source: the run's records, those held out included. The other arguments are build_scorer's and Scorer.score's."""
+    lines = []
+    if config.evaluate.likelihood:
+        likelihood = compute_likelihood(generator, params, config, source, step, weights)
+        lines += [f"likelihood: {likelihood}", f"likelihood: {write_likelihood(workdir, likelihood)}"]
+    if not config.evaluate.num_samples:
+        return lines
     scorer = build_scorer(config, source, cache_dir, weights)
     scores = score_generator(scorer, generator, params, step, config.evaluate.unguided)
-    lines = [f"score:   {score}" for score in scores] + [f"scores:  {write_scores(workdir, scores)}"]
+    lines += [f"score:   {score}" for score in scores] + [f"scores:  {write_scores(workdir, scores)}"]
     if config.evaluate.memorization:
 
         def features(images: np.ndarray) -> np.ndarray:
@@ -117,6 +153,59 @@ def report_scores(
 
         lines += compare_with_training_images(generator, params, config, source, features, step, workdir)
     return lines
+
+
+def compute_likelihood(
+    generator: Generator, params: Tree, config: Config, source: Any, step: int, weights: str = ""
+) -> Likelihood:
+    """Bits per dimension of config.evaluate.likelihood held-out images, computed in float32.
+
+    source: the run's records, those held out included. weights: identifies a weight file (Score.weights).
+    Raises ValueError as check_likelihood does."""
+    check_likelihood(config)
+    options, size, text = config.evaluate, config.sample.batch_size, text_encoder_of(generator)
+    number = options.likelihood
+    float32 = config.copy_and_resolve_references()
+    float32.train.dtype = "float32"
+    (level,) = build_levels(float32, text and text.encode_one())
+    sigma_min, sigma_max = noise_range(level.process, options.likelihood_sigma_min, options.likelihood_sigma_max)
+    places = build_data.held_out(config, len(source))
+    places = places[np.linspace(0, len(places), number, endpoint=False).astype(int)]
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, number, size):
+            chosen = np.resize(places[start : start + size], size)  # the last batch repeats its images
+            batch = loader.collate([unflipped(source[int(i)]) for i in chosen])
+            yield text.with_features(batch) if text else batch
+
+    values = measure_likelihood(
+        level,
+        params[level.name],
+        generator.latents.variables,
+        batches(),
+        number,
+        generator.mesh,
+        seed=config.seed,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        steps=options.likelihood_steps,
+    )
+    return Likelihood(
+        bits_per_dim=float(values.mean()),
+        standard_error=float(values.std() / np.sqrt(number)),
+        num_images=number,
+        dims=math.prod(level.shape),
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        steps=options.likelihood_steps,
+        step=step,
+        weights=weights,
+    )
+
+
+def text_encoder_of(generator: Generator) -> TextEncoder | None:
+    """The encoder of a generator's prompts; a generator that a config builds has a whole TextEncoder, or None."""
+    return cast(TextEncoder | None, generator.text)
 
 
 def compare_with_training_images(
@@ -139,22 +228,23 @@ def run(config: Config, workdir: str, weights: str = "") -> None:
     """Scores the newest checkpoint of the run in `workdir`, or a weight file (as step 0); prints and writes the scores.
 
     With config.evaluate.sweep it makes the sweep and nothing else. Raises ValueError if there is nothing to score."""
-    if not config.evaluate.num_samples:
+    if not config.evaluate.num_samples and not config.evaluate.likelihood:
         raise ValueError("evaluate.num_samples is 0, so nothing would be scored: give --config.evaluate.num_samples=N")
     check_evaluation(config)
-    images_alone = weights and not config.evaluate.memorization
+    images_alone = weights and not config.evaluate.memorization and not config.evaluate.likelihood
     if images_alone:  # a file that others trained: nothing is encoded
         config = build_data.scored_config(config)
     generator, params, step = sample.open_generator(config, workdir, weights)
-    source = build_data.images(config) if images_alone else build_data.latents(config, workdir, generator.text)[0]
+    if images_alone:
+        source = build_data.images(config)
+    else:
+        source = build_data.latents(config, workdir, text_encoder_of(generator))[0]
     cache_dir, identity = build_data.latents_dir(config, workdir), weights_identity(weights)
     if config.evaluate.sweep:
         todo = sweep.build_combinations(config, generator)  # all are checked before the first is drawn
         scorer = build_scorer(config, source, cache_dir, identity)
-        lines = [
-            f"sweep:   {path}"
-            for path in sweep.score_combinations(config, generator, params, todo, scorer.score, step, workdir, identity)
-        ]
+        paths = sweep.score_combinations(config, generator, params, todo, scorer.score, step, workdir, identity)
+        lines = [f"sweep:   {path}" for path in paths]
     else:
         lines = report_scores(generator, params, config, source, cache_dir, step, workdir, identity)
     if jax.process_index() == 0:

@@ -201,12 +201,12 @@ def train_phase(config, workdir: str, root: str) -> bool:
 def finish(run: Run, config: Config, text: Any, state: TrainState, source: Any, workdir: str) -> None:
     """After the last step: makes the pictures and scores that the config asks for, and prints where they are."""
     lines = []
-    if not config.sample.num_samples and not config.evaluate.num_samples:
+    if not config.sample.num_samples and not config.evaluate.num_samples and not config.evaluate.likelihood:
         return
     generator = sample.build_generator(config, run.step.levels, run.step.latents, run.mesh, text)
     if config.sample.num_samples:
         lines += [f"picture: {path}" for path in sample.save_run_pictures(config, generator, state.ema, workdir)]
-    if config.evaluate.num_samples:
+    if config.evaluate.num_samples or config.evaluate.likelihood:
         cache_dir = build_data.latents_dir(config, workdir)
         lines += evaluate.report_scores(generator, state.ema, config, source, cache_dir, int(state.step), workdir)
     if jax.process_index() == 0:
