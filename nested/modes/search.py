@@ -35,6 +35,7 @@ from jax.experimental import multihost_utils
 
 from nested.build import data as build_data
 from nested.build.levels import build_levels
+from nested.build.options import Config
 from nested.build.training import check_images_exist
 from nested.figures import curves as plots
 from nested.modes import sweep, train
@@ -62,7 +63,7 @@ class Trial:
         return f"{self.name}: trains {', '.join(self.trains)}{taken}"
 
 
-def plan_trials(config) -> list[Trial]:
+def plan_trials(config: Config) -> list[Trial]:
     """All runs, in order. What is trained and taken does not depend on the scores."""
     *upper, finest = (level.name for level in config.levels)
     runs, source = [Trial("L1", 1, None, (finest,), (), "")], ""
@@ -77,7 +78,7 @@ def plan_trials(config) -> list[Trial]:
     return runs
 
 
-def trial_config(config, trial: Trial, kept: Mapping[str, float], workdir: str):
+def trial_config(config: Config, trial: Trial, kept: Mapping[str, float], workdir: str) -> Config:
     """The config of one run. kept: {level: sigma} of the older levels."""
     result = copy.deepcopy(config)
     result.levels = (*result.levels[: trial.depth - 1], result.levels[-1])
@@ -95,8 +96,8 @@ def trial_config(config, trial: Trial, kept: Mapping[str, float], workdir: str):
     return result
 
 
-def check_search(config, workdir: str) -> None:
-    """Everything that is wrong with any of the runs, before the first one."""
+def check_search(config: Config, workdir: str) -> None:
+    """Raises ValueError, before the first run, for whatever is wrong with any of them."""
     sigmas, some = tuple(config.search.sigmas), config.init_from
     if len(config.levels) < 2:
         raise ValueError(f"the search of sigma needs 2 levels or more, config.levels has {len(config.levels)}")
@@ -123,12 +124,14 @@ def check_search(config, workdir: str) -> None:
             raise ValueError(f"search, run {trial.name}: {error}") from error
 
 
-def run(config, workdir: str) -> None:
-    """The mode `search`: makes the runs, writes search.json, search.md and search.png, prints what to train with."""
+def run(config: Config, workdir: str) -> None:
+    """Makes the runs, writes search.json, search.md and search.png, and prints the options to train with."""
     check_search(config, workdir)
     paths = [os.path.join(workdir, f"search.{kind}") for kind in ("json", "md", "png")]
     known = {row["config"]: row for row in sweep.read_rows(paths[0])}
-    rows, kept = [], {}
+    rows: list[dict] = []
+    kept: dict[str, float] = {}
+    chosen: dict = {}
     for depth, trials in itertools.groupby(plan_trials(config), key=lambda trial: trial.depth):
         tried = []
         for trial in trials:
@@ -140,17 +143,18 @@ def run(config, workdir: str) -> None:
             sweep.write_rows(paths[0], rows + tried, kept=kept)
         rows += tried
         best = best_trial(tried)
+        chosen = tried[best]
         if depth > 1:
             kept[config.levels[depth - 2].name] = float(config.search.sigmas[best])
     if jax.process_index() == 0:
         sweep.write_rows(paths[0], rows, kept=kept)
         atomic_write(paths[1], format_table(rows, config.search.sigmas, kept))
         plot_scores(rows, config.search.sigmas, paths[2])
-        print("\n".join([*(f"search:  {path}" for path in paths), *format_conclusion(config, kept, tried[best])]))
+        print("\n".join([*(f"search:  {path}" for path in paths), *format_conclusion(config, kept, chosen)]))
 
 
-def train_and_score(trial: Trial, config, workdir: str, known: Mapping[str, dict]) -> dict | None:
-    """The row of one run, trained and scored where that has not been done; None where a signal stopped it.
+def train_and_score(trial: Trial, config: Config, workdir: str, known: Mapping[str, dict]) -> dict | None:
+    """The row of one run, which is trained and scored unless that has been done; None if a signal stopped it.
 
     known: rows of search.json by the fingerprint of their configs; only process 0 needs them, and gives rows back."""
     made_from, folder = sweep.config_fingerprint(config), os.path.join(workdir, trial.name)
@@ -217,7 +221,7 @@ def plot_scores(rows: Sequence[dict], sigmas: Sequence[float], path: str) -> Non
     plots.score_curves(sigmas, panels, "sigma of the newest level", path)
 
 
-def format_conclusion(config, kept: Mapping[str, float], best: dict) -> list[str]:
+def format_conclusion(config: Config, kept: Mapping[str, float], best: dict) -> list[str]:
     """The sigmas that were kept, and how to train with them."""
     places = {level.name: i for i, level in enumerate(config.levels)}
     options = " ".join(f"'--config.levels[{places[name]}].sigma={sigma}'" for name, sigma in kept.items())

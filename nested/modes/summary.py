@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -95,14 +96,14 @@ def sub_jaxprs(params: dict) -> list:
     return found
 
 
-def summarize_levels(levels_: Sequence[Level]) -> list[LevelSummary]:
-    """One LevelSummary per level, coarse to fine."""
-    params = jax.eval_shape(lambda: hierarchy.init(levels_, jax.random.key(0)))
+def summarize_levels(levels: Sequence[Level]) -> list[LevelSummary]:
+    """The cost of every level, coarse to fine. Nothing is computed."""
+    params = jax.eval_shape(lambda: hierarchy.init(levels, jax.random.key(0)))
     variables = {
-        level.name: map_shape(lambda s: jax.ShapeDtypeStruct((1, *s), jnp.float32), level.shape) for level in levels_
+        level.name: map_shape(lambda s: jax.ShapeDtypeStruct((1, *s), jnp.float32), level.shape) for level in levels
     }
-    result, is_buffer = [], buffer_predicate(levels_)
-    for level in levels_:
+    result, is_buffer = [], buffer_predicate(levels)
+    for level in levels:
         cond = jax.eval_shape(lambda v, level=level: conditioning.blank_conditions(level, v), variables)
         macs = count_macs(
             lambda p, x, c, level=level: hierarchy.apply_network(level, p, train=False)(x, jnp.zeros(1), c),
@@ -116,7 +117,7 @@ def summarize_levels(levels_: Sequence[Level]) -> list[LevelSummary]:
     return result
 
 
-def state_bytes(abstract_state) -> int:
+def state_bytes(abstract_state: Any) -> int:
     """Bytes of the whole train state: parameters, EMA, optimizer moments."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
 
@@ -126,9 +127,9 @@ def format_shape(shape: Tree) -> str:
     return str(shape) if is_shape(shape) else " + ".join("x".join(map(str, leaf)) for leaf in shape)
 
 
-def write_summary(levels_: Sequence[Level], abstract_state, out: str = "") -> str:
+def write_summary(levels: Sequence[Level], abstract_state: Any, out: str = "") -> str:
     """The table as text; with `out`, the same as JSON in that file."""
-    rows = summarize_levels(levels_)
+    rows = summarize_levels(levels)
     total = {"parameters": sum(row.parameters for row in rows), "macs": sum(row.macs for row in rows)}
     memory = state_bytes(abstract_state)
     shapes = [format_shape(row.shape) for row in rows]

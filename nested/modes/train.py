@@ -7,7 +7,7 @@ WORKDIR/phases/NAME, the last one in WORKDIR; each starts from the EMA of the on
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -31,29 +31,33 @@ from nested.build.training import (
     check_init_from,
     split_phases,
 )
+from nested.encoders.text_encoder import TextEncoder
 from nested.modes import evaluate, sample, summary
 from nested.runtime import partition
 from nested.runtime.checkpoint import Checkpoints, Preemption, latest_step
 from nested.runtime.writers import MetricWriter
-from nested.sampling.generator import Generator
+from nested.sampling import generator as sampling
 from nested.training import optimizer as opt
 from nested.training.loop import Run, feed, fresh_state, train_loop
 from nested.training.meter import NonFiniteError
 from nested.training.options import TrainOptions
-from nested.training.step import Step, TrainState, init_state
+from nested.training.step import Step, TrainState, VariableReader, init_state
 from nested.weights import graft as transfer
 
 Tree = Any
 
 
-def abstract_state(config) -> TrainState:
-    """Shapes and dtypes of a config's train state; allocates nothing."""
+def abstract_state(config: Config) -> TrainState:
+    """The shapes and dtypes of a config's train state; allocates nothing."""
     step = Step(build_levels(config), None, build_optimizer(config), trained_level_names(config))
     return jax.eval_shape(lambda key: init_state(step, key), jax.random.key(0))
 
 
-def make_run(config, latents, text=None) -> Run:
-    """Builds levels, mesh and shardings; allocates nothing."""
+def make_run(config: Config, latents: VariableReader, text: TextEncoder | None = None) -> Run:
+    """The run of a config: its levels, mesh and shardings. Allocates nothing on a device.
+
+    latents: turns the run's records into variables. text: encodes the captions of a batch, if records have token ids.
+    Raises ValueError for options that do not fit each other or the devices."""
     levels = build_levels(config, text and text.encode_one())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     step = Step(
@@ -90,7 +94,7 @@ def initial_state(run: Run, config: Config, root: str = "") -> TrainState:
     return state.replace(params=params, ema=ema)
 
 
-def training_batches(config: Config, records: Any, first: int) -> Iterator[dict[str, np.ndarray]]:
+def training_batches(config: Config, records: Any, first: int) -> Generator[dict[str, np.ndarray], None, None]:
     """This process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size."""
     return feed(
         records,
@@ -163,7 +167,7 @@ def train_phase(config, workdir: str, root: str) -> bool:
     writer = MetricWriter(workdir, jax.process_index(), first)
 
     @functools.cache
-    def generator() -> Generator:
+    def generator() -> sampling.Generator:
         return sample.build_generator(config, run.step.levels, latents, run.mesh, text)
 
     def draw_samples(state: TrainState, step: int) -> np.ndarray:
@@ -194,16 +198,24 @@ def train_phase(config, workdir: str, root: str) -> bool:
     if stopped:
         logging.info("stopped by a signal at step %d; run the same command again to go on", int(state.step))
         return False
-    finish(run, config, text, state, source, workdir)
+    finish(run, config, latents, text, state, source, workdir)
     return True
 
 
-def finish(run: Run, config: Config, text: Any, state: TrainState, source: Any, workdir: str) -> None:
+def finish(
+    run: Run,
+    config: Config,
+    latents: sampling.Decoder,
+    text: TextEncoder | None,
+    state: TrainState,
+    source: Any,
+    workdir: str,
+) -> None:
     """After the last step: makes the pictures and scores that the config asks for, and prints where they are."""
     lines = []
     if not config.sample.num_samples and not config.evaluate.num_samples and not config.evaluate.likelihood:
         return
-    generator = sample.build_generator(config, run.step.levels, run.step.latents, run.mesh, text)
+    generator = sample.build_generator(config, run.step.levels, latents, run.mesh, text)
     if config.sample.num_samples:
         lines += [f"picture: {path}" for path in sample.save_run_pictures(config, generator, state.ema, workdir)]
     if config.evaluate.num_samples or config.evaluate.likelihood:

@@ -50,17 +50,23 @@ class Step:
 
     Attributes:
       levels: the hierarchy, coarse to fine.
-      latents: turns raw records into the levels' variables; None where only shapes count.
+      latents: turns raw records into the levels' variables; None if only the state's shapes are needed.
       optimizer: rates, decay, clipping and averaging.
       trained: names of the levels that are trained; the others keep their parameters.
       accumulate: number of groups that a batch is split into, one after the other, to save memory.
     """
 
     levels: tuple[Level, ...]
-    latents: VariableReader
+    latents: VariableReader | None
     optimizer: opt.OptimizerConfig
     trained: tuple[str, ...]
     accumulate: int = 1
+
+    def variables(self, raw: Mapping[str, jax.Array], key: jax.Array) -> dict[str, Tree]:
+        """The clean variables of every level, {level: [B, ...]}. Raises ValueError if the step has no latents."""
+        if self.latents is None:
+            raise ValueError("this step was built for the shapes of its state alone and reads no records")
+        return self.latents.variables(raw, key)
 
 
 def init_state(step: Step, key: jax.Array) -> TrainState:
@@ -91,7 +97,8 @@ def mean_losses(
     """(the sum over levels of the mean loss of the batch, {level: its mean loss})."""
     per_row = hierarchy.losses(step.levels, params, variables, context, times, keys, only=step.trained)
     means = {name: jnp.mean(loss) for name, loss in per_row.items()}
-    return sum(means.values()), means
+    total, *rest = means.values()
+    return sum(rest, start=total), means
 
 
 def gradients(
@@ -103,7 +110,7 @@ def gradients(
     """
     batch = jax.tree.leaves(raw)[0].shape[0]
     keys = row_keys(key, batch)
-    variables = step.latents.variables(raw, jax.random.fold_in(key, batch))
+    variables = step.variables(raw, jax.random.fold_in(key, batch))
     times = hierarchy.sample_times(step.levels, keys)
     data = (variables, select_context(step.levels, raw), times, keys)
     grad = jax.grad(lambda p, *rows: mean_losses(step, p, *rows), has_aux=True)
@@ -165,7 +172,7 @@ def validation_losses(
     """{"validation/LEVEL/t0.5": mean loss of the EMA weights} at the given times, always with the same noise."""
     batch = jax.tree.leaves(raw)[0].shape[0]
     keys = row_keys(jax.random.key(0), batch)
-    variables, context = step.latents.variables(raw, jax.random.key(1)), select_context(step.levels, raw)
+    variables, context = step.variables(raw, jax.random.key(1)), select_context(step.levels, raw)
     metrics = {}
     for t in times:
         fixed = {level.name: jnp.full((batch,), t) for level in step.levels}
