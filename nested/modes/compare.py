@@ -2,9 +2,9 @@
 
     python main.py --mode=compare --config=configs/fashion_mnist.py:L3 --workdir=OUT --runs=runs/L1,runs/L2,runs/L3
 
-Sample i of every run has the same label or prompt, and keys made of one seed. Each run is sampled by its own config,
-from the EMA of its newest checkpoint; the seed and config.sample (batch size, prompts) are those of --config. Images
-are enlarged to 64 pixels at least.
+Sample i has the same label or prompt in every run, and keys from one seed. Each run is sampled with its own config from
+the EMA of its newest checkpoint; the seed and config.sample (batch size, prompts) are those of --config. Images are
+enlarged to at least 64 pixels.
 """
 
 import json
@@ -22,24 +22,24 @@ from nested.runtime.checkpoint import read_config
 from nested.runtime.files import atomic_write
 
 
-def load_run_config(path: str, config) -> Config:
+def load_run_config(path: str, config: Config) -> Config:
     """The config of the run in `path`, with the seed and config.sample of `config`.
 
-    What an earlier version wrote is brought up to date. Raises FileNotFoundError where there is no run."""
+    A config written by an earlier version is brought up to date. Raises FileNotFoundError if there is no run."""
     saved = from_plain(upgrade_saved_config(read_config(path)))
     saved.seed, saved.sample = config.seed, config.sample
     return saved
 
 
 def format_caption(path: str, levels: int, step: int, scores: Sequence[dict]) -> str:
-    """What stands beside a run's row."""
+    """The caption beside a run's row: its name, depth, step and scores."""
     lines = [os.path.basename(path), f"L = {levels}, step {step:,}"]
     lines += [f"FD-EffLite0 {score['fd']:.2f}{'' if score['guided'] else ' unguided'}" for score in scores]
     return "\n".join(lines)
 
 
 def read_scores_of_step(path: str, step: int) -> list[dict]:
-    """The scores of that step in the run's scores.json; none where it has not been scored."""
+    """The scores of that step in the run's scores.json; [] if it has not been scored."""
     path = os.path.join(path, "scores.json")
     if not os.path.exists(path):
         return []
@@ -47,8 +47,8 @@ def read_scores_of_step(path: str, step: int) -> list[dict]:
         return [score for score in json.load(file) if score["step"] == step]
 
 
-def run(config, workdir: str, runs: Sequence[str], number: int) -> None:
-    """The mode `compare`: writes compare.png (a row per run, a column per sample) and compare.json in `workdir`."""
+def run(config: Config, workdir: str, runs: Sequence[str], number: int) -> None:
+    """Writes compare.png, a row per run and a column per sample, and compare.json to `workdir`."""
     runs = [os.path.abspath(os.path.expanduser(run)) for run in runs]
     if len(set(runs)) < max(len(runs), 2):
         raise ValueError(f"--runs names {len(runs)} run(s): give the folders of two or more different ones, --runs=A,B")

@@ -1,9 +1,9 @@
-"""The mode `neighbors`: which images the levels' latents call alike (Nested Diffusion, CVPR 2025, Figure 3).
+"""The mode `neighbors`: which images are alike in the latents of each level (Nested Diffusion, CVPR 2025, Figure 3).
 
-For some images, the nearest ones by every level's variable (standardised as the networks see it, without noise; the
-finest level's is the codec's latent) and by the pixels: neighbors.png. For labelled data also the k-NN accuracy of each
-of them, leave-one-out. All distances are Euclidean (nested/evaluation/nearest.py); neighbors.json has them. No network
-needs to be trained for this.
+neighbors.png shows, for a few query images, the nearest other images by the variable of every level and by pixels.
+Variables are standardised as the networks see them and free of noise; that of the finest level is the codec's latent.
+For labelled data the leave-one-out accuracy of k-NN classification is given for each. Distances are Euclidean
+(nested/evaluation/nearest.py) and are written to neighbors.json. No network has to be trained for this mode.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 from input_pipeline import loader
 from nested import figures as pictures
 from nested.build import data as build_data
+from nested.build.options import Config
 from nested.build.sources import source_kind
 from nested.evaluation import nearest
 from nested.runtime.files import atomic_write
@@ -24,8 +25,14 @@ from nested.runtime.writers import Progress
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Representations:
-    """The images that are compared: their `records`' numbers [N], `images` uint8 [N, H, W, C], `labels` int [N], and
-    what they are compared by, {name: [N, ...]}."""
+    """N images and what they are compared by.
+
+    Attributes:
+      records: int [N], their numbers among the records.
+      images: uint8 [N, H, W, C].
+      labels: int [N].
+      values: {name of the representation: [N, ...]}.
+    """
 
     records: np.ndarray
     images: np.ndarray
@@ -35,8 +42,14 @@ class Representations:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Neighbors:
-    """The nearest images by one representation: places int [Q, n] among those compared and distances [Q, n] of the
-    queries, nearest first, themselves left out. accuracy: of k-NN classification, None where there are no labels."""
+    """The nearest images of Q queries by one representation, nearest first, without the queries themselves.
+
+    Attributes:
+      name: of the representation; shape: of its values, without the batch axis.
+      places: int [Q, n], indices into Representations.
+      distances: float [Q, n].
+      accuracy: of k-NN classification, None if there are no labels.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +58,7 @@ class Neighbors:
     accuracy: float | None
 
 
-def collect_representations(config, workdir: str) -> Representations:
+def collect_representations(config: Config, workdir: str) -> Representations:
     """config.evaluate.num_reference records, evenly spaced through the data, by every level and by pixels.
 
     A level of several resolutions is compared by each of them, NAME.0, NAME.1, ...; one of the images' own shape is the
@@ -75,7 +88,7 @@ def collect_representations(config, workdir: str) -> Representations:
     return Representations(chosen, images, labels, values | {"pixels": images})
 
 
-def find_neighbors(config, found: Representations, queries: np.ndarray) -> list[Neighbors]:
+def find_neighbors(config: Config, found: Representations, queries: np.ndarray) -> list[Neighbors]:
     """The nearest images to those at the places `queries` [Q], by every representation."""
     options, labelled, result = config.evaluate.neighbors, bool(config.data.num_classes), []
     for name, values in found.values.items():
@@ -109,8 +122,8 @@ def describe_neighbors(result: Neighbors, k: int) -> str:
     return text if result.accuracy is None else f"{text}: {k}-NN accuracy {100 * result.accuracy:.1f} %"
 
 
-def check_neighbors(config) -> None:
-    """ValueError, before anything is encoded, for data and options that this mode has no picture of."""
+def check_neighbors(config: Config) -> None:
+    """Raises ValueError, before anything is encoded, for data and options that this mode cannot show."""
     options, number = config.evaluate.neighbors, config.evaluate.num_reference
     source = source_kind(config)
     if source.synthetic or source.clips:
@@ -125,8 +138,8 @@ def check_neighbors(config) -> None:
             )
 
 
-def run(config, workdir: str) -> None:
-    """The mode: writes neighbors.png and neighbors.json to workdir, and prints a line for every representation."""
+def run(config: Config, workdir: str) -> None:
+    """Writes neighbors.png and neighbors.json to `workdir`, and prints a line for every representation."""
     check_neighbors(config)
     found = collect_representations(config, workdir)
     count, options = len(found.records), config.evaluate.neighbors

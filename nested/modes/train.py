@@ -113,7 +113,7 @@ def phase_dir(root: str, name: str) -> str:
     return os.path.join(root, "phases", name) if name else root
 
 
-def run(config, workdir: str) -> None:
+def run(config: Config, workdir: str) -> None:
     """Trains the phases of the config in turn, going on where an earlier call was stopped."""
     phases = split_phases(config)
     for _, phase in phases:  # what is wrong in a late phase is said before the first one trains
@@ -140,7 +140,7 @@ def run(config, workdir: str) -> None:
             return
 
 
-def train_phase(config, workdir: str, root: str) -> bool:
+def train_phase(config: Config, workdir: str, root: str) -> bool:
     """Trains to config.train.steps from the newest checkpoint in `workdir` or from scratch; then samples and scores.
     False where a signal stopped it."""
     check_images_exist(config)
