@@ -115,7 +115,7 @@ class Run:
         fixed = {name: self._check_variable(name, variable) for name, variable in (fixed or {}).items()}
         number = _number_of_rows(number, labels, prompts, fixed)
         generator = self._with(seed, guidance)
-        size, parts = self.config.sample.batch_size, []
+        size, parts = generator.batch_size, []
         for start in range(0, number, size):
             indices = np.arange(start, start + size)
             rows = np.minimum(indices, number - 1)  # the last batch is filled up: one shape is compiled
@@ -159,7 +159,7 @@ class Run:
         if finest not in variables:
             raise ValueError(f"variables of {', '.join(variables)} given: images are decoded from the level {finest}")
         variable = self._check_variable(finest, variables[finest])
-        number, size, images = _rows(variable), self.config.sample.batch_size, []
+        number, size, images = _rows(variable), self.generator.batch_size, []
         for start in range(0, number, size):
             rows = np.minimum(np.arange(start, start + size), number - 1)
             images.append(self.generator.decode(_take(variable, rows)))

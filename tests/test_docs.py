@@ -50,6 +50,14 @@ def test_paths_and_names_of_the_code_exist(page):
     assert [name for name in names if not exists(name)] == []
 
 
+def test_the_reference_of_options_is_current():
+    from nested.build.reference import option_reference
+
+    command = "from nested.build.reference import option_reference; print(option_reference(), end='')"
+    current = (ROOT / "docs" / "options.md").read_text() == option_reference()
+    assert current, f'python -c "{command}" > docs/options.md'
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text())

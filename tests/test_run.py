@@ -128,7 +128,7 @@ def test_a_denoiser_sees_what_it_is_given(run, variables):
         (lambda run: run.sample(), "give number, labels, prompts or fixed"),
         (lambda run: run.sample(3, labels=[1, 2]), "found number 3, labels 2"),
         (lambda run: run.sample(labels=[10]), "label 10"),
-        (lambda run: run.sample(prompts=["a cat"]), "takes no text"),
+        (lambda run: run.sample(prompts=["a cat"]), "no level of this hierarchy sees text"),
         (lambda run: run.sample(1, guidance={"y": 1.0}), "the levels are z1x1, z2x2, x"),
         (lambda run: run.sample(1, guidance=[1.0]), "1 guidance weights given"),
         (lambda run: run.sample(fixed={"z1x1": np.zeros((2, 4))}), r"expected \[N, 1, 1, 4\]"),
@@ -144,9 +144,9 @@ def test_what_cannot_be_done_is_said_in_a_line(run, call, message):
 
 
 def test_a_weight_file_samples_as_its_run(run, workdir, tmp_path):
-    from nested.modes.export import export_weights
+    from nested.modes import export
 
     path = str(tmp_path / "weights.safetensors")
-    export_weights(run.config, str(workdir), path)
+    export.run(run.config, str(workdir), path)
     opened = nested.open_weights(path, workdir=workdir)
     np.testing.assert_array_equal(opened.sample(BATCH), run.sample(BATCH))
