@@ -28,7 +28,7 @@ NOISE_SCALES = {"variance": 0.5, "std": 1.0}  # the power of (t/T)^gamma by whic
 
 
 class Network(Protocol):
-    """What the hierarchy uses of a level's network; nested.models.backbone.Backbone is the base class of ours.
+    """What is used of a level's network; nested.models.backbone.Backbone is the base class of ours.
 
     buffers: patterns (re.search) of the paths, joined with '/', of parameters that are constants.
     has_dropout: whether training gives the network cond['dropout'], a key for each row.
@@ -39,6 +39,10 @@ class Network(Protocol):
 
     @property
     def has_dropout(self) -> bool: ...
+
+    def num_tokens(self, shape: Any, /) -> int:
+        """Return the positions that the network works on for a variable of this shape."""
+        ...
 
     def init(self, rngs: jax.Array, *args: Any, train: bool) -> Mapping[str, Any]:
         """{'params': the initial parameters} for (x, c_noise, cond)."""

@@ -73,11 +73,13 @@ class VariancePreserving(abc.ABC):
         return xp.exp(log_alpha), xp.sqrt(xp.abs(xp.expm1(2 * log_alpha)))
 
     def log_snr(self, t: Any) -> Any:
+        """Return log(alpha / sigma) at t."""
         t, xp = as_float(t)
         log_alpha = self.log_alpha(t)
         return log_alpha - 0.5 * xp.log(xp.abs(xp.expm1(2 * log_alpha)))
 
     def inverse_log_snr(self, log_snr: Any) -> Any:
+        """Return the t at which log(alpha / sigma) has this value."""
         log_snr, xp = as_float(log_snr)
         return self.inverse_log_alpha(-0.5 * xp.logaddexp(-2.0 * log_snr, xp.zeros_like(log_snr)))
 
@@ -98,6 +100,7 @@ class LinearVP(VariancePreserving):
         return -0.25 * (self.beta_max - self.beta_min) * t**2 - 0.5 * self.beta_min * t
 
     def beta(self, t: Any) -> Any:
+        """Return beta(t)."""
         t, _ = as_float(t)
         return self.beta_min + (self.beta_max - self.beta_min) * t
 

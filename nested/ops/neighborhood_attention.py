@@ -57,7 +57,13 @@ def neighborhood_attention(
     return IMPLEMENTATIONS[implementation](q_BHWND, k_BHWND, v_BHWND, kernel, factor)
 
 
-def _check(q_shape, k_shape, v_shape, kernel, implementation) -> None:
+def _check(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    implementation: str,
+) -> None:
     if len(q_shape) != 5 or not q_shape == k_shape == v_shape:
         raise ValueError(f"neighborhood_attention: q, k, v have shapes {q_shape}, {k_shape}, {v_shape}, expected one "
                          "shape (batch, height, width, heads, head width)")  # fmt: skip
@@ -81,7 +87,7 @@ def _mask(queries_TQ: np.ndarray, keys_TK: np.ndarray, size: int, kernel: int) -
     return np.where((distance_TQK >= 0) & (distance_TQK < kernel), np.float32(0), np.float32(MASKED))
 
 
-def _attend(q_XQD, k_XKD, v_XKD, mask_XQK, scale):
+def _attend(q_XQD: jax.Array, k_XKD: jax.Array, v_XKD: jax.Array, mask_XQK: jax.Array, scale: float) -> jax.Array:
     """Masked attention of some queries to some keys, [..., Q, D]; axes of size 1 in the mask are repeated."""
     dtype = jnp.promote_types(q_XQD.dtype, jnp.float32)
     logits_XQK = jnp.einsum("...qd,...kd->...qk", q_XQD, k_XKD, preferred_element_type=dtype)
@@ -96,7 +102,9 @@ def _attend(q_XQD, k_XKD, v_XKD, mask_XQK, scale):
 # ------------------------------------------------------------------------------------------------------- reference
 
 
-def _reference(q_BHWND, k_BHWND, v_BHWND, kernel, scale):
+def _reference(
+    q_BHWND: jax.Array, k_BHWND: jax.Array, v_BHWND: jax.Array, kernel: tuple[int, ...], scale: float
+) -> jax.Array:
     B, H, W, N, D = q_BHWND.shape
     axes = [(np.arange(size)[None], size, k) for size, k in zip((H, W), kernel, strict=True)]
     (mask_HH,), (mask_WW,) = (_mask(positions, positions, size, k) for positions, size, k in axes)
@@ -114,7 +122,9 @@ def tile_shape(height: int, width: int) -> tuple[int, int]:
     return min(BAND_ROWS, height), width if width <= WIDEST_TILE else TILE_COLUMNS
 
 
-def _blocked(q_BHWND, k_BHWND, v_BHWND, kernel, scale):
+def _blocked(
+    q_BHWND: jax.Array, k_BHWND: jax.Array, v_BHWND: jax.Array, kernel: tuple[int, ...], scale: float
+) -> jax.Array:
     """Z bands of R rows of queries, each cut into T tiles of R x C; a tile's patch of keys is P x S.
 
     The P rows of a band start at its first window, or earlier where the grid ends: they hold every window of the band.
@@ -135,7 +145,7 @@ def _blocked(q_BHWND, k_BHWND, v_BHWND, kernel, scale):
 
     q_BHWND = jnp.pad(q_BHWND, ((0, 0), (0, bands * R - H), (0, 0), (0, 0), (0, 0)))
 
-    def band(first_query_row, first_key_row, mask_RP):
+    def band(first_query_row: jax.Array, first_key_row: jax.Array, mask_RP: jax.Array) -> jax.Array:
         q_BRWND = jax.lax.dynamic_slice_in_dim(q_BHWND, first_query_row, R, axis=1)
         k_BPWND, v_BPWND = (jax.lax.dynamic_slice_in_dim(x, first_key_row, P, axis=1) for x in (k_BHWND, v_BHWND))
         mask_TRCPS = mask_RP[None, :, None, :, None] + jnp.asarray(mask_TCS)[:, None, :, None, :]
@@ -159,7 +169,7 @@ def _reach(columns_TC: np.ndarray, width: int, kernel: int) -> tuple[int, int]:
     return max(0, int(before)), max(0, int(after))
 
 
-def _tiles(x_BRWND, tiles: int, columns: int, before: int, after: int):
+def _tiles(x_BRWND: jax.Array, tiles: int, columns: int, before: int, after: int) -> jax.Array:
     """Tiles [B, N, T, R * S, D] of `columns` columns, each with those before and after it, S in all; 0 beyond the grid.
 
     Slices and concatenation take the place of a gather, so that the transpose is pads and sums, not a scatter.
