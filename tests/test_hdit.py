@@ -170,6 +170,12 @@ def test_positions_and_angles(golden, x64):
 # ---- algebra
 
 
+def test_windows_follow_from_the_attentions():
+    model = HDiT(2, depths=(1, 1, 1), widths=(8, 8, 8), attentions=("neighborhood", "shifted_window", "global"))
+    assert [model.level_options(level).window for level in range(3)] == [7, 8, 0]
+    assert model.clone(windows=(3, 4, 0)).level_options(1).window == 4
+
+
 def tiny(**changes):
     options = dict(
         patch_size=2, depths=(1, 1), widths=(16, 24), attentions=("neighborhood", "global"), windows=(3, 0),

@@ -95,18 +95,23 @@ class Process:
     loss_space: Annotated[
         Literal["eps", "x0", "v", "edm", None], "where the squared error is taken; None: parameterization"
     ] = None
-    weighting: Annotated[Weighting, "of the squared error over the noise levels"] = "uniform"
+    weighting: Annotated[Weighting, "weight of the squared error over the noise levels"] = "uniform"
     time_sampling: Annotated[
-        Literal["uniform", "stratified"], "how training times are drawn; stratified over the global batch"
+        Literal["uniform", "stratified"],
+        "how training times are drawn: independently | one per stratum of the global batch",
     ] = "uniform"
     discrete_steps: Annotated[int, "N > 0 trains at t = n / N, n uniform in 1..N; 0 at t uniform in [t_min, 1)"] = 1000
     t_min: Annotated[float, "the smallest training time, with discrete_steps 0"] = 0.0
-    time_scale: Annotated[float, "what the network is told: time_scale * noise_input + time_offset"] = 1000.0
+    time_scale: Annotated[float, "the network is told time_scale * noise_input + time_offset"] = 1000.0
     time_offset: Annotated[float, "-1 for networks that count their discrete steps from 0"] = 0.0
-    noise_input: Annotated[Literal["t", "log_sigma"], "what the network is told of: t | log(sigma / alpha)"] = "t"
+    noise_input: Annotated[Literal["t", "log_sigma"], "the time as the network is told it: t | log(sigma / alpha)"] = (
+        "t"
+    )
     sigma_data: Annotated[float | None, "standard deviation of the data, for edm and some weightings"] = None
-    gamma: Annotated[float | None, "of min_snr and soft_min_snr; None: 1 / sigma_data^2"] = None
-    density: Annotated[Density | None, "the law of the noise levels in training; None: t as said above"] = None
+    gamma: Annotated[float | None, "the gamma of min_snr and soft_min_snr; None: 1 / sigma_data^2"] = None
+    density: Annotated[
+        Density | None, "law of the noise levels in training; None: that of discrete_steps and t_min"
+    ] = None
     learned_variance: Annotated[bool, "whether the network learns the variance too (DiT, ADM)"] = False
 
     def __post_init__(self) -> None:

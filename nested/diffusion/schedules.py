@@ -314,10 +314,8 @@ class CosineInterpolated:
 
     image_size: Annotated[int, "side of the images in pixels"]
     sigma_data: Annotated[float, "standard deviation of the data"]
-    noise_low: Annotated[int, "the resolution whose noise levels weigh most at large s"] = 32
-    noise_high: Annotated[int | None, "the resolution whose noise levels weigh most at small s; None: image_size"] = (
-        None
-    )
+    noise_low: Annotated[int, "resolution whose schedule counts at high noise levels"] = 32
+    noise_high: Annotated[int | None, "resolution whose schedule counts at low noise levels; None: image_size"] = None
     sigma_min: Annotated[float, "the smallest noise level"] = 1e-3
     sigma_max: Annotated[float, "the largest noise level"] = 1e3
 

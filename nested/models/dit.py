@@ -148,14 +148,14 @@ class DiT(TokenBackbone):
 
     width: Annotated[int, "channels of a token, a multiple of 4 and of num_heads"] = 768
     depth: Annotated[int, "number of blocks"] = 12
-    num_heads: Annotated[int, "attention heads"] = 12
+    num_heads: Annotated[int, "number of attention heads"] = 12
     mlp_ratio: Annotated[float, "hidden width of the MLP over width"] = 4
-    tanh_gelu: Annotated[bool, "GELU approximated by tanh (DiT), or exact (RCG)"] = True
+    tanh_gelu: Annotated[bool, "whether GELU is approximated by tanh (DiT), or exact (RCG)"] = True
     num_classes: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
     empty: Annotated[Empty, "what is learned in place of a dropped level"] = "variable"
-    attention: Annotated[Attention, "cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
-    learn_variance: Annotated[bool, "twice the output channels: the process's learned_variance needs them"] = False
+    attention: Annotated[Attention, "its implementation; cudnn is fused, for NVIDIA GPUs in bfloat16"] = "xla"
+    learn_variance: Annotated[bool, "whether the output has twice the channels, for process.learned_variance"] = False
     remat: bool = False
     dtype: DTypeLike | None = None
 

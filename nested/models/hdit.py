@@ -129,29 +129,34 @@ class HDiT(TokenBackbone):
     ]
     depths: Annotated[tuple[int, ...], "layers of each level, finest tokens first"] = (2, 4)
     widths: Annotated[tuple[int, ...], "channels of each level"] = (256, 512)
-    attentions: Annotated[tuple[str, ...], "of each level: neighborhood | shifted_window | global | none"] = (
+    attentions: Annotated[tuple[str, ...], "of each level, neighborhood | shifted_window | global | none"] = (
         "neighborhood",
         "global",
     )
     windows: Annotated[
-        tuple[int | tuple[int, int], ...], "kernel or window of each level, 0 if it has none; (): 7 and 8"
+        tuple[int | tuple[int, int], ...],
+        "kernel or window of each level, 0 if there is none; (): kernels of 7, windows of 8",
     ] = ()
-    head_widths: Annotated[int | tuple[int, ...], "multiples of 8, or one number for all levels"] = 64
-    ff_widths: Annotated[tuple[int, ...] | None, "inside the feed-forward; None: 3 (geglu) or 4 (gelu) times width"] = (
-        None
-    )
-    dropouts: Annotated[float | tuple[float, ...], "rates, or one number for all levels"] = 0.0
+    head_widths: Annotated[
+        int | tuple[int, ...], "channels of a head, multiples of 8; one number stands for all levels"
+    ] = 64
+    ff_widths: Annotated[
+        tuple[int, ...] | None, "channels inside feed-forwards; None: 3 (geglu) or 4 (gelu) times width"
+    ] = None
+    dropouts: Annotated[float | tuple[float, ...], "dropout rates; one number stands for all levels"] = 0.0
     mapping_depth: Annotated[int, "blocks of the mapping network"] = 2
     mapping_width: Annotated[int, "channels of the mapping network"] = 256
-    mapping_ff_width: Annotated[int | None, "inside its feed-forward; None: 3 times mapping_width"] = None
-    mapping_dropout: Annotated[float, "rate in the mapping network"] = 0.0
+    mapping_ff_width: Annotated[int | None, "channels inside its feed-forwards; None: 3 times mapping_width"] = None
+    mapping_dropout: Annotated[float, "dropout rate in the mapping network"] = 0.0
     mapping_cond_dim: int = 0
     num_classes: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
-    position: Annotated[Position, "rotary, or learned and added to the tokens"] = "rope"
+    position: Annotated[Position, "positions: rotary | learned and added to the tokens"] = "rope"
     feed_forward: Annotated[blocks.FeedForwardKind, "activation of the feed-forwards"] = "geglu"
     skip: Annotated[Skip, "how the way up is merged with the way down"] = "lerp"
-    attention: Annotated[Attention, "of global and window attention; cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
+    attention: Annotated[Attention, "of global and window attention; cudnn is fused, for NVIDIA GPUs in bfloat16"] = (
+        "xla"
+    )
     neighborhood: Annotated[Literal["auto", "reference", "blocked"], "how neighborhood attention is computed"] = "auto"
     remat: bool = False
     dtype: DTypeLike | None = None

@@ -116,13 +116,13 @@ class NestedUNet(Backbone):
     time_width: Annotated[int, "channels of the time embedding"] = 1024
     num_heads: Annotated[int, "heads of image and text attention"] = 8
     text_width: int = 0
-    text_proj: Annotated[int, "the text is first projected to this width; 0: not at all"] = 0
+    text_proj: Annotated[int, "width that the text is first projected to; 0: it is not"] = 0
     lm_layers: Annotated[int, "transformer layers over the text"] = 0
     masked_cross_attention: Annotated[bool, "whether attention to the text, and in it, leaves out padding"] = True
     low_res_inputs: Annotated[bool, "whether the inner nets see their own resolution"] = True
     num_classes: int = 0
     conditions: tuple[tuple[str, int | None], ...] = ()
-    attention: Annotated[Attention, "cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
+    attention: Annotated[Attention, "its implementation; cudnn is fused, for NVIDIA GPUs in bfloat16"] = "xla"
     remat: bool = False
     dtype: DTypeLike | None = None
 

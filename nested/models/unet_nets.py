@@ -20,18 +20,18 @@ class Net:
     Raises ValueError for options that do not fit each other.
     """
 
-    channels: Annotated[tuple[int, ...], "of each resolution, fine to coarse"]
-    resnets: Annotated[tuple[int, ...], "of each resolution on the way down; one more on the way up"]
+    channels: Annotated[tuple[int, ...], "channels of each resolution, fine to coarse"]
+    resnets: Annotated[tuple[int, ...], "ResNets of each resolution on the way down; there is one more on the way up"]
     attention: Annotated[tuple[int, ...], "attention layers after each ResNet, per resolution; (): none"] = ()
-    temporal_attention: Annotated[tuple[int, ...], "the same, over time; temporal nets only"] = ()
+    temporal_attention: Annotated[tuple[int, ...], "the same for attention over time, in temporal nets"] = ()
     kind: Annotated[Kind, "what is resampled: pixels | frames"] = "spatial"
     resample: Annotated[tuple[bool, ...], "whether each resolution halves to the next; (): all do"] = ()
-    normalize_input: Annotated[bool, "divide each image or frame by its standard deviation"] = False
-    attention_ffn: Annotated[bool, "a feed-forward in the attention"] = False
+    normalize_input: Annotated[bool, "whether each image or frame is divided by its standard deviation"] = False
+    attention_ffn: Annotated[bool, "whether attention has a feed-forward"] = False
     micro: Annotated[tuple[tuple[str, float], ...], "(name, default) of numbers that the net is told"] = ()
-    groups: Annotated[int, "of the ResNets' norms"] = 32
-    dropout: Annotated[float, "rate in the ResNets"] = 0.0
-    rotary: Annotated[bool, "rotary positions in the temporal attention"] = False
+    groups: Annotated[int, "groups of the ResNets' norms"] = 32
+    dropout: Annotated[float, "dropout rate in the ResNets"] = 0.0
+    rotary: Annotated[bool, "whether temporal attention has rotary positions"] = False
 
     def __post_init__(self) -> None:
         count = len(self.channels)

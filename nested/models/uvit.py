@@ -85,8 +85,8 @@ class UViT(TokenBackbone):
     """
 
     width: Annotated[int, "channels of a token"] = 512
-    depth: Annotated[int, "the network has 2 (depth // 2) + 1 blocks"] = 12
-    num_heads: Annotated[int, "attention heads"] = 8
+    depth: Annotated[int, "blocks: the network has 2 (depth // 2) + 1 of them"] = 12
+    num_heads: Annotated[int, "number of attention heads"] = 8
     mlp_ratio: Annotated[float, "hidden width of the MLP over width"] = 4
     qkv_bias: Annotated[bool, "whether q, k and v have a bias"] = False
     num_classes: int = 0
@@ -94,13 +94,13 @@ class UViT(TokenBackbone):
     text_tokens: int = 0
     conditions: tuple[tuple[str, int], ...] = ()
     injection: Annotated[Injections, "how coarser levels enter (CVPR | ICLR)"] = "append_tokens"
-    inject_every: Annotated[int, "deconv_concat: after every so many blocks; ICLR: 2"] = 0
-    inject_layers: Annotated[int, "deconv_concat: linear layers at each place; ICLR: 2"] = 0
+    inject_every: Annotated[int, "deconv_concat: blocks from one injection to the next; ICLR: 2"] = 0
+    inject_layers: Annotated[int, "deconv_concat: linear layers of an injection; ICLR: 2"] = 0
     empty: Annotated[Empty, "what is learned in place of a dropped level"] = "token"
-    time_mlp: Annotated[bool, "two layers after the time embedding"] = False
-    skip: Annotated[bool, "long skip connections"] = True
-    final_conv: Annotated[bool, "a 3x3 convolution at the end"] = True
-    attention: Annotated[Attention, "cudnn: fused, on NVIDIA GPUs in bfloat16"] = "xla"
+    time_mlp: Annotated[bool, "whether two layers follow the time embedding"] = False
+    skip: Annotated[bool, "whether there are long skip connections"] = True
+    final_conv: Annotated[bool, "whether a 3x3 convolution ends the network"] = True
+    attention: Annotated[Attention, "its implementation; cudnn is fused, for NVIDIA GPUs in bfloat16"] = "xla"
     remat: bool = False
     dtype: DTypeLike | None = None
 
