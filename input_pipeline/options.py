@@ -60,7 +60,9 @@ class ColorOptions(PathOptions):
 class FileOptions(ColorOptions):
     """Sources whose images or clips are decoded when they are read, and where some may be bad, see decoded.py."""
 
-    max_bad_images: Annotated[int, "files that cannot be decoded; more than this number are an error"] = 0
+    max_bad_images: Annotated[
+        int, "files that cannot be decoded are replaced by the next ones; more than this number are an error"
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,22 +120,27 @@ class DataOptions:
     num_classes: Annotated[int, "number of labels, checked against the data; 0: unlabelled"] = 0
     image_size: Annotated[int, "images are cropped and resized to this square; 0: left as they are"] = 0
     crop: Annotated[
-        Literal["center", "center_lanczos", "stretch"], "ADM's | U-ViT's on COCO | the whole image, stretched"
+        Literal["center", "center_lanczos", "stretch"],
+        "crop to a square as ADM | as U-ViT on COCO | stretch the whole image",
     ] = "center"
-    small_images: Annotated[Literal["resize", "refuse"], "what happens to images with a side below image_size"] = (
-        "resize"
-    )
-    channels: Annotated[Literal[0, 1, 3], "1 grey, 3 RGB, 0: as the data are"] = 0
-    cache: Annotated[bool, "keep images in memory once read (each process its own): for small folders"] = False
+    small_images: Annotated[
+        Literal["resize", "refuse"], "images with a side below image_size are enlarged | an error"
+    ] = "resize"
+    channels: Annotated[Literal[0, 1, 3], "convert images to grey (1) or RGB (3); 0: as the data are"] = 0
+    cache: Annotated[bool, "keep images in memory once they are read (in each process): for small folders"] = False
     shuffle: Annotated[
-        Literal["global", "shards"], "of all records | shards in random order, then among shuffle_buffer records"
+        Literal["global", "shards"], "all records at once | shards in random order, and records within shuffle_buffer"
     ] = "global"
-    shuffle_buffer: Annotated[int, "with shuffle 'shards': how many successive records are shuffled, say 10_000"] = 0
-    check: Annotated[bool, "read every file of a folder once before training; set it to False for millions"] = True
+    shuffle_buffer: Annotated[
+        int, "with 'shards': how many successive records are shuffled at a time, such as 10_000"
+    ] = 0
+    check: Annotated[bool, "read every image once before training on pixels, to find bad files; False for millions"] = (
+        True
+    )
     flip: Annotated[bool, "mirror training images with probability 1/2 (encoded data hold both flips)"] = False
     augment_prob: Annotated[float, "non-leaking augmentation of training images; the backbone is told of it"] = 0.0
     downsampling: Annotated[Literal["average", "bilinear"], "how coarser resolutions of pixels are made"] = "average"
-    holdout: Annotated[int, "records, evenly spaced, kept out of training for the validation loss"] = 0
+    holdout: Annotated[int, "number of records, evenly spaced, that are held out for the validation loss"] = 0
 
     def __post_init__(self) -> None:
         for name in ("crop", "small_images"):

@@ -23,7 +23,7 @@ class SyntheticLatents(SourceOptions):
     synthetic: ClassVar[bool] = True
 
     levels: tuple[tuple[str, tuple[int, ...]], ...]
-    num_examples: Annotated[int, "how many examples an epoch has"] = 0
+    num_examples: Annotated[int, "number of examples"] = 0
     num_classes: int
     seed: int
     text: tuple[int, ...] = ()
