@@ -6,9 +6,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import tiny
+from helpers import tiny, tiny_mdm
 
 import nested
+from nested.diffusion import hierarchy
+from nested.modes import export, sample, train
+from nested.run import Run
 
 SAMPLES, BATCH = 12, 8
 
@@ -22,8 +25,6 @@ def write_idx(path, array):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run of tests/helpers/tiny.py on 40 random images, after one step."""
-    from nested.modes import train
-
     folder = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
     write_idx(folder / "train-images-idx3-ubyte", rng.integers(0, 256, (40, 8, 8), np.uint8))
@@ -59,8 +60,6 @@ def test_the_readme_example_runs(workdir, capsys):
 
 
 def test_samples_are_those_of_the_mode_sample(run, workdir, tmp_path):
-    from nested.modes import sample
-
     sample.run(run.config, str(workdir), SAMPLES, str(tmp_path / "out.png"))
     images = np.load(tmp_path / "out.npz")["arr_0"]  # grey images are stored in three equal channels
     np.testing.assert_array_equal(np.repeat(run.sample(SAMPLES), 3, axis=-1), images)
@@ -144,9 +143,34 @@ def test_what_cannot_be_done_is_said_in_a_line(run, call, message):
 
 
 def test_a_weight_file_samples_as_its_run(run, workdir, tmp_path):
-    from nested.modes import export
-
     path = str(tmp_path / "weights.safetensors")
     export.run(run.config, str(workdir), path)
     opened = nested.open_weights(path, workdir=workdir)
     np.testing.assert_array_equal(opened.sample(BATCH), run.sample(BATCH))
+
+
+def untrained(config):
+    """A run of a config whose variables are the images themselves, with initial parameters."""
+    generator, _ = sample.prepare_generator(config, "")
+    params = jax.jit(lambda key: hierarchy.init(generator.levels, key))(jax.random.key(0))
+    return Run(workdir="", step=0, config=config, params=params, generator=generator)
+
+
+def test_a_level_of_several_resolutions_is_a_tuple():
+    run = untrained(tiny_mdm.get_config("nest"))
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), np.uint8)
+    variables = run.encode(images)
+    assert [leaf.shape for leaf in variables["x"]] == [(3, 2, 2, 1), (3, 4, 4, 1)]
+    np.testing.assert_array_equal(run.decode(variables), images)
+    estimate = run.denoise("x", variables["x"], 0.5, labels=[1, 2, 3])
+    assert [leaf.shape for leaf in estimate] == [(3, 2, 2, 1), (3, 4, 4, 1)]
+    with pytest.raises(ValueError, match=r"expected \[N, 2, 2, 1\], \[N, 4, 4, 1\]"):
+        run.decode({"x": variables["x"][:1]})
+
+
+def test_a_cascade_always_sees_its_coarser_image():
+    run = untrained(tiny_mdm.get_config("cascade"))
+    x_t, coarse = np.ones((2, 4, 4, 1), np.float32), np.ones((2, 2, 2, 1), np.float32)
+    with pytest.raises(ValueError, match="level x4 always sees x2"):
+        run.denoise("x4", x_t, 0.5)
+    assert run.denoise("x4", x_t, 0.5, variables={"x2": coarse}).shape == x_t.shape
