@@ -25,7 +25,7 @@ REFUSED = [
     ([("data.num_classes", 0)], "config.hierarchy.label_levels names levels but config.data.num_classes is 0"),
     ([("hierarchy.label_levels", ())], "config.levels[0].guidance is 0.5 but nothing conditions z1x1: set it to 0"),
     ([("hierarchy.cond_drop", 1.0)], "config.hierarchy.cond_drop: found 1.0, expected a number in [0, 1)"),
-    ([("hierarchy.drop_mode", "both")], "hierarchy.drop_mode = 'both' is not known: use one of 'joint', 'independent'"),
+    ([("hierarchy.drop_mode", "both")], "config.hierarchy.drop_mode: 'both' given; choose from 'joint', 'independent'"),
     (
         [("hierarchy.conditioning", "lower")],
         "config.hierarchy.conditioning: 'lower' given; choose from 'all_higher', 'next_higher'",

@@ -122,15 +122,23 @@ def construct(key: str, kind: Callable, options: Mapping[str, Any], derived: Map
         raise ValueError(f"config.{key}: {', '.join(decided)} is decided by other parts of the config; remove it here")
     known = declared(kind) or _parameters(kind)
     known = {name: option for name, option in known.items() if name not in derived}
-    if unknown := [name for name in options if name not in known]:
-        raise ValueError(f"config.{key}: unknown option {', '.join(unknown)}; choose from {', '.join(known)}")
+    given = check_values(key, options, known)
     if missing := [name for name, option in known.items() if option.default is REQUIRED and name not in options]:
         raise ValueError(f"config.{key}: the option {', '.join(missing)} is missing")
-    given = {name: _checked(f"{key}.{name}", value, known[name]) for name, value in options.items()}
     try:
         return kind(**given, **derived)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.{key}: {error}") from error
+
+
+def check_values(key: str, options: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """The options, with those that are dataclasses made of the dicts that stand for them.
+
+    Raises ValueError, with `key` for where they stand, for one that is not `known` and for a value not allowed.
+    """
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"config.{key}: unknown option {', '.join(unknown)}; choose from {', '.join(known)}")
+    return {name: _checked(f"{key}.{name}", value, known[name]) for name, value in options.items()}
 
 
 def _checked(key: str, value: Any, option: Option) -> Any:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from input_pipeline.options import DataOptions
 from nested.build import options
-from nested.build.options import REQUIRED, Option
+from nested.build.options import REQUIRED, Config, Option
 from nested.build.parts import SOURCES, SPACES
 from nested.training.optimizer import OptimizerConfig
 from nested.training.options import TrainOptions
@@ -223,3 +223,9 @@ SECTIONS = {
 def default_options() -> dict[str, Any]:
     """Every option of a config with its default; `levels` is empty."""
     return options.default_values(RunOptions) | {name: section.defaults() for name, section in SECTIONS.items()}
+
+
+def check_sections(config: Config) -> None:
+    """Raise ValueError, in one line, for an option that its section does not have or a value that is not allowed."""
+    for name, section in SECTIONS.items():
+        options.check_values(name, config[name], section.declared())

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,7 @@ class Network(Protocol):
     has_dropout: whether training gives the network cond['dropout'], a key for each row.
     """
 
-    @property
-    def buffers(self) -> tuple[str, ...]: ...
+    buffers: ClassVar[tuple[str, ...]]
 
     @property
     def has_dropout(self) -> bool: ...
