@@ -58,9 +58,8 @@ def start_jax(workdir: str) -> None:
 
 
 def run() -> None:
-    from nested.build import data as build_data
     from nested.build.levels import build_levels
-    from nested.modes import compare, evaluate, export, neighbors, sample, search, summary, train
+    from nested.modes import compare, encode, evaluate, export, neighbors, sample, search, summary, train
     from nested.runtime.files import check_writable
 
     config, mode = FLAGS.config, FLAGS.mode
@@ -82,14 +81,14 @@ def run() -> None:
     elif mode == "evaluate":
         evaluate.run(config, workdir, FLAGS.weights)
     elif FLAGS.plan:
-        build_data.plan_encoding(config, workdir, FLAGS.out)
+        encode.plan(config, workdir, FLAGS.out)
     elif mode == "export":
         export.run(config, workdir, FLAGS.out)
     elif mode == "compare":
         compare.run(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
     else:
         dict(
-            train=train.run, encode=build_data.encode_data, search=search.run, neighbors=neighbors.run,
+            train=train.run, encode=encode.run, search=search.run, neighbors=neighbors.run,
         )[mode](config, workdir)  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def seconds(call, repeats=3):
 def whole(count, rounds):
     """Rates of the network and of encoding, and the shares."""
     source = Images(count)
-    network = efficientnet.load_efficientnet("", input_size=SIDE, map="stage4", vector="pool", features=("map",))
+    network = efficientnet.load_efficientnet("", input_size=SIDE, map="stage4", features=("map",))
     codec, cache = PatchPCA(4, 16), passes.FEATURE_CACHE_BYTES
     config = EncodingOptions(fit_images=0, batch_size=BATCH, shard_images=count)
     batch = jax.device_put(source.images[:BATCH])
@@ -154,9 +154,7 @@ def network():
     """Images per second of EfficientNet-Lite0's map and vector, by input size."""
     rates = {}
     for size in (64, 128):
-        net = efficientnet.load_efficientnet(
-            "", input_size=size, map="stage4", vector="pool", features=("crops1", "map")
-        )
+        net = efficientnet.load_efficientnet("", input_size=size, map="stage4", features=("crops1", "map"))
         images = np.zeros((32, size, size, 3), np.uint8)
         jax.block_until_ready(net.features(images))
         took = seconds(lambda net=net, images=images: jax.block_until_ready(net.features(images)), repeats=5)

@@ -20,9 +20,10 @@ from benchmarks import matmul
 from benchmarks.report import report
 from configs import mdm
 from input_pipeline.loader import collate
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.models import unet_blocks
 from nested.modes import summary, train
+from nested.modes.encode import open_latents
 from nested.runtime import partition
 from nested.training import loop as training_loop
 
@@ -55,7 +56,7 @@ class Timed:
     """A compiled train step with its state and data."""
 
     def __init__(self, config):
-        source, latents = build_data.latents(config, "")
+        source, latents = open_latents(build_data(config), "")
         self.run = train.make_run(config, latents)
         self.raw = partition.to_global(collate([source[i] for i in range(FLAGS.batch)]), self.run.mesh)
         begin = time.perf_counter()

@@ -17,8 +17,9 @@ from ml_collections import config_flags
 
 from benchmarks import matmul
 from benchmarks.report import report
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.modes import summary, train
+from nested.modes.encode import open_latents, split_records
 from nested.runtime import partition
 from nested.training import loop as training_loop
 
@@ -32,9 +33,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def measure(config, workdir: str, steps: int) -> dict:
     """The figures, a dict of plain numbers."""
-    source, latents = build_data.latents(config, workdir)
+    source, latents = open_latents(build_data(config), workdir)
     run = train.make_run(config, latents)
-    training, _ = build_data.split(config, source)
+    training, _ = split_records(build_data(config), source)
     batches = train.training_batches(config, training, 0)
     raw = partition.to_global(next(batches), run.mesh)
     begin = time.perf_counter()

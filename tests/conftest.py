@@ -60,12 +60,11 @@ def searched(tmp_path_factory):
     from helpers import small_runs
     from helpers.scoring import Pooler
 
-    from nested.build import data as build_data
-    from nested.modes import search
+    from nested.modes import evaluate, search
 
     workdir, pooler, printed = tmp_path_factory.mktemp("searched"), Pooler(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(build_data, "score_encoder", lambda config: pooler)
+        patch.setattr(evaluate, "load_score_encoder", lambda config: pooler)
         search.run(small_runs.config_of(2, search__sigmas=(0.0, 0.5)), str(workdir))
     return workdir, printed.getvalue()
 
@@ -75,8 +74,8 @@ def pooler(monkeypatch):
     """The stand-in that scores samples in place of EfficientNet, for this test."""
     from helpers.scoring import Pooler
 
-    from nested.build import data as build_data
+    from nested.modes import evaluate
 
     pooler = Pooler()
-    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
+    monkeypatch.setattr(evaluate, "load_score_encoder", lambda config: pooler)
     return pooler

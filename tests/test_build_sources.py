@@ -12,11 +12,11 @@ from helpers.tiny import with_changes
 
 from configs import coco, imagenet, mdm
 from input_pipeline import captions as text
-from nested.build import data as build_data
 from nested.build import sources as build_sources
+from nested.build.data import build_data
 from nested.build.options import declared
 from nested.build.parts import SOURCES
-from nested.modes import evaluate
+from nested.modes import encode, evaluate
 
 
 def with_source(source, path, **data):
@@ -30,38 +30,38 @@ def test_imagenet_tars(tmp_path):
     write_imagenet_train(tmp_path)
     (tmp_path / "subset.txt").write_text("n02119789\n\n n01440764 \n")
     config = with_source("imagenet_tar", tmp_path, num_classes=3, image_size=2)
-    source = build_data.images(config)
+    source = build_sources.images(config)
     assert len(source) == 4 and source.class_names[0] == "n01440764" and source[0]["image"].shape == (2, 2, 3)
     config.data.update(classes=str(tmp_path / "subset.txt"), num_classes=2)
-    assert [int(record["label"]) for record in map(build_data.images(config).__getitem__, range(3))] == [0, 1, 1]
+    assert [int(record["label"]) for record in map(build_sources.images(config).__getitem__, range(3))] == [0, 1, 1]
     (tmp_path / "subset.txt").write_text("\n")
-    refused(build_data.images, config, match="subset.txt (config.data.classes): no names of classes; write one per")
+    refused(build_sources.images, config, match="subset.txt (config.data.classes): no names of classes; write one per")
 
 
 def test_webdataset_tars(tmp_path):
     (tmp_path / "0.tar").write_bytes(tar({"a.jpg": jpeg(9), "a.json": b'{"alt": "x"}', "b.jpg": b"", "b.txt": b"y"}))
     config = with_source("webdataset", tmp_path, caption_key="alt", max_bad_images=1, channels=1)
-    assert build_data.images(config)[0]["image"].shape == (4, 5, 1)
-    assert build_data.some_captions(config, 9) == ("x", "y")
+    assert build_sources.images(config)[0]["image"].shape == (4, 5, 1)
+    assert build_data(config).some_captions(9) == ("x", "y")
     (tmp_path / "1.tar").write_bytes(tar({"a.webp": animation(3), "a.txt": b"clip", "b.gif": b"", "b.txt": b"y"}))
     (tmp_path / "0.tar").unlink()
-    source = build_data.images(with_source("webdataset_clips", tmp_path, frames=3, frame_stride=2))
+    source = build_sources.images(with_source("webdataset_clips", tmp_path, frames=3, frame_stride=2))
     assert source[0]["image"][:, 0, 0, 0].tolist() == [3, 5, 7] and source.image_shape == (3, None, None, 3)
 
 
 def test_parquet_files(tmp_path):
     write_parquet(tmp_path, "a.parquet", {"img": parquet_images([8, 90]), "text": ["a", "b"], "fine": [1, 0]})
     config = with_source("parquet", tmp_path, image_key="img", caption_key="text", label_key="fine", num_classes=2)
-    source = build_data.images(config)
+    source = build_sources.images(config)
     assert source.captions == ("a", "b") and [int(source[i]["label"]) for i in range(2)] == [1, 0]
 
 
 def test_coco_takes_the_first_captions_where_none_is_drawn(tmp_path):
     write_coco(tmp_path)
     config = with_source("coco", tmp_path, split="train2014", image_size=4, crop="center_lanczos")
-    assert build_data.some_captions(config, 30_000) == ("a dog", "a cat", "a cow")
-    assert build_data.some_captions(config, 1) == ("a dog",)
-    assert build_data.images(config).describe().endswith("center_lanczos to 4x4x3")
+    assert build_data(config).some_captions(30_000) == ("a dog", "a cat", "a cow")
+    assert build_data(config).some_captions(1) == ("a dog",)
+    assert build_sources.images(config).describe().endswith("center_lanczos to 4x4x3")
 
 
 def test_samples_are_scored_against_another_split(tmp_path):
@@ -74,11 +74,11 @@ def test_samples_are_scored_against_another_split(tmp_path):
     }
     (tmp_path / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
     config = with_source("coco", tmp_path, split="train2014", image_size=4)
-    run = build_data.images(config)
-    assert build_data.scored_against(config, run) == (config, run)
+    run = build_sources.images(config)
+    assert evaluate.scored_against(config, run) == (config, run)
     config.evaluate.split = "val2014"
-    other, source = build_data.scored_against(config, run)
-    assert build_data.some_captions(other, 5) == ("a valley",) and abs(levels(source)[0] - 200) <= 1
+    other, source = evaluate.scored_against(config, run)
+    assert build_data(other).some_captions(5) == ("a valley",) and abs(levels(source)[0] - 200) <= 1
     assert config.data.split == "train2014"
     config.evaluate.num_samples = config.evaluate.num_reference = 2
     seen = []
@@ -89,7 +89,7 @@ def test_samples_are_scored_against_another_split(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "reference_features", reference)
-        patch.setattr(build_data, "score_encoder", lambda config: None)
+        patch.setattr(evaluate, "load_score_encoder", lambda config: None)
         evaluate.build_scorer(config, run, "")
     assert seen == [source.describe()] and "val2014" in seen[0]
 
@@ -113,7 +113,7 @@ def test_samples_are_scored_against_another_split(tmp_path):
 def test_options_that_a_source_does_not_read_are_refused(source, option, value, readers):
     config = with_changes(("data.source", source), (f"data.{option}", value))
     message = f"config.data.{option} is {value!r}, but {source!r} does not read it, only {readers}"
-    refused(build_data.images, config, match=message)
+    refused(build_sources.images, config, match=message)
 
 
 def test_options_that_random_latents_do_not_read_are_refused():
@@ -129,21 +129,23 @@ def test_options_that_random_latents_do_not_read_are_refused():
 def test_the_window_of_parquet_is_the_buffer(tmp_path):
     write_parquet(tmp_path, "a.parquet", {"image": parquet_images([8] * 9), "label": [0] * 9}, group=1)
     config = with_source("parquet", tmp_path, num_classes=1)
-    kept = build_data.images(config)._groups_kept
+    kept = build_sources.images(config)._groups_kept
     config.data.update(shuffle="shards", shuffle_buffer=6)
-    assert build_data.images(config)._groups_kept > kept
+    assert build_sources.images(config)._groups_kept > kept
 
 
 def test_crops():
     config = with_changes(("data.crop", "stretch"))
-    refused(build_data.images, config, match="config.data: crop is 'stretch' but image_size is 0, so that nothing")
+    refused(build_sources.images, config, match="config.data: crop is 'stretch' but image_size is 0, so that nothing")
     small = with_changes(("data.small_images", "refuse"))
-    refused(build_data.images, small, match="config.data: small_images is 'refuse' but image_size is 0, so that")
+    refused(build_sources.images, small, match="config.data: small_images is 'refuse' but image_size is 0, so that")
     config.data.image_size = small.data.image_size = 4
-    (stretch,), (refuse,) = build_data.images(config).maps, build_data.images(small).maps
+    (stretch,), (refuse,) = build_sources.images(config).maps, build_sources.images(small).maps
     assert stretch.crop == "stretch" and refuse.small == "refuse"
     config.data.crop = "middle"
-    refused(build_data.images, config, match="config.data.crop: 'middle' given; choose from 'center', 'center_lanczos'")
+    refused(
+        build_sources.images, config, match="config.data.crop: 'middle' given; choose from 'center', 'center_lanczos'"
+    )
 
 
 def test_the_order_of_training():
@@ -162,11 +164,11 @@ def test_every_caption_of_coco_is_stored(tmp_path, monkeypatch):
     write_coco(tmp_path)
     config = with_source("coco", tmp_path, split="train2014", image_size=4)
     stored = []
-    monkeypatch.setattr(build_data.text_store, "store", lambda encoder, texts, *how: stored.extend(texts))
+    monkeypatch.setattr(encode.text_store, "store_captions", lambda encoder, texts, *how: stored.extend(texts))
     monkeypatch.setattr(text, "with_stored_text", lambda source, *how: source)
     config.text.update(encoder="minilm", stored=True)
     loaded = types.SimpleNamespace(fingerprint="f")
-    build_data.with_text(config, build_data.images(config), ("image",), loaded, str(tmp_path))
+    encode.with_text(build_data(config), build_sources.images(config), ("image",), loaded, str(tmp_path))
     assert sorted(stored) == ["a cat", "a cow", "a dog", "ein Hund", "eine Kuh", "some dog"]
 
 

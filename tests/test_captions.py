@@ -89,7 +89,7 @@ def test_several_captions_of_an_image(encoder, tmp_path):
     several = (("a red apple", "a", "apple"), "green circle", ("red",))
     source = Records(several)
     assert text.captions(source) == list(several) and text.every_text(several)[2:4] == ["apple", "green circle"]
-    text_store.store(encoder, text.every_text(several), tmp_path / "store", batch_size=4)
+    text_store.store_captions(encoder, text.every_text(several), tmp_path / "store", batch_size=4)
     for converted in (text.tokenized(source, encoder.tokenize), text.with_stored_text(source, tmp_path / "store")):
         name = "text_ids" if "text_ids" in converted[0] else "text"
         _, convert = converted.maps
@@ -134,7 +134,7 @@ def test_store_round_trip(encoder, tmp_path, capsys, monkeypatch):
     said = []
     monkeypatch.setattr(tokens.logging, "log_first_n", lambda *values: said.append(values))
     monkeypatch.setattr(text_store.logging, "warning", lambda message, *values: said.append(message % values))
-    index = text_store.store(encoder, text.captions(source), tmp_path / "store", batch_size=3)
+    index = text_store.store_captions(encoder, text.captions(source), tmp_path / "store", batch_size=3)
     assert said == ["1 of 4 captions are cut to max_tokens 5"]  # counted, and said once
     assert index["distinct"] == 4 and index["cut"] == 1  # with the empty caption
     stored_tokens = 4 + 3 + 5 + 1
@@ -157,7 +157,7 @@ def test_store_round_trip(encoder, tmp_path, capsys, monkeypatch):
     assert stored.describe() == f"{source.describe()}, features of t5 5x48 from {tmp_path / 'store'}"
     assert stored.fingerprint != source.fingerprint and text.LookUpText(tmp_path / "store").index == index
     unused = dataclasses.replace(encoder, network=None)  # a finished store is not made again
-    assert text_store.store(unused, text.captions(source), tmp_path / "store", batch_size=3) == index
+    assert text_store.store_captions(unused, text.captions(source), tmp_path / "store", batch_size=3) == index
 
 
 def test_a_killed_run_leaves_no_store(encoder, tmp_path):
@@ -170,22 +170,22 @@ def test_a_killed_run_leaves_no_store(encoder, tmp_path):
         return encoder.network(params, ids, mask)
 
     with pytest.raises(KeyboardInterrupt):
-        text_store.store(dataclasses.replace(encoder, network=killed), CAPTIONS, directory, batch_size=2)
+        text_store.store_captions(dataclasses.replace(encoder, network=killed), CAPTIONS, directory, batch_size=2)
     assert (directory / "features.npy").exists()
     with pytest.raises(FileNotFoundError, match="text.json: not found: the text features were not .completely. made"):
         text.with_stored_text(source, directory)
-    text_store.store(encoder, CAPTIONS, directory, batch_size=2)
+    text_store.store_captions(encoder, CAPTIONS, directory, batch_size=2)
     assert text.with_stored_text(source, directory)[1]["text_mask"].sum() == 3
 
 
 def test_other_encoders_and_captions_are_refused(encoder, tmp_path):
     directory = tmp_path / "store"
-    text_store.store(encoder, CAPTIONS, directory, batch_size=4)
+    text_store.store_captions(encoder, CAPTIONS, directory, batch_size=4)
     other = dataclasses.replace(encoder, fingerprint="f" * 64)
     with pytest.raises(ValueError, match="store: holds text features of other origin: 'encoder' is "):
-        text_store.store(other, CAPTIONS, directory, batch_size=4)
+        text_store.store_captions(other, CAPTIONS, directory, batch_size=4)
     with pytest.raises(ValueError, match="other origin: 'captions' is "):
-        text_store.store(encoder, CAPTIONS[:2], directory, batch_size=4)
+        text_store.store_captions(encoder, CAPTIONS[:2], directory, batch_size=4)
     with pytest.raises(ValueError, match="made by t5 with 5 tokens, fingerprint .*, this run's encoder is f{16}:"):
         text.with_stored_text(Records(CAPTIONS), directory, other.fingerprint)
     with pytest.raises(ValueError, match="no features for 2 of 3 captions, such as 'a', 'apple': remove"):
@@ -194,7 +194,7 @@ def test_other_encoders_and_captions_are_refused(encoder, tmp_path):
 
 def test_damaged_stores_are_refused(encoder, tmp_path):
     directory, source = tmp_path / "store", Records(CAPTIONS)
-    text_store.store(encoder, CAPTIONS, directory, batch_size=4)
+    text_store.store_captions(encoder, CAPTIONS, directory, batch_size=4)
     file = directory / "features.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-2])
@@ -215,10 +215,12 @@ def test_store_refuses_what_float16_cannot_hold(encoder, tmp_path):
         return features
 
     with pytest.raises(ValueError, match="t5: a feature of 'green circle' is NaN, infinite or beyond float16"):
-        text_store.store(dataclasses.replace(encoder, network=large), CAPTIONS[:3], tmp_path / "store", batch_size=2)
+        text_store.store_captions(
+            dataclasses.replace(encoder, network=large), CAPTIONS[:3], tmp_path / "store", batch_size=2
+        )
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="not writable"):
-        text_store.store(encoder, CAPTIONS, tmp_path / "file", batch_size=2)
+        text_store.store_captions(encoder, CAPTIONS, tmp_path / "file", batch_size=2)
     (tmp_path / "taken" / "keys.npy").mkdir(parents=True)
     with pytest.raises(OSError, match="keys.npy: not written: Is a directory"):
-        text_store.store(encoder, CAPTIONS, tmp_path / "taken", batch_size=2)
+        text_store.store_captions(encoder, CAPTIONS, tmp_path / "taken", batch_size=2)

@@ -11,7 +11,7 @@ from helpers.small_runs import config_of
 from helpers.text_encoders import hugging_face_clip, small_clip, write_clip_tokenizer
 from safetensors.numpy import load_file, save_file
 
-from nested.build import data as build_data
+from nested.build.data import Data
 from nested.encoders import clip_text, vit, vit_files
 from nested.evaluation import clip_score
 from nested.figures import curves as plots
@@ -103,7 +103,7 @@ def test_only_images_with_prompts_are_scored(monkeypatch):
     with pytest.raises(ValueError, match=re.escape("prompts: this config has no text (config.text.encoder); set it")):
         evaluate.load_clip_scorer(config)
     config.text.encoder = "minilm"
-    monkeypatch.setattr(build_data, "finest_shape", lambda config: (4, 8, 8, 3))
+    monkeypatch.setattr(Data, "has_clips", True)
     with pytest.raises(ValueError, match="prompts: this config has clips; set it"):
         evaluate.load_clip_scorer(config)
 
@@ -125,9 +125,9 @@ def test_an_evaluation_holds_every_sample_to_its_own_prompt(monkeypatch):
         pooled=lambda images: images.reshape(len(images), -1)[:, :3] / 255, fingerprint="0" * 8, input_size=8
     )
     config = config_of(2, evaluate__num_samples=5, sample__batch_size=2)
-    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
-    monkeypatch.setattr(build_data, "scored_against", lambda config, source: (config, source))
-    monkeypatch.setattr(build_data, "pictures", lambda config, source: source)
+    monkeypatch.setattr(evaluate, "load_score_encoder", lambda config: pooler)
+    monkeypatch.setattr(evaluate, "scored_against", lambda config, source: (config, source))
+    monkeypatch.setattr(evaluate, "image_source", lambda data, source: source)
     monkeypatch.setattr(evaluate, "reference_features", lambda *arguments: np.random.default_rng(0).random((9, 3)))
     monkeypatch.setattr(evaluate, "load_clip_scorer", lambda config: Clip())
     images = IMAGES.copy()

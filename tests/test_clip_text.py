@@ -163,7 +163,7 @@ def test_short_texts_are_filled_with_the_end_of_text_and_stored_whole(encoder, n
     with pytest.raises(ValueError, match="max_tokens: 78 given; clip_vitl14 has positions for 77"):
         load_text_encoder(clip_text.NETWORK, tmp_path, 78)
 
-    index = text_store.store(encoder, ["a red apple"], tmp_path / "store", 2)
+    index = text_store.store_captions(encoder, ["a red apple"], tmp_path / "store", 2)
     assert index["bytes"]["features"] == 128 + 2 * 77 * 64 * 2
     stored = text.with_stored_text(Records(), tmp_path / "store", encoder.fingerprint)
     assert stored[0]["text_mask"].all()

@@ -11,18 +11,20 @@ import pytest
 from helpers import tiny, toy_encoding
 from helpers.data_sets import source_kind
 from helpers.refusals import refused
+from helpers.run_data import decoder_of, latents_of, split_of
 from helpers.scoring import Pooler
 from helpers.text_encoders import Lengths
-from helpers.toy_encoding import Source, Toy
+from helpers.toy_encoding import Source, Toy, encoder_kind
 
 from configs import imagenet
 from input_pipeline import loader
-from nested.build import data as build_data
-from nested.build.parts import SOURCES
+from nested.build.data import build_data
+from nested.build.parts import ENCODERS, SOURCES
+from nested.build.text import Text
 from nested.evaluation import memorization
 from nested.evaluation.features import reference_features
 from nested.latents.job import Job
-from nested.modes import neighbors, sample, train
+from nested.modes import encode, evaluate, neighbors, sample, train
 from nested.runtime import partition
 from nested.runtime.writers import read_metrics
 from nested.spaces import autoencoder_kl as kl
@@ -67,8 +69,8 @@ def toy():
     """The data set and the encoder of make_config, and a stand-in for the scores' features."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SOURCES, "toy", source_kind(Colours))
-        patch.setitem(build_data.ENCODERS, "toy", lambda *args, features, **options: Toy(feature_names=features))
-        patch.setattr(build_data, "score_encoder", lambda config: Pooler())
+        patch.setitem(ENCODERS, "toy", encoder_kind(lambda features: Toy(feature_names=features)))
+        patch.setattr(evaluate, "load_score_encoder", lambda config: Pooler())
         yield
 
 
@@ -76,7 +78,7 @@ def toy():
 def encoded(weights, tmp_path_factory):
     """(workdir, records, Latents) of make_config."""
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, *build_data.latents(make_config(weights), str(workdir))
+    return workdir, *latents_of(make_config(weights), str(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_the_measured_scale_is_one_over_the_deviation_of_drawn_latents(encoded):
 
 def test_a_scale_that_is_given_is_used(encoded, weights):
     workdir, source, latents = encoded
-    given = build_data.latents(make_config(weights, scale=0.18215), str(workdir))[1]
+    given = latents_of(make_config(weights, scale=0.18215), str(workdir))[1]
     batch = batch_of(source, 4)
     z, key = given.variables(batch, jax.random.key(3))["x"], jax.random.key(3)
     ratio = 0.18215 / latents.finest.scale
@@ -161,11 +163,11 @@ def test_killed_encoding_resumes_to_the_same_bytes(weights, tmp_path):
 
 def test_the_mode_encode_says_the_scale(encoded, weights, capsys):
     workdir, _, latents = encoded
-    build_data.encode_data(make_config(weights), str(workdir))
+    encode.run(make_config(weights), str(workdir))
     scale = latents.finest.scale
     said = f"codec.scale: 1 / std of these latents is {scale:.5f}, the config has 0 (0: the measured one); --config.cod"
     assert capsys.readouterr().out.startswith(said)
-    build_data.encode_data(tiny.get_config("synthetic"), str(workdir))
+    encode.run(tiny.get_config("synthetic"), str(workdir))
     assert capsys.readouterr().out == ""
 
 
@@ -188,7 +190,7 @@ def test_training_draws_a_flip_of_all_fields_at_once(encoded, weights):
     source = encoded[1]
     config, plain = make_config(weights), batch_of(source)
     config.train.update(steps=12)
-    training, held_out = build_data.split(config, source)
+    training, held_out = split_of(config, source)
     assert set(held_out) == {"label", "map", "sd_vae"}
     first, again = (list(train.training_batches(config, training, start)) for start in (0, 4))
     for batch, same in zip(first[4:], again, strict=True):
@@ -207,10 +209,10 @@ def test_training_draws_a_flip_of_all_fields_at_once(encoded, weights):
 
 def test_flips_keep_the_text(encoded, weights, monkeypatch):
     monkeypatch.setattr(Colours, "captions", tuple("a" * (i + 1) for i in range(COUNT)), raising=False)
-    monkeypatch.setattr(build_data, "load_text_encoder", lambda config: Lengths())
+    monkeypatch.setattr(Text, "open", lambda self: Lengths())
     config = make_config(weights)
     config.text.update(encoder="minilm", stored=False, max_tokens=3, width=2)
-    source, _ = build_data.latents(config, str(encoded[0]))
+    source, _ = latents_of(config, str(encoded[0]))
     batch, plain = next(train.training_batches(config, source, 0)), batch_of(encoded[1])
     assert set(batch) == {"label", "map", "sd_vae", "text_ids", "text_mask"}
     for row, length in enumerate(batch["text_ids"][:, 0]):
@@ -222,10 +224,10 @@ def test_images_of_a_codec_of_images_are_flipped_with_their_features(weights, tm
     config = make_config(weights)
     config.codec.update(name="patch_pca", weights="", channels=6, batch_size=16)
     config.levels[1].update(source="patch_pca", shape=(8, 8, 6))
-    source, _ = build_data.latents(config, str(tmp_path))
+    source, _ = latents_of(config, str(tmp_path))
     plain = batch_of(source)
     assert set(plain) == {"label", "map", "map.mirrored", "image"}
-    flip, drawn = build_data.augmentation(config), set()
+    flip, drawn = build_data(config).augmentation, set()
     for seed in range(8):
         found = flip(source[3], np.random.default_rng(seed))
         mirrored = bool((found["image"] == plain["image"][3][:, ::-1]).all())
@@ -242,7 +244,7 @@ def test_features_of_the_latents_are_of_their_scaled_means(weights, network, tmp
     config = make_config(weights, features=("codec2",), scale=0.25)
     config.encoder.svd = svd
     config.levels[0].update(source="codec2", shape=(2, 2, 4), standardize=standardize)
-    source, latents = build_data.latents(config, str(tmp_path))
+    source, latents = latents_of(config, str(tmp_path))
     mean = moments_of(network, Colours().images)[..., :4].reshape(COUNT, 2, 4, 2, 4, 4).mean((2, 4))
     z = latents.variables(batch_of(source), None)["z1x1"]
     if svd == "none":
@@ -301,21 +303,21 @@ def test_all_images_are_compared_as_decoded_from_their_means(encoded, network, m
 def test_references_are_read_from_the_data(encoded, weights):
     workdir, source, _ = encoded
     config = make_config(weights)
-    pictured = build_data.pictures(config, source)
+    pictured = encode.image_source(build_data(config), source)
     np.testing.assert_array_equal(pictured[5]["image"], Colours().images[5])
     reference = reference_features(pictured, Pooler(), config.evaluate.num_reference, 4, str(workdir))
     np.testing.assert_allclose(reference, Pooler().pooled(Colours().images), rtol=1e-6)
-    assert build_data.pictures(config, pictured) is pictured
+    assert encode.image_source(build_data(config), pictured) is pictured
 
 
 def test_another_file_may_decode(encoded, weights, network, tmp_path):
     other = str(tmp_path / "average.npz")
     np.savez(other, **{f"model_ema.{name}": 1.1 * x for name, x in network.params.items()})
     config = make_config(weights, decoder_weights=other, scale=0.2)
-    latents = build_data.latents(config, str(encoded[0]))[1]
+    latents = latents_of(config, str(encoded[0]))[1]
     np.testing.assert_array_equal(latents.params["decoder.conv_in.bias"], 1.1 * network.params["decoder.conv_in.bias"])
     config.codec.decoder_weights = str(tmp_path / "absent.npz")
-    refused(build_data.decoder, config, str(encoded[0]), match="absent.npz: no such weight file")
+    refused(decoder_of, config, str(encoded[0]), match="absent.npz: no such weight file")
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
@@ -324,10 +326,10 @@ def test_another_file_may_decode(encoded, weights, network, tmp_path):
 def test_latents_of_other_weights_are_refused(encoded, network, weights, tmp_path):
     np.savez(tmp_path / "other.npz", **{name: x + np.float32(1e-3) for name, x in network.params.items()})
     config = make_config(str(tmp_path / "other.npz"))
-    refused(build_data.latents, config, str(encoded[0]), match="made with codec.weights_sha256")
+    refused(latents_of, config, str(encoded[0]), match="made with codec.weights_sha256")
     config = make_config(weights)
     config.data.flip = False
-    refused(build_data.latents, config, str(encoded[0]), match="made with data.flip True, config says None")
+    refused(latents_of, config, str(encoded[0]), match="made with data.flip True, config says None")
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_latents_of_other_weights_are_refused(encoded, network, weights, tmp_pat
     ],
 )
 def test_options_that_do_not_apply_are_refused(weights, tmp_path, change, message):
-    refused(build_data.latents, make_config(**dict(path=weights) | change), str(tmp_path), match=message)
+    refused(latents_of, make_config(**dict(path=weights) | change), str(tmp_path), match=message)
 
 
 def test_levels_and_images_that_do_not_fit_are_refused(encoded, weights, tmp_path):
@@ -364,16 +366,16 @@ def test_levels_and_images_that_do_not_fit_are_refused(encoded, weights, tmp_pat
     ):
         config = make_config(weights)
         config.levels[1].update(level)
-        refused(build_data.latents, config, workdir, match=message)
+        refused(latents_of, config, workdir, match=message)
     for level, message in (
         (dict(shape=(8, 8, 3)), "level x: shape 8x8x3 given; 'sd_vae' of the autoencoder here is 8x8x4"),
         (dict(standardize="none"), "level x: standardize 'none' given; 'sd_vae' has a scale of its own"),
     ):
         config = make_config(weights, scale=0.2)
         config.levels[1].update(level)
-        refused(build_data.decoder, config, workdir, match=message)
+        refused(decoder_of, config, workdir, match=message)
     for data, found in ((dict(image_size=15), "15x15x3"), (dict(image_size=16, channels=1), "16x16x1")):
         config = make_config(weights)
         config.data.update(data)
         message = f"images of 3 channel(s) and sides that 2 divides, found {found}; set data.image_size and data.ch"
-        refused(build_data.latents, config, str(tmp_path), match=message)
+        refused(latents_of, config, str(tmp_path), match=message)

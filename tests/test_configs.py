@@ -11,7 +11,7 @@ from conftest import ROOT
 from helpers.shipped import ALL, ARGUMENTS, DEPTHS, get_config
 
 from configs import common, imagenet
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.levels import build_levels
 from nested.build.training import build_optimizer, check_batch_size, split_phases
 from nested.diffusion import samplers
@@ -27,10 +27,10 @@ def test_every_file_is_here():
 def check_encoder(config):
     """Its options are taken: what is missing is the file that comes in no package."""
     if all(map(grids.of_codec, config.encoder.features)):
-        assert build_data.encoder(config) is None
+        assert build_data(config).open_encoder() is None
     elif config.encoder.name in vit.VARIANTS:
         with pytest.raises(FileNotFoundError, match=f"{config.encoder.name} comes in no package"):
-            build_data.encoder(config)
+            build_data(config).open_encoder()
     if "crops1" in config.encoder.features:
         expected = {"mocov3_vitb16": "cls", "clip_vitb16": "projected", "efficientnet_lite0": "pool"}
         projected = [level for level in config.levels if level.standardize == "sample"]  # RCG

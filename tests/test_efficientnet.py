@@ -16,7 +16,7 @@ ALL = ("crops1", "crops2", "crops4", "map", "map3")
 
 @pytest.fixture(scope="module")
 def encoder():
-    return efficientnet.load_efficientnet("", input_size=64, map="stage4", vector="pool", features=ALL)
+    return efficientnet.load_efficientnet("", input_size=64, map="stage4", features=ALL)
 
 
 def test_equals_the_pytorch_reference(encoder, golden):
@@ -42,7 +42,7 @@ def test_depthwise_equals_a_grouped_convolution(size, kernel, stride):
 
 
 def test_names_the_photographs():
-    encoder = efficientnet.load_efficientnet("", input_size=224, map="head", vector="pool", features=())
+    encoder = efficientnet.load_efficientnet("", input_size=224, map="head", features=())
     for name, wanted in (("china.jpg", 698), ("flower.jpg", 985)):  # ImageNet: palace, daisy
         photo = load_sample_image(name)
         left = (photo.shape[1] - photo.shape[0]) // 2
@@ -109,18 +109,13 @@ def test_crops_must_divide_the_image(encoder):
         ({"input_size": 60}, r"encoder.input_size: 60 given.*multiples of 32"),
         ({"input_size": 0}, r"encoder.input_size: 0 given"),
         ({"map": "stage9"}, r"encoder.map: 'stage9' given; efficientnet_lite0 takes 'stage4', 'stage6', 'head'"),
-        ({"vector": "cls"}, r"encoder.vector: 'cls' given; efficientnet_lite0 takes 'pool'"),
-        ({"prefix": "state_dict."}, r"encoder.prefix: 'state_dict.' given; efficientnet_lite0 takes ''"),
-        ({"dtype": "bfloat16"}, r"encoder.dtype: 'bfloat16' given; efficientnet_lite0 takes 'float32'"),
         ({"features": ("crops3",)}, r"encoder.features: 'crops3' given; choose from 'crops1'"),
         ({"features": ("map", "map02")}, r"encoder.features: 'map02' given; choose from .* or 'mapN', 'codecN' for"),
     ],
 )
 def test_refuses_options(options, message):
     with pytest.raises(ValueError, match=message) as error:
-        efficientnet.load_efficientnet(
-            "", **{"input_size": 64, "map": "stage4", "vector": "pool", "features": (), **options}
-        )
+        efficientnet.load_efficientnet("", **{"input_size": 64, "map": "stage4", "features": (), **options})
     assert "\n" not in str(error.value)
 
 
@@ -131,7 +126,7 @@ def test_says_how_to_get_the_weights(monkeypatch):
 
 
 def test_refuses_a_foreign_weight_file(tmp_path):
-    options = {"input_size": 64, "map": "stage4", "vector": "pool", "features": ()}
+    options = {"input_size": 64, "map": "stage4", "features": ()}
     path = tmp_path / "other.npz"
     np.savez(path, weight=np.zeros(3))
     with pytest.raises(ValueError, match=r"other.npz: not a state dict of .*: tensor '_blocks.0._.*' is missing"):

@@ -163,7 +163,7 @@ def test_shards_of_the_fit_are_spread_over_the_data():
 
 def test_real_encoder(tmp_path):
     config = dataclasses.replace(CONFIG, components=(8,), batch_size=8, shard_images=24)
-    encoder = efficientnet.load_efficientnet("", input_size=32, map="stage4", vector="pool", features=("crops1", "map"))
+    encoder = efficientnet.load_efficientnet("", input_size=32, map="stage4", features=("crops1", "map"))
     run(tmp_path, Source(24), encoder, config)
     levels = (level_source("z2", "map", (1, 1, 8)), *LEVELS[2:])
     z = read_latents(tmp_path, levels).variables(batch(tmp_path), jax.random.key(0))

@@ -11,10 +11,11 @@ from helpers.refusals import refused
 from helpers.small_runs import config_of
 
 from input_pipeline import latent_records as records
-from nested.build import data as build_data
+from nested.build.data import Data
 from nested.latents import cost as encode_cost
 from nested.latents import passes
 from nested.latents.job import plan_job
+from nested.modes import encode
 
 COST = encode_cost.Cost(
     images=1_281_167, fitted=131_072, field_bytes={"label": 4, "map": 25_088}, shards=313, free_bytes=10**11,
@@ -111,16 +112,16 @@ def test_a_plan_of_nothing_is_refused(tmp_path):
     config = config_of(2)
     for level in config.levels:
         level.source = "pixels"
-    refused(build_data.plan_encoding, config, str(tmp_path), "", match="--plan: this config encodes nothing")
+    refused(encode.plan, config, str(tmp_path), "", match="--plan: this config encodes nothing")
 
 
 def test_stored_text_is_counted(monkeypatch, tmp_path, capsys):
     config = config_of(2)
     config.data.source, config.levels[0].source = "image_folder", "map"
     config.text.update(encoder="minilm", stored=True, max_tokens=10, width=50)
-    monkeypatch.setattr(build_data.encode_cost, "report_cost", lambda job, out: None)
-    monkeypatch.setattr(build_data, "encoding_job", lambda config, directory: None)
+    monkeypatch.setattr(encode_cost, "report_cost", lambda job, out: None)
+    monkeypatch.setattr(encode, "encoding_job", lambda data, directory: None)
     captioned = type("Captioned", (), {"captions": ("one", ("two", "three"), "one")})()
-    monkeypatch.setattr(build_data, "images", lambda config: captioned)
-    build_data.plan_encoding(config, str(tmp_path), "")
+    monkeypatch.setattr(Data, "open_images", lambda self: captioned)
+    encode.plan(config, str(tmp_path), "")
     assert capsys.readouterr().out == "text:    3 captions, at most 3 kB of features beside (text.stored)\n"

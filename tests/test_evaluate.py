@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers.scoring import fake_scoring
 
-from nested.build import data as build_data
 from nested.evaluation.report import weights_identity
 from nested.modes import evaluate, sample
 
@@ -14,7 +13,7 @@ from nested.modes import evaluate, sample
 def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch, capsys):
     """Against the images of the split that scores are against; the file is named by its content."""
     config, generator, source = fake_scoring(8, unguided=False)
-    config.evaluate.split = "val2014"
+    config.data.source, config.evaluate.split = "coco", "val2014"
     file, opened = tmp_path / "w.npz", []
     np.savez(file, a=np.zeros(1))
 
@@ -26,8 +25,8 @@ def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch,
         assert config.data.split == "val2014"
         return source
 
-    monkeypatch.setattr(build_data, "images", read)
-    monkeypatch.setattr(build_data, "latents", None)  # would encode
+    monkeypatch.setattr(evaluate, "open_images", read)
+    monkeypatch.setattr(evaluate, "open_latents", None)  # would encode
     monkeypatch.setattr(sample, "open_generator", fake_opened)
     evaluate.run(config, str(tmp_path), str(file))
     assert opened == [("val2014", str(file))]
@@ -45,7 +44,7 @@ def test_what_cannot_be_scored_is_said_before_training(monkeypatch, tmp_path):
     def read(config):
         raise FileNotFoundError("no folder of it")
 
-    monkeypatch.setattr(build_data, "images", read)
+    monkeypatch.setattr(evaluate, "open_images", read)
     with pytest.raises(ValueError, match="config.evaluate.split 'no such': no folder of it"):
         evaluate.check_evaluation(config)
     config.evaluate.split, config.text.encoder = "", "minilm"

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 from helpers import small_runs
+from helpers.run_data import latents_of
 from helpers.scoring import Pooler
 from helpers.weight_files import write_safetensors, write_state
 from safetensors.numpy import load_file
 
-from nested.build import data as build_data
 from nested.build.options import to_plain
 from nested.modes import evaluate, export, sample, train
 from nested.runtime import checkpoint, partition
@@ -92,7 +92,7 @@ def test_samples_of_the_file_are_those_of_the_checkpoint_bit_for_bit(run, export
 
 
 def test_a_file_is_scored_as_step_0(exported, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build_data, "score_encoder", lambda config: Pooler())
+    monkeypatch.setattr(evaluate, "load_score_encoder", lambda config: Pooler())
     config = config_of()
     config.evaluate.num_samples = NUMBER
     evaluate.run(config, str(tmp_path), str(exported))
@@ -215,7 +215,7 @@ def test_training_goes_on_from_a_file(run, exported, tmp_path):
 
 
 def start(config, workdir):
-    _, latents = build_data.latents(config, str(workdir))
+    _, latents = latents_of(config, str(workdir))
     return train.initial_state(train.make_run(config, latents), config, str(workdir))
 
 

@@ -10,10 +10,10 @@ import pytest
 from helpers import tiny_mdm
 from helpers.exact import OPTIMIZED
 from helpers.refusals import refused
+from helpers.run_data import latents_of
 from helpers.trees import assert_equal
 
 from configs import common
-from nested.build import data as build_data
 from nested.build.levels import as_shape, build_levels
 from nested.build.options import to_plain
 from nested.build.training import split_phases
@@ -79,7 +79,7 @@ def straight(tmp_path_factory):
 def grafted(straight):
     """(config of the phase s2, its EMA, config of the nest, the nest's state before its first step)."""
     (_, first), (_, second), _ = split_phases(config_of())
-    _, latents = build_data.latents(second, str(straight))
+    _, latents = latents_of(second, str(straight))
     state = train.initial_state(train.make_run(second, latents), second, str(straight))
     return first, state_of(folder(straight, "s2"), first)["ema"]["x"], second, state
 

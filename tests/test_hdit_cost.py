@@ -6,9 +6,9 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.run_data import latents_of
 
 from configs import hdit, hdit_ffhq1024
-from nested.build import data as build_data
 from nested.modes import train
 from nested.training import loop as training_loop
 
@@ -24,7 +24,7 @@ def uncached():
 def compiled_step(config, batch_size):
     """(seconds, XLA's program) of a train step, from shapes alone."""
     config.train.batch_size = batch_size
-    run = train.make_run(config, build_data.latents(config, tempfile.mkdtemp())[1])
+    run = train.make_run(config, latents_of(config, tempfile.mkdtemp())[1])
     (level,) = run.step.levels
     raw = {"x": jax.ShapeDtypeStruct((batch_size, *level.shape), jnp.float32)}
     raw["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.refusals import refused
+from helpers.run_data import decoder_of, latents_of
 from helpers.steps import batch_of, make
 from helpers.tiny import get_config, run_main
 from helpers.trees import assert_equal, copied
@@ -15,7 +16,7 @@ from helpers.trees import assert_equal, copied
 from configs import common
 from input_pipeline.composition import Mapped, select_fields
 from input_pipeline.digits import Digits
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.levels import build_levels
 from nested.build.training import batch_spans, build_optimizer, check_batch_size
 from nested.diffusion import conditioning, hierarchy
@@ -41,7 +42,7 @@ def config_of(*changes, arg="L1,hdit"):
 
 
 def test_images_that_no_encoder_needs_are_read_as_they_are(tmp_path):
-    source, latents = build_data.latents(config_of(), str(tmp_path))
+    source, latents = latents_of(config_of(), str(tmp_path))
     assert isinstance(source, Mapped) and set(source[3]) == {"label", "image"}
     assert [path.name for path in tmp_path.iterdir()] == [f"checked-{source.fingerprint}.txt"]  # and nothing encoded
     batch = batch_of(source)
@@ -52,7 +53,7 @@ def test_images_that_no_encoder_needs_are_read_as_they_are(tmp_path):
     np.testing.assert_array_equal(latents.variables({"image": moved}, None)["x"], moved)
     wrong = config_of()
     wrong.levels[0].shape = (8, 8, 3)
-    refused(build_data.latents, wrong, str(tmp_path), match="level x: shape 8x8x3 given, but images of 8x8x1")
+    refused(latents_of, wrong, str(tmp_path), match="level x: shape 8x8x3 given, but images of 8x8x1")
 
 
 def test_augmented_images_are_not_normalised_twice():
@@ -68,20 +69,20 @@ def test_augmented_images_are_not_normalised_twice():
 def test_sampling_needs_no_images_where_the_variables_are_images(tmp_path):
     config = config_of(("data.source", "idx"), ("data.path", str(tmp_path / "gone")))
     z = jnp.linspace(-1, 1, 64).reshape(1, 8, 8, 1)
-    assert build_data.decoder(config, "unused").decode(z).shape == (1, 8, 8, 1)
-    refused(build_data.latents, config, "unused", match="gone")
+    assert decoder_of(config, "unused").decode(z).shape == (1, 8, 8, 1)
+    refused(latents_of, config, "unused", match="gone")
 
 
 def test_augmentation_is_refused_where_it_would_lie():
     augmented = ("data.augment_prob", 0.5)
-    refused(build_data.latents, config_of(augmented, arg="hdit"), "unused", match="encoded for z1x1, z2x2 is of unch")
+    refused(latents_of, config_of(augmented, arg="hdit"), "unused", match="encoded for z1x1, z2x2 is of unch")
     refused(build_levels, config_of(augmented, arg="L1"), match="levels[0].backbone 'uvit' cannot be told of the augm")
     both = config_of(augmented, ("data.flip", True))
-    refused(build_data.augmentation, both, match="config.data: ")
-    assert build_data.augmentation(config_of()) is None
+    refused(build_data, both, match="config.data: ")
+    assert build_data(config_of()).augmentation is None
     oblong = config_of(augmented)
     oblong.levels[0].shape = (8, 4, 1)
-    refused(build_data.latents, oblong, "unused", match="the augmentation is of square images, x is 8x4; set it to 0")
+    refused(latents_of, oblong, "unused", match="the augmentation is of square images, x is 8x4; set it to 0")
 
 
 def test_the_network_is_told_of_the_augmentation_and_of_none_in_validation_and_sampling():

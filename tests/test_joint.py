@@ -11,13 +11,13 @@ from helpers.leafwise import SHAPES, Leafwise, joint, losses
 from helpers.probes import draw, make_levels
 from helpers.processes import run_python
 from helpers.refusals import refused
+from helpers.run_data import latents_of
 from helpers.tiny_mdm import get_config
 from helpers.toy_encoding import level as level_source
 from helpers.trees import assert_equal
 
 from input_pipeline import loader
-from nested.build import data as build_data
-from nested.build.text import load_text_encoder
+from nested.build.data import build_data
 from nested.diffusion import conditioning, hierarchy, schedules
 from nested.diffusion.level import ConditionNoise, row_keys, select_context
 from nested.latents.store import latents_of_images
@@ -144,8 +144,8 @@ def test_the_text_of_a_batch_reaches_the_network():
     config.data.update(source="synthetic", num_examples=16)
     config.text.update(encoder="minilm", max_tokens=3, width=6)
     config.hierarchy.text_levels = ("x",)
-    source, made = build_data.latents(config, "unused")
-    run = train.make_run(config, made, load_text_encoder(config))
+    source, made = latents_of(config, "unused")
+    run = train.make_run(config, made, build_data(config).open_text_encoder())
     raw = training_loop.to_device(run, loader.collate([source[i] for i in range(8)]))
     context = select_context(run.step.levels, raw)
     np.testing.assert_array_equal(context["text"][5], source[5]["text"])

@@ -8,11 +8,11 @@ import pytest
 from helpers import tiny_mdm
 from helpers.processes import finish
 from helpers.refusals import refused
+from helpers.run_data import decoder_of
 from helpers.scoring import Pooler
 from helpers.tiny import start_main
 from PIL import Image
 
-from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.modes import evaluate, sample, sweep, train
 from nested.runtime import partition
@@ -36,7 +36,7 @@ def cascade(tmp_path_factory):
 @pytest.fixture
 def pooler(monkeypatch):
     pooler = Pooler()
-    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
+    monkeypatch.setattr(evaluate, "load_score_encoder", lambda config: pooler)
     return pooler
 
 
@@ -69,9 +69,7 @@ def test_a_sweep_of_the_noise_level_writes_its_table_and_plot(cascade, pooler, c
 
 def test_a_noise_level_that_there_is_not_is_refused():
     config = config_of("cascade", ("evaluate.sweep", (("hierarchy.cond_noise_step", (0, 2000)),)))
-    gen = sample.build_generator(
-        config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
-    )
+    gen = sample.build_generator(config, build_levels(config), decoder_of(config, ""), partition.make_mesh(1, 1))
     refused(sweep.build_combinations, config, gen, match="condition noise: noise_step 2000 is outside 0 to 1000")
 
 

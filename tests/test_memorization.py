@@ -11,10 +11,10 @@ from PIL import Image
 
 from configs import common
 from input_pipeline.in_memory import ImagesInMemory
-from nested.build import data as build_data
+from nested.build.data import Data
 from nested.evaluation import memorization
 from nested.latents.store import latents_of_images
-from nested.modes import evaluate
+from nested.modes import encode, evaluate
 from nested.runtime import partition
 
 HOLDOUT, SAMPLES = 20, 12
@@ -60,7 +60,7 @@ def features(images):
 
 def report(images, samples, config, made, tmp_path):
     """Of records among which the last HOLDOUT of `images` are those held out."""
-    order = build_data.held_out(config, len(images))
+    order = encode.held_out_records(config.data.holdout, len(images))
     order = np.concatenate([np.setdiff1d(np.arange(len(images)), order), order])
     source = ImagesInMemory(images[order.argsort()], np.zeros(len(images), np.int32), 0, (), "toy")
     generator = Generator(config, made, samples)
@@ -145,7 +145,7 @@ def test_the_most_suspicious_are_drawn_beside_their_originals(images, monkeypatc
 def test_samples_with_text_have_the_captions_of_the_data(images, monkeypatch, tmp_path):
     config = make_config()
     config.text.encoder = "minilm"
-    monkeypatch.setattr(build_data, "some_captions", lambda config, number: ("a",) * number)
+    monkeypatch.setattr(Data, "some_captions", lambda self, number: ("a",) * number)
     made = latents_of_images((level_source("x", "pixels", (4, 4, 1)),), (4, 4, 1))
     _, content = report(images, images[:SAMPLES], config, made, tmp_path)
     assert content["pixels"]["quantiles"]["samples"]["99%"] == 0

@@ -13,7 +13,6 @@ from PIL import Image
 from configs import common
 from input_pipeline import latent_records as records
 from input_pipeline.in_memory import ImagesInMemory
-from nested.build import data as build_data
 from nested.latents.store import latents_of_images, read_latents
 from nested.modes import neighbors
 
@@ -48,7 +47,7 @@ def values_by_hand(encoded, chosen):
 
 @pytest.mark.parametrize("num_classes", [4, 0])
 def test_the_mode_finds_shows_and_tells_the_neighbours(encoded, monkeypatch, tmp_path, capsys, num_classes):
-    monkeypatch.setattr(build_data, "latents", lambda config, workdir: encoded)
+    monkeypatch.setattr(neighbors, "open_latents", lambda data, workdir: encoded)
     neighbors.run(make_config(toy.LEVELS, num_classes), str(tmp_path))
     content = json.loads((tmp_path / "neighbors.json").read_text())
     chosen = np.linspace(0, 44, 40, endpoint=False).astype(int)
@@ -71,7 +70,7 @@ def test_the_mode_finds_shows_and_tells_the_neighbours(encoded, monkeypatch, tmp
 
 
 def test_the_picture_has_a_block_of_rows_for_each_query(encoded, monkeypatch, tmp_path):
-    monkeypatch.setattr(build_data, "latents", lambda config, workdir: encoded)
+    monkeypatch.setattr(neighbors, "open_latents", lambda data, workdir: encoded)
     neighbors.run(make_config(toy.LEVELS, num_classes=0, nearest=2), str(tmp_path))
     picture = np.asarray(Image.open(tmp_path / "neighbors.png"))
     content = json.loads((tmp_path / "neighbors.json").read_text())
@@ -93,7 +92,7 @@ def test_resolutions_are_compared_one_by_one_and_whole_images_once(monkeypatch, 
     source = ImagesInMemory(images, random.integers(0, 2, 50), 2, (), "toy")
     levels = (level_source("y", "pixels", (2, 2, 1)), level_source("x", "pixels", ((4, 4, 1), (8, 8, 1))))
     made = latents_of_images(levels, (8, 8, 1))
-    monkeypatch.setattr(build_data, "latents", lambda config, workdir: (source, made))
+    monkeypatch.setattr(neighbors, "open_latents", lambda data, workdir: (source, made))
     found = neighbors.collect_representations(make_config(levels, num_classes=2), str(tmp_path))
     assert {name: x.shape for name, x in found.values.items()} == {
         "y": (40, 2, 2, 1), "x.0": (40, 4, 4, 1), "pixels": (40, 8, 8, 1),
@@ -120,7 +119,7 @@ def test_options_out_of_range_are_refused(name, value):
 
 
 def test_fewer_images_than_neighbours_are_refused(encoded, monkeypatch):
-    monkeypatch.setattr(build_data, "latents", lambda config, workdir: encoded)
+    monkeypatch.setattr(neighbors, "open_latents", lambda data, workdir: encoded)
     config = make_config(toy.LEVELS, k=44)
     config.evaluate.num_reference = 1000
     with pytest.raises(ValueError, match="there are only 44 images; ask for fewer than that"):

@@ -99,9 +99,9 @@ def test_fixed_levels_are_kept_and_finer_ones_follow(run, variables):
 
 
 def test_encoding_gives_what_training_saw(run):
-    from nested.build import data as build_data
+    from helpers.run_data import latents_of
 
-    records, latents = build_data.latents(run.config, run.workdir)
+    records, latents = latents_of(run.config, run.workdir)
     rows = [records[i] for i in range(BATCH)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     expected = latents.variables(batch, None)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from configs import common
 from nested import figures as pictures
-from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.diffusion import hierarchy
 from nested.evaluation.features import pooled_features, rechunk, reference_features
@@ -318,7 +317,7 @@ def test_write_scores(tmp_path):
 
 def test_the_mode_evaluate_restores_scores_and_writes(pooler, tmp_path, monkeypatch, capsys):
     config, generator, source = fake_scoring(8, unguided=False)
-    monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (source, None))
+    monkeypatch.setattr(evaluate, "open_latents", lambda data, workdir, text: (source, None))
     monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (generator, None, 7))
     evaluate.run(config, str(tmp_path))
     assert json.loads((tmp_path / "scores.json").read_text())[0]["step"] == 7

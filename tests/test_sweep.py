@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 from helpers.refusals import refused
+from helpers.run_data import decoder_of
 from helpers.scoring import Pooler
 from helpers.small_runs import config_of
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nested.build import data as build_data
 from nested.build.levels import build_levels
 from nested.evaluation.report import Score
 from nested.figures import curves as plots
@@ -24,9 +24,7 @@ from nested.runtime import partition
 
 
 def generator(config):
-    return sample.build_generator(
-        config, build_levels(config), build_data.decoder(config, ""), partition.make_mesh(1, 1)
-    )
+    return sample.build_generator(config, build_levels(config), decoder_of(config, ""), partition.make_mesh(1, 1))
 
 
 def swept(*pairs, depth=2, **changes):
@@ -167,7 +165,7 @@ def test_sweeps_are_refused_before_anything_is_drawn(pairs, message, monkeypatch
     config = config_of(2, evaluate__sweep=pairs)
     gen = types.SimpleNamespace(levels=build_levels(config), text=None)
     monkeypatch.setattr(sample, "restore_generator", lambda config, workdir: (gen, None, 1))
-    monkeypatch.setattr(build_data, "latents", lambda config, workdir, text: (None, None))
+    monkeypatch.setattr(evaluate, "open_latents", lambda data, workdir, text: (None, None))
     monkeypatch.setattr(evaluate, "build_scorer", None)
     refused(evaluate.run, config, "unused", match=message)
 
@@ -266,7 +264,7 @@ def test_values_that_are_no_numbers_stand_at_equal_distances(tmp_path, figures):
 def test_a_row_is_what_an_evaluation_scores_with_its_values(searched, tmp_path, monkeypatch, capsys):
     """Table 3 in small. The weights are scaled up, so that guidance and noise matter after one step."""
     pooler, restored, path = Pooler(), sample.restore_generator, searched[0] / "L2-sigma0.5"
-    monkeypatch.setattr(build_data, "score_encoder", lambda config: pooler)
+    monkeypatch.setattr(evaluate, "load_score_encoder", lambda config: pooler)
 
     def scaled_up(config, workdir):
         gen, ema, step = restored(config, str(path))

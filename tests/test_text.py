@@ -11,7 +11,7 @@ from helpers.text_encoders import CAPTIONS, T5_TOKENS, T5_WORDS, golden_t5, writ
 from safetensors.numpy import load_file, save_file
 
 from input_pipeline import tokens
-from nested.build.text import TEXT_ENCODERS
+from nested.build.parts import TEXT_ENCODERS
 from nested.encoders import minilm, t5
 from nested.encoders.text_encoder import load_text_encoder
 

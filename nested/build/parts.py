@@ -17,6 +17,9 @@ from input_pipeline.synthetic import SyntheticLatents
 from input_pipeline.webdataset import WebDataset, WebDatasetClips
 from nested.diffusion import denoiser, schedules
 from nested.diffusion.samplers import ddpm, dpm_solver, k_diffusion
+from nested.encoders import clip_text, minilm, t5
+from nested.encoders.efficientnet import NAME, EfficientNetOptions
+from nested.encoders.vit import VARIANTS, VitOptions
 from nested.models.dit import DiT
 from nested.models.hdit import HDiT
 from nested.models.nested_unet import NestedUNet
@@ -83,3 +86,5 @@ SOURCES = {
     "synthetic": SyntheticLatents,
 }
 SPACES = {codec.name: codec for codec in (Pixels, PatchPCA, AutoencoderKL)}
+ENCODERS = {NAME: EfficientNetOptions} | dict.fromkeys(VARIANTS, VitOptions)
+TEXT_ENCODERS = {network.name: network for network in (minilm.NETWORK, t5.NETWORK, clip_text.NETWORK)}

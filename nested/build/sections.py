@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from input_pipeline.options import DataOptions
 from nested.build import options
 from nested.build.options import REQUIRED, Config, Option
-from nested.build.parts import SOURCES, SPACES
+from nested.build.parts import ENCODERS, SOURCES, SPACES
+from nested.latents.job import EncodingOptions
 from nested.training.optimizer import OptimizerConfig
 from nested.training.options import TrainOptions
 
@@ -208,6 +209,7 @@ class Section:
 
 SECTIONS = {
     "data": Section(DataOptions, "source", "digits", SOURCES),
+    "encoder": Section(EncodingOptions, "name", "efficientnet_lite0", ENCODERS),
     "text": Section(TextOptions),
     "codec": Section(None, "name", "pixels", SPACES),
     "hierarchy": Section(HierarchyOptions),

@@ -1,25 +1,38 @@
-"""Config -> the frozen text encoder of a run: the table of text encoders, and the only reader of config.text's part of
-it."""
+"""Config -> the frozen text encoder of a run, before its weights are read."""
 
-from nested.build.options import Config, choose
-from nested.build.sources import source_kind
-from nested.encoders import clip_text, minilm, t5, text_encoder
-from nested.encoders.text_encoder import TextEncoder
+import dataclasses
 
-TEXT_ENCODERS = {network.name: network for network in (minilm.NETWORK, t5.NETWORK, clip_text.NETWORK)}
+from nested.build.options import Config, choose, construct
+from nested.build.parts import TEXT_ENCODERS
+from nested.build.sections import TextOptions
+from nested.encoders.text_encoder import TextEncoder, TextNetwork, load_text_encoder
 
 
-def load_text_encoder(config: Config) -> TextEncoder | None:
-    """The text encoder of a run, its parameters on the device; None if config.text.encoder is '' or the data are
-    random. Raises ValueError if it gives features of another width than config.text.width."""
-    options = config.text
-    if not options.encoder or source_kind(config).synthetic:
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text that levels see: its encoder, and how it is used."""
+
+    network: TextNetwork
+    options: TextOptions
+
+    def open(self) -> TextEncoder:
+        """Reads the weights and puts them on the device.
+
+        Raises ValueError if the encoder gives features of another width than the option; as load_text_encoder.
+        """
+        options = self.options
+        encoder = load_text_encoder(self.network, options.weights, options.max_tokens, options.dtype)
+        if encoder.width != options.width:
+            raise ValueError(
+                f"config.text.width is {options.width} but {options.encoder} gives features of width {encoder.width}; "
+                f"set it to {encoder.width}"
+            )
+        return encoder.on_devices()
+
+
+def build_text(config: Config) -> Text | None:
+    """The text of a run, None if config.text.encoder is ''."""
+    options = construct("text", TextOptions, config.text, {})
+    if not options.encoder:
         return None
-    network = choose("text.encoder", options.encoder, TEXT_ENCODERS)
-    encoder = text_encoder.load_text_encoder(network, options.weights, options.max_tokens, options.dtype)
-    if encoder.width != options.width:
-        raise ValueError(
-            f"config.text.width is {options.width} but {options.encoder} gives features of width {encoder.width}; "
-            f"set it to {encoder.width}"
-        )
-    return encoder.on_devices()
+    return Text(choose("text.encoder", options.encoder, TEXT_ENCODERS), options)

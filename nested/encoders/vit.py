@@ -28,13 +28,15 @@ bfloat16 with float32 sums; norms, softmax and the residual stream are float32 i
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nested.encoders import grids, precision, vit_files
+from nested.encoders.encoder import EncoderOptions
+from nested.runtime.partition import local_devices
 from nested.weights import files as weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -286,3 +288,19 @@ def load_vit(name, path, *, input_size, map, vector, features, prefix, dtype):
     params = vit_files.read_vit(files, vit, name, prefix=prefix, projected=vector == "projected", dtype=dtype)
     fingerprint = "-".join(weights.sha256(file) for file in files)
     return VitEncoder(name, vit, params, fingerprint, input_size, vector, tuple(features), prefix, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class VitOptions(EncoderOptions):
+    """A vision transformer of VARIANTS, by its name."""
+
+    vector: Annotated[str, "the vector of an image or a crop: pool | cls | projected (CLIP, MoCo-v3)"] = "pool"
+    prefix: Annotated[str, "start of the network's names in a file that holds several; '': found, '.': nothing"] = ""
+    dtype: Annotated[Literal["float32", "bfloat16"], "of the products"] = "float32"
+
+    def open(self, features: tuple[str, ...]) -> VitEncoder:
+        found = load_vit(
+            self.name, self.weights, input_size=self.input_size, map=self.map, vector=self.vector, features=features,
+            prefix=self.prefix, dtype=self.dtype,
+        )  # fmt: skip
+        return dataclasses.replace(found, params=jax.device_put(found.params, local_devices()))

@@ -7,23 +7,33 @@ run leaves has none, is refused by readers, and is written over by the next run.
 
 import json
 import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from input_pipeline import captions as text
 from input_pipeline.sources import fingerprint_of
+from nested.encoders.text_encoder import TextEncoder
 from nested.runtime.files import atomic_write, check_writable
 from nested.runtime.writers import Progress
 
 
-def store(encoder, captions, directory, batch_size):
+def store_captions(
+    encoder: TextEncoder, captions: Iterable[str], directory: str | pathlib.Path, batch_size: int
+) -> dict[str, Any]:
     """Fills `directory` with the features of the distinct `captions`, and of ""; returns the content of text.json.
 
-    encoder: a TextEncoder. captions: of a source (input_pipeline.captions.captions), repeats
-    allowed. batch_size: captions encoded at a time. One process does all the work; a finished store of the same
-    encoder and captions is left as it is. Raises, each in one line: ValueError for a store of another encoder or other
-    captions, for a feature that is NaN or beyond float16 (its caption is named); OSError where files cannot be written.
+    One process does all the work; a finished store of the same encoder and captions is left as it is.
+
+    Args:
+      captions: of a source (input_pipeline.captions.captions), repeats allowed.
+      batch_size: captions encoded at a time.
+
+    Raises, each in one line: ValueError for a store of another encoder or other captions, and for a feature that is NaN
+    or beyond float16 (its caption is named); OSError if files cannot be written.
     """
     directory = check_writable(directory)
     texts = sorted({"", *captions})
@@ -38,7 +48,7 @@ def store(encoder, captions, directory, batch_size):
         "captions": fingerprint_of(texts),
     }
     if (directory / text.INDEX_FILE).exists():
-        return _same(directory, made)
+        return _check_same(directory, made)
     lengths = encoder.tokenize.lengths(texts)
     cut = int((lengths > encoder.max_tokens).sum())
     if cut:
@@ -56,7 +66,7 @@ def store(encoder, captions, directory, batch_size):
     return index
 
 
-def _same(directory, made):
+def _check_same(directory: pathlib.Path, made: dict[str, Any]) -> dict[str, Any]:
     """text.json of a finished store that was made as `made` says; ValueError names the first thing that differs."""
     index = text.read_index(directory)
     for key, expected in made.items():
@@ -68,7 +78,7 @@ def _same(directory, made):
     return index
 
 
-def _features(encoder, texts, batch_size):
+def _features(encoder: TextEncoder, texts: Sequence[str], batch_size: int) -> Iterator[np.ndarray]:
     """Yields float16 [tokens of a batch, width], without padding; the last batch is filled up with empty texts."""
     progress = Progress("captions, encoding", len(texts))
     for first in range(0, len(texts), batch_size):
@@ -86,7 +96,9 @@ def _features(encoder, texts, batch_size):
         progress.update(first + len(batch))
 
 
-def _write(directory, name, shape, dtype, parts):
+def _write(
+    directory: pathlib.Path, name: str, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]
+) -> None:
     """name.npy of that shape, from arrays that follow each other along its first axis."""
     path = directory / f"{name}.npy"
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

@@ -18,10 +18,12 @@ import numpy as np
 
 from input_pipeline import loader
 from input_pipeline.latent_records import unflipped
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.levels import as_shape, build_levels
 from nested.build.options import Config
 from nested.build.process import is_joint
+from nested.build.sources import images as open_images
+from nested.encoders.efficientnet import EfficientNetLite0, load_efficientnet
 from nested.encoders.text_encoder import TextEncoder
 from nested.evaluation.clip_score import Clip, load_clip
 from nested.evaluation.features import pooled_features, reference_features
@@ -29,6 +31,7 @@ from nested.evaluation.likelihood import Likelihood, measure_likelihood, noise_r
 from nested.evaluation.memorization import report_memorization
 from nested.evaluation.report import Scorer, score_generator, weights_identity, write_scores
 from nested.modes import sample, sweep
+from nested.modes.encode import held_out_records, image_source, open_latents, split_records
 from nested.sampling.generator import Generator
 from nested.weights.files import find_weight_files
 
@@ -53,13 +56,36 @@ def build_scorer(config: Config, source: Any, cache_dir: str, weights: str = "")
             "needs 2 or more of each"
         )
     clip, size = load_clip_scorer(config), config.encoder.batch_size
-    encoder = build_data.score_encoder(config)
-    scored, source = build_data.scored_against(config, source)
+    encoder = load_score_encoder(config)
+    scored, source = scored_against(config, source)
     # The prompts of the scores, and not those of the run's pictures.
-    texts = build_data.some_captions(scored, options.num_samples) if config.text.encoder else ()
-    images = build_data.pictures(scored, source)
+    texts = build_data(scored).some_captions(options.num_samples) if config.text.encoder else ()
+    images = image_source(build_data(scored), source)
     reference = reference_features(images, encoder, options.num_reference, size, cache_dir)
     return Scorer(encoder, reference, options.num_samples, size, config.sample.batch_size, texts, clip, weights)
+
+
+def load_score_encoder(config: Config) -> EfficientNetLite0:
+    """The extractor of FD-EffLite0: the package's own weights, at config.evaluate.input_size."""
+    return load_efficientnet("", input_size=config.evaluate.input_size, map="head", features=())
+
+
+def with_scored_split(config: Config) -> Config:
+    """The config with config.evaluate.split, if it has one, for data.split."""
+    other = config.copy_and_resolve_references()
+    other.data.split = config.evaluate.split or config.data.split
+    return other
+
+
+def scored_against(config: Config, source: Any) -> tuple[Config, Any]:
+    """(config, source) of the images that samples are scored against: the run's, or those of config.evaluate.split."""
+    if not config.evaluate.split:
+        return config, source
+    other = with_scored_split(config)
+    try:
+        return other, open_images(other)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.evaluate.split {config.evaluate.split!r}: {error}") from error
 
 
 def check_evaluation(config: Config) -> None:
@@ -71,7 +97,7 @@ def check_evaluation(config: Config) -> None:
     if wants_clip_score(config):
         find_weight_files(config.evaluate.clip.weights)
     if config.evaluate.split and config.evaluate.num_samples:
-        build_data.scored_against(config, None)
+        scored_against(config, None)
 
 
 def check_memorization(config: Config) -> None:
@@ -87,7 +113,7 @@ def check_memorization(config: Config) -> None:
             f"config.evaluate.memorization {number}: needs images that are not trained on to compare with; set "
             "config.data.holdout, or memorization to 0"
         )
-    if number and len(build_data.finest_shape(config)) > 3:
+    if number and build_data(config).has_clips:
         raise ValueError(f"config.evaluate.memorization {number}: it compares still images, not clips; set it to 0")
 
 
@@ -122,7 +148,7 @@ def wants_clip_score(config: Config) -> bool:
     """Whether the config asks for a CLIP score. Raises ValueError if the samples have no prompts or are clips."""
     if not config.evaluate.clip.weights:
         return False
-    if not config.text.encoder or len(build_data.finest_shape(config)) != 3:
+    if not config.text.encoder or build_data(config).has_clips:
         raise ValueError(
             "config.evaluate.clip.weights is given, but the CLIP score is of images with prompts: this config has "
             f"{'clips' if config.text.encoder else 'no text (config.text.encoder)'}; set it to ''"
@@ -169,7 +195,7 @@ def compute_likelihood(
     float32.train.dtype = "float32"
     (level,) = build_levels(float32, text and text.encode_one())
     sigma_min, sigma_max = noise_range(level.process, options.likelihood_sigma_min, options.likelihood_sigma_max)
-    places = build_data.held_out(config, len(source))
+    places = held_out_records(config.data.holdout, len(source))
     places = places[np.linspace(0, len(places), number, endpoint=False).astype(int)]
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -218,9 +244,9 @@ def compare_with_training_images(
     check_memorization(config)
     number = config.evaluate.memorization
     if config.text.encoder:
-        generator = dataclasses.replace(generator, prompts=build_data.some_captions(config, number))
-    training = build_data.split(config, source)[0]
-    held_out = [source[int(i)] for i in build_data.held_out(config, len(source))]
+        generator = dataclasses.replace(generator, prompts=build_data(config).some_captions(number))
+    training = split_records(build_data(config), source)[0]
+    held_out = [source[int(i)] for i in held_out_records(config.data.holdout, len(source))]
     return report_memorization(generator, params, number, training, held_out, features, step, workdir)
 
 
@@ -233,13 +259,12 @@ def run(config: Config, workdir: str, weights: str = "") -> None:
     check_evaluation(config)
     images_alone = weights and not config.evaluate.memorization and not config.evaluate.likelihood
     if images_alone:  # a file that others trained: nothing is encoded
-        config = build_data.scored_config(config)
+        config = with_scored_split(config)
     generator, params, step = sample.open_generator(config, workdir, weights)
-    if images_alone:
-        source = build_data.images(config)
-    else:
-        source = build_data.latents(config, workdir, text_encoder_of(generator))[0]
-    cache_dir, identity = build_data.latents_dir(config, workdir), weights_identity(weights)
+    data = build_data(config)
+    text = text_encoder_of(generator)
+    source = open_images(config) if images_alone else open_latents(data, workdir, text)[0]
+    cache_dir, identity = data.latents_dir(workdir), weights_identity(weights)
     if config.evaluate.sweep:
         todo = sweep.build_combinations(config, generator)  # all are checked before the first is drawn
         scorer = build_scorer(config, source, cache_dir, identity)

@@ -15,10 +15,11 @@ import numpy as np
 
 from input_pipeline import loader
 from nested import figures as pictures
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.options import Config
 from nested.build.sources import source_kind
 from nested.evaluation import nearest
+from nested.modes.encode import image_source, open_latents
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
 
@@ -63,8 +64,9 @@ def collect_representations(config: Config, workdir: str) -> Representations:
 
     A level of several resolutions is compared by each of them, NAME.0, NAME.1, ...; one of the images' own shape is the
     image itself, which stands as "pixels", the last."""
-    source, latents = build_data.latents(config, workdir)
-    pictured = build_data.pictures(config, source)
+    data = build_data(config)
+    source, latents = open_latents(data, workdir)
+    pictured = image_source(data, source)
     number, size = min(config.evaluate.num_reference, len(source)), config.encoder.batch_size
     chosen = np.linspace(0, len(source), number, endpoint=False).astype(int)
     variables = jax.jit(lambda raw: latents.variables(raw, None))  # of an autoencoder's latents the means

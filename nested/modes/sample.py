@@ -14,10 +14,9 @@ import numpy as np
 from absl import logging
 
 from nested import figures
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import Config, to_plain
-from nested.build.text import load_text_encoder
 from nested.diffusion import hierarchy
 from nested.diffusion.level import Level
 from nested.encoders.text_encoder import TextEncoder
@@ -43,7 +42,7 @@ def build_generator(
     Prompts are config.sample.prompts or, if there are none, the captions of the data."""
     prompts: Sequence[str] = ()
     if text is not None:
-        prompts = tuple(config.sample.prompts) or build_data.some_captions(config, config.sample.num_samples)
+        prompts = tuple(config.sample.prompts) or build_data(config).some_captions(config.sample.num_samples)
     return make_generator(
         levels,
         latents,
@@ -81,8 +80,8 @@ def open_generator(config: Config, workdir: str, weights: str) -> tuple[Generato
 
 def prepare_generator(config: Config, workdir: str) -> tuple[Generator, Tree]:
     """(the config's generator, the parameters that it takes as shapes and shardings)."""
-    latents = build_data.decoder(config, workdir)
-    text = load_text_encoder(config)
+    data = build_data(config)
+    latents, text = data.open_decoder(workdir), data.open_text_encoder()
     levels = build_levels(config, text and text.encode_one())
     mesh = partition.make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     shapes = jax.eval_shape(lambda key: hierarchy.init(levels, key), jax.random.key(0))

@@ -33,7 +33,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.levels import build_levels
 from nested.build.options import Config
 from nested.build.training import check_images_exist
@@ -92,7 +92,7 @@ def trial_config(config: Config, trial: Trial, kept: Mapping[str, float], workdi
         result.hierarchy[key] = tuple(name for name in config.hierarchy[key] if name in names)
     result.train_levels = trial.trains
     result.init_from.update(path=trial.source and os.path.join(workdir, trial.source), levels=trial.takes)
-    result.latents_dir = build_data.latents_dir(config, workdir)
+    result.latents_dir = build_data(config).latents_dir(workdir)
     return result
 
 

@@ -16,12 +16,11 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from nested.build import data as build_data
+from nested.build.data import build_data
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import Config, construct, to_plain
 from nested.build.saved import upgrade_saved_config
 from nested.build.sources import shard_window
-from nested.build.text import load_text_encoder
 from nested.build.training import (
     STATE_KEYS,
     batch_spans,
@@ -33,6 +32,7 @@ from nested.build.training import (
 )
 from nested.encoders.text_encoder import TextEncoder
 from nested.modes import evaluate, sample, summary
+from nested.modes.encode import open_latents, split_records
 from nested.runtime import partition
 from nested.runtime.checkpoint import Checkpoints, Preemption, latest_step
 from nested.runtime.writers import MetricWriter
@@ -103,7 +103,7 @@ def training_batches(config: Config, records: Any, first: int) -> Generator[dict
         seed=config.seed,
         threads=config.train.threads,
         workers=config.train.workers,
-        transform=build_data.augmentation(config),
+        transform=build_data(config).augmentation,
         shard_window=shard_window(config),
     )
 
@@ -134,7 +134,7 @@ def run(config: Config, workdir: str) -> None:
             continue
         if name:
             logging.info("phase %s: %d steps, in %s", name, phase.train.steps, folder)
-            phase.latents_dir = build_data.latents_dir(config, workdir)
+            phase.latents_dir = build_data(config).latents_dir(workdir)
             os.makedirs(folder, exist_ok=True)
         if not train_phase(phase, folder, workdir):
             return
@@ -145,10 +145,11 @@ def train_phase(config: Config, workdir: str, root: str) -> bool:
     False where a signal stopped it."""
     check_images_exist(config)
     evaluate.check_evaluation(config)
-    text = load_text_encoder(config)
-    source, latents = build_data.latents(config, workdir, text)
+    data = build_data(config)
+    text = data.open_text_encoder()
+    source, latents = open_latents(data, workdir, text)
     run = make_run(config, latents, text)
-    training, held_out = build_data.split(config, source)
+    training, held_out = split_records(data, source)
     checkpoints = Checkpoints(
         workdir,
         to_plain(config),
@@ -219,7 +220,7 @@ def finish(
     if config.sample.num_samples:
         lines += [f"picture: {path}" for path in sample.save_run_pictures(config, generator, state.ema, workdir)]
     if config.evaluate.num_samples or config.evaluate.likelihood:
-        cache_dir = build_data.latents_dir(config, workdir)
+        cache_dir = build_data(config).latents_dir(workdir)
         lines += evaluate.report_scores(generator, state.ema, config, source, cache_dir, int(state.step), workdir)
     if jax.process_index() == 0:
         print("\n".join(lines))

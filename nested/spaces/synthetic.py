@@ -27,15 +27,8 @@ class SyntheticSpace(ImageSpace):
     level: str
 
     @property
-    def leaves(self) -> tuple[tuple[str, Shape], ...]:
-        """(field, shape) of each resolution: what a source of random records has to have."""
-        if not is_joint(self.shape):
-            return ((self.level, self.shape),)
-        return tuple((f"{self.level}.{i}", shape) for i, shape in enumerate(self.shape))
-
-    @property
     def fields(self) -> tuple[str, ...]:
-        return tuple(field for field, _ in self.leaves)
+        return tuple(f"{self.level}.{i}" for i in range(len(self.shape))) if is_joint(self.shape) else (self.level,)
 
     def variable(self, raw: Arrays, key: jax.Array | None) -> Tree:
         leaves = tuple(raw[field] for field in self.fields)
@@ -43,3 +36,10 @@ class SyntheticSpace(ImageSpace):
 
     def decode(self, z: Tree, params: Params) -> jax.Array:
         raise ValueError("synthetic latents have no images: there is nothing to sample or to score")
+
+
+def random_fields(level: LevelSource) -> tuple[tuple[str, Shape], ...]:
+    """(field, shape) of each resolution of a level's variable: what a source of random records has to have."""
+    space = SyntheticSpace(level.shape, level.name)
+    shapes = level.shape if is_joint(level.shape) else (level.shape,)
+    return tuple(zip(space.fields, shapes, strict=True))

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from helpers.run_data import latents_of
 from input_pipeline.loader import collate
-from nested.build import data as build_data
 from nested.build.options import declared_by_all
 from nested.build.parts import SOURCES
 from nested.modes import train
@@ -26,7 +26,7 @@ def on_random_data(config):
 
 def check_two_steps(config, workdir):
     """Two train steps: finite, and every level that trains moves."""
-    source, latents = build_data.latents(config, str(workdir))
+    source, latents = latents_of(config, str(workdir))
     run = train.make_run(config, latents)
     config.init_from.phase = ""
     state = train.initial_state(run, config, str(workdir))

@@ -2,9 +2,9 @@
 
 import tempfile
 
+from helpers.run_data import latents_of
 from helpers.tiny import get_config
 from input_pipeline import loader
-from nested.build import data as build_data
 from nested.modes import train
 
 
@@ -12,7 +12,7 @@ def make(changes=(), config=None):
     """(run, records) of the tiny synthetic config with the dotted keys of `changes` set."""
     config = config or get_config("synthetic,L2")
     config.update_from_flattened_dict(dict(changes))
-    source, latents = build_data.latents(config, tempfile.mkdtemp())
+    source, latents = latents_of(config, tempfile.mkdtemp())
     return train.make_run(config, latents), source
 
 

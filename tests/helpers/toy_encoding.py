@@ -7,6 +7,7 @@ import numpy as np
 
 from input_pipeline import latent_records as records
 from nested.encoders import grids
+from nested.encoders.encoder import EncoderOptions
 from nested.latents import passes
 from nested.latents.job import EncodingOptions, plan_job
 from nested.spaces.features import Feature
@@ -90,6 +91,17 @@ class Toy:
         maps = patchify(x, 2) @ weights * bad
         outputs = {"map": maps, "vector": (jnp.tanh(maps).mean((1, 2), keepdims=True) * bad)[:, 0, 0]}
         return {part: outputs[part] for part in parts}
+
+
+def encoder_kind(open_encoder):
+    """An encoder for ENCODERS whose open(features) is that function."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Kind(EncoderOptions):
+        def open(self, features):
+            return open_encoder(features)
+
+    return Kind
 
 
 def run(directory, source=None, encoder=None, config=CONFIG, codec=CODEC, **processes):
