@@ -1,4 +1,4 @@
-"""The two versions of Nested Diffusion as options: what config.hierarchy.preset holds a config to.
+"""The two versions of Nested Diffusion as options: what config.hierarchy.preset requires of a config.
 
                     cvpr (arXiv 2412.05984)                     iclr (its earlier anonymous draft)
     a level sees    all coarser levels                          the next coarser one (Markovian)
@@ -8,8 +8,8 @@
     features        a vector of each of M x M crops,            one feature map, pooled to every level's grid
                     a pooled map for crops below 64 px
 
-The options are independent: with preset '' any mixture trains. Guidance is a choice of sampling and is not held to: the
-draft uses one weight at all levels, CVPR Sec. 4.2 weights that decay towards the finest.
+The options are independent: with preset '' any mixture trains. Guidance, a choice of sampling, is not compared: the
+draft uses one weight at all levels, and CVPR Sec. 4.2 weights that decay towards the finest.
 """
 
 import types
@@ -28,7 +28,7 @@ FEATURES = types.MappingProxyType({"cvpr": ("crops", "map"), "iclr": ("map", "co
 
 
 def check_preset(config: Config) -> None:
-    """Raises ValueError, naming the option, where config contradicts its hierarchy.preset; '' allows everything."""
+    """Raise ValueError, naming the option, if the config contradicts its hierarchy.preset; '' allows everything."""
     name = config.hierarchy.preset
     if not name:
         return

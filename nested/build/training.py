@@ -17,7 +17,7 @@ STATE_KEYS = (
 
 
 def build_optimizer(config: Config) -> opt.OptimizerConfig:
-    """config.optimizer; 'cosine' decays to 0 at config.train.steps."""
+    """Build config.optimizer; the decay 'cosine' reaches 0 at config.train.steps. Raises: ValueError, in one line."""
     options, steps = config.optimizer, config.train.steps
     if options.decay == "cosine" and steps <= options.warmup_steps:
         raise ValueError(
@@ -29,7 +29,7 @@ def build_optimizer(config: Config) -> opt.OptimizerConfig:
 
 
 def batch_spans(config: Config) -> list[BatchSpan]:
-    """The run's batch sizes, config.train.batch_size and batch_growth, in order."""
+    """Return the run's batch sizes in order: config.train.batch_size, then those of batch_growth."""
     train = config.train
     changes = [(0, train.batch_size), *((int(step), int(size)) for step, size in train.batch_growth)]
     result, rows = [], 0
@@ -42,7 +42,7 @@ def batch_spans(config: Config) -> list[BatchSpan]:
 
 
 def check_batch_size(config: Config, devices: int) -> None:
-    """Every batch must divide by the accumulation groups and each group by the devices."""
+    """Raise ValueError unless every batch divides by the accumulation groups, and each group by the devices."""
     groups = config.train.accumulate
     for batch in (span.batch_size for span in batch_spans(config)):
         if groups < 1 or batch < 1 or batch % (groups * devices):
@@ -59,10 +59,13 @@ def check_batch_size(config: Config, devices: int) -> None:
 
 
 def split_phases(config: Config) -> list[tuple[str, Config]]:
-    """[(name, config)] of the runs that train one after the other, each from the one before; the last is ('', config).
+    """Return (name, config) of the runs that train one after the other, from one another; the last is ('', config).
 
-    An entry of config.phases says in what its phase differs: dict(name=, levels=, train=dict(steps=), ...). The last
-    phase has the config's own values. Every later phase gets init_from.phase, the name of the one before it."""
+    An entry of config.phases says how its phase differs: dict(name=, levels=, train=dict(steps=), ...). The last phase
+    has the config's own values. Every later phase gets init_from.phase, the name of the one before it.
+
+    Raises: ValueError, in one line, for a phase without a name of its own or with options that it cannot change.
+    """
     result, before = [], config.init_from.phase
     for i, changes in enumerate((*config.phases, None)):
         phase: Config = ConfigDict(config.copy_and_resolve_references())
@@ -86,7 +89,7 @@ def split_phases(config: Config) -> list[tuple[str, Config]]:
 
 
 def check_init_from(config: Config) -> None:
-    """Which of another run's weights to take, and into levels that there are."""
+    """Raise ValueError unless config.init_from names one place to take weights from and levels that exist."""
     choose("init_from.weights", config.init_from.weights, ("ema", "params"))
     if config.init_from.path and config.init_from.phase:
         raise ValueError(f"config.init_from: path {config.init_from.path} and phase {config.init_from.phase}; give one")
@@ -100,9 +103,9 @@ def check_init_from(config: Config) -> None:
 
 
 def check_images_exist(config: Config) -> None:
-    """Random latents have no images to draw or score; better said before training than after it."""
-    asked = config.sample.num_samples or config.evaluate.num_samples or config.train.sample_every
-    if source_kind(config).synthetic and asked:
+    """Raise ValueError if the config draws or scores images but its data are random latents, which have none."""
+    draws = config.sample.num_samples or config.evaluate.num_samples or config.train.sample_every
+    if source_kind(config).synthetic and draws:
         raise ValueError(
             "config.data.source is 'synthetic', whose latents have no images: set config.sample.num_samples, "
             "config.evaluate.num_samples and config.train.sample_every to 0"
