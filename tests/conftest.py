@@ -1,7 +1,7 @@
 """Shared by all tests: one CPU device, a persistent compilation cache, absl flags parsed (grain reads them).
 
-Most programs here run once or twice, so optimising their machine code would cost more than it saves; runs of main.py
-(tiny.py) are optimised. JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest optimises all, and takes longer.
+Most programs here run once or twice, so optimising their machine code would cost more than it saves: they are compiled
+in the fastest way that XLA has. JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest optimises all, and takes longer.
 """
 
 import contextlib
@@ -19,11 +19,14 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
+from helpers.processes import COMPILE_FAST  # noqa: E402
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"nested-test-cache-{jax.__version__}")
 )
+os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)  # read when the first program is compiled
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -12,7 +12,7 @@ from configs import common
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # as a config of main.py
 
-from helpers.processes import ROOT, finish  # noqa: E402
+from helpers.processes import COMPILE_FAST, ROOT, finish  # noqa: E402
 
 LEVELS = ("z1x1", "z2x2", "x")  # coarse to fine
 
@@ -80,8 +80,7 @@ def start_main(arguments, config="tests/helpers/tiny.py", devices=1, env=None):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # as users run it, unlike the tests' own process (conftest.py)
+        "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count={devices}",
         "NPROC": "8",  # threads of XLA: with one per fake device, programs under way can wait for each other for ever
         "OPENBLAS_NUM_THREADS": "1",  # two threads on busy cores wait for each other in a loop: 30 times slower
         **(env or {}),
