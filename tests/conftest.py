@@ -18,7 +18,6 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
-
 from helpers.processes import COMPILE_FAST  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -345,7 +345,7 @@ def test_exact_denoiser(grid, eta):
     the .3 where log SNR ends at 5."""
     schedules = (cosine(), Shifted(cosine(), 4.0, 1.0), cosine_log_snr())
     sampler = DDIM(500, eta=eta, grid=grid)
-    errors = exact_errors(schedules, sampler, KEYS if eta else None)
+    errors = exact_errors(schedules, sampler)
     for schedule, (mean_error, std_error) in zip(schedules, errors, strict=True):
         alpha, sigma = schedule(sampler.plan(schedule)[-1][0])
         lost = STD * (1 - alpha * STD / np.hypot(alpha * STD, sigma))

@@ -1,7 +1,5 @@
 """Samplers against data whose denoiser is known in closed form: N(MEAN, STD^2), with the posterior mean as D."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,34 +27,71 @@ def padded(table, rows=50, depth=3):
     return table._replace(rows=new)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIMIZED)  # thousands of evaluations, compiled once
-def run_exact(schedules, tables, keys, x_T):
-    """One leaf per schedule, each with the posterior mean of its own process."""
-
-    def posterior_mean(x_t, t, cond):
-        x0 = []
-        for schedule, x in zip(schedules, x_t, strict=True):
-            alpha, sigma = (value.reshape(-1, 1) for value in schedule(t))
-            x0.append(MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN))
-        return tuple(x0)
-
-    return run(tables, keys, posterior_mean, x_T, {})
+def posterior_mean(schedule, t):
+    """(gain, offset) of the denoiser of one leaf at time t: x0 = gain x + offset."""
+    alpha, sigma = schedule(t)
+    gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+    return gain, MEAN - gain * alpha * MEAN
 
 
-def exact_errors(schedules, sampler, keys=None, rows=1000, depth=3):
-    """|error| of the mean and of the standard deviation of 8192 samples, for each schedule.
+def exact_moments(schedules, sampler):
+    """(mean, standard deviation) of the samples, for each of the schedules, one leaf each, in closed form.
 
-    x_T is drawn from the exact marginal at the sampler's start and set to its mean and deviation, so that x_T, which is
-    carried linearly, adds no sampling error.
+    The sampler and the denoiser are affine, so the mean and the covariance of the loop's state, which is
+    (x, x_base, m_{-1}, ..., m_{-depth}, n_{k-1}), follow from row to row of the table. x_T is the exact marginal.
     """
+    process = Process(schedules)
+    tables = sampler.tables(process, (np.zeros(1),) * len(schedules))
+    return [_moments(schedule, sampler.start(process), table, tables[0].rows.t)
+            for schedule, table in zip(schedules, tables, strict=True)]  # fmt: skip
+
+
+def _moments(schedule, start, table, times):
+    alpha, sigma = schedule(start)
+    mean_x, variance_x = alpha * MEAN, (alpha * STD) ** 2 + sigma**2
+    if table.opening is not None:
+        scale, noise = table.opening
+        mean_x, variance_x = scale * mean_x, scale**2 * variance_x + noise**2
+    rows, depth = table.rows, table.rows.history.shape[1]
+    mean, covariance = np.zeros(depth + 3), np.zeros((depth + 3, depth + 3))
+    mean[:2], covariance[:2, :2] = mean_x, variance_x
+    for k, t in enumerate(times):
+        gain, offset = posterior_mean(schedule, t)
+        first, second = rows.output[k]
+        step, shift, drive = np.zeros_like(covariance), np.zeros_like(mean), np.zeros_like(mean)
+        step[2, 0], shift[2] = first + second * gain, second * offset  # the evaluation, m_{-0}
+        step[3 : depth + 2] = np.eye(depth + 3)[2 : depth + 1]  # m_{-j} becomes m_{-j-1}
+        step[0] = rows.history[k] @ step[2 : depth + 2]
+        step[0, 1] += rows.base[k]
+        step[0, -1] += 0.0 if rows.last_noise is None else rows.last_noise[k]
+        shift[0], drive[0], drive[-1] = rows.history[k, 0] * shift[2], rows.noise[k], 1.0
+        if rows.commit[k]:
+            step[1], shift[1], drive[1] = step[0], shift[0], drive[0]
+        else:
+            step[1, 1] = 1.0
+        mean, covariance = step @ mean + shift, step @ covariance @ step.T + np.outer(drive, drive)
+    return mean[0], np.sqrt(covariance[0, 0])
+
+
+def exact_errors(schedules, sampler):
+    """|error| of the mean and of the standard deviation, for each of the schedules."""
+    return [(abs(mean - MEAN), abs(std - STD)) for mean, std in exact_moments(schedules, sampler)]
+
+
+def sampled_moments(schedules, sampler, keys):
+    """(mean, standard deviation) of 8192 samples that run() draws, for each of the schedules."""
     unit = np.random.default_rng(0).normal(size=(8, 1024))
-    unit = (unit - unit.mean()) / unit.std()
+    unit = (unit - unit.mean()) / unit.std()  # x_T, which is carried linearly, adds no sampling error
     process = Process(schedules)
     starts = [schedule(sampler.start(process)) for schedule in schedules]
     x_T = tuple(jnp.asarray(alpha * MEAN + np.hypot(alpha * STD, sigma) * unit) for alpha, sigma in starts)
-    tables = tuple(padded(table, rows, depth) for table in sampler.tables(process, x_T))
-    samples = run_exact(schedules, tables, keys, x_T)
-    return [(abs(float(x.mean()) - MEAN), abs(float(x.std()) - STD)) for x in samples]
+
+    def denoise(x_t, t, cond):
+        means = [tuple(v.reshape(-1, 1) for v in posterior_mean(schedule, t)) for schedule in schedules]
+        return tuple(gain * x + offset for (gain, offset), x in zip(means, x_t, strict=True))
+
+    samples = jax.jit(lambda x_T: run(sampler.tables(process, x_T), keys, denoise, x_T, {}))(x_T)
+    return [(float(x.mean()), float(x.std())) for x in samples]
 
 
 def mixture_denoiser(record, process):
