@@ -268,7 +268,7 @@ def _nest(path):
 def test_ema_warms_up(golden):
     data = golden(GOLDEN)
     for power in (2 / 3, 0.75):
-        config = optimizer.OptimizerConfig(1e-3, 0, "constant", None, 0.9, 0.95, 1e-8, 0.0, 0.0, 0.9999, power)
+        config = optimizer.OptimizerConfig(ema_decay=0.9999, ema_power=power)
         ours = [float(optimizer.ema_decay(config, int(step))) for step in data["ema_decay/steps"]]
         np.testing.assert_allclose(ours, data[f"ema_decay/power{power:.4f}"], atol=2e-7)
     constant = dataclasses.replace(config, ema_power=0.0)
@@ -281,7 +281,7 @@ def test_a_group_that_matches_nothing_is_an_error(golden, x64):
     wrong = dataclasses.replace(options, groups=(optimizer.Group("mappin/"),))
     with pytest.raises(ValueError, match="pattern 'mappin/' matches no parameter; there are x/aug_emb"):
         optimizer.check_groups(wrong, params)
-    with pytest.raises(ValueError, match=r"pattern '\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern '\(' is not a regular expression"):
         optimizer.Group("(")
     with pytest.raises(ValueError, match="factors are at least 0"):
         optimizer.Group("x", learning_rate=-1.0)
