@@ -9,6 +9,7 @@
 On a pod run the same command on every host (README, "On a pod"). This file is kept short: look in nested/.
 """
 
+import logging as std_logging
 import os
 import sys
 import traceback
@@ -26,8 +27,8 @@ flags.DEFINE_integer("num_samples", 0, "sample, compare: how many; 0: config.sam
 flags.DEFINE_list("runs", [], "compare: folders of runs, DIR,DIR,...")
 flags.DEFINE_string("out", "", "sample: OUT.png, OUT.npz; export: the .safetensors file; summary, --plan: JSON")
 flags.DEFINE_string("weights", "", "sample, evaluate: a weight file, released or exported, in place of a checkpoint")
-flags.DEFINE_bool("plan", False, "encode: only say what it would cost, in bytes and hours, at rates of a first batch")
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; only where JAX cannot find out itself")
+flags.DEFINE_bool("plan", False, "encode: only report the cost, in bytes and hours, at the rates of a first batch")
+flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; only where JAX cannot find it by itself")
 flags.DEFINE_integer("num_processes", None, "number of processes; with --coordinator_address")
 flags.DEFINE_integer("process_id", None, "this process's number; with --coordinator_address")
 flags.mark_flag_as_required("config")
@@ -35,72 +36,65 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, where what an option or a config file got wrong is one line."""
+    """Parses the command line as absl does, and reports what is wrong with it in one line."""
     try:
         if unknown := FLAGS(argv)[1:]:
             raise flags.Error(f"unknown argument {unknown[0]!r}; options start with --")
-        FLAGS.config.seed  # noqa: B018, a config file that is not there shows when it is read
+        FLAGS.config.seed  # noqa: B018  a config file that does not exist is noticed when it is read
         return argv
     except (flags.Error, AttributeError, LookupError, OSError) as error:
-        while isinstance(error.args[0], Exception):  # ml_collections wraps what it says about unknown keys
+        while isinstance(error.args[0], Exception):  # ml_collections wraps its message about unknown keys
             error = error.args[0]
         sys.exit(f"error: option or config: {error.args[0].strip().splitlines()[-1].strip()}")
 
 
-def start_jax(workdir: str) -> None:
-    """Distributed start-up where asked for, and a compilation cache that outlives the process."""
-    if FLAGS.coordinator_address or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{workdir}/compilation_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def check_flags(mode: str) -> None:
+    """Raises ValueError for a flag that the mode does not read, or that it needs and is missing."""
+    readers = {"runs": ("compare",), "weights": ("sample", "evaluate"), "plan": ("encode",)}
+    for name, modes in readers.items():
+        if FLAGS[name].value and mode not in modes:
+            instead = "set config.init_from.path" if (name, mode) == ("weights", "train") else "remove it"
+            raise ValueError(f"--{name} only applies to --mode={' and --mode='.join(modes)}, not to {mode}; {instead}")
+    if mode != "summary" and not FLAGS.workdir:
+        raise ValueError(f"--mode={mode} needs --workdir, the folder of the run")
 
 
 def run() -> None:
-    from nested.build.levels import build_levels
     from nested.modes import compare, encode, evaluate, export, neighbors, sample, search, summary, train
     from nested.runtime.files import check_writable
+    from nested.runtime.launch import start_jax
 
-    config, mode = FLAGS.config, FLAGS.mode
-    if FLAGS.runs and mode != "compare":
-        raise ValueError(f"--runs is of --mode=compare, not of {mode}: leave it out")
-    if FLAGS.weights and mode not in ("sample", "evaluate"):
-        raise ValueError(f"--weights is of --mode=sample and evaluate, not of {mode} (train has config.init_from.path)")
-    if FLAGS.plan and mode != "encode":
-        raise ValueError(f"--plan is of --mode=encode, not of {mode}: leave it out")
+    config, mode, out, number = FLAGS.config, FLAGS.mode, FLAGS.out, FLAGS.num_samples
+    check_flags(mode)
     if mode == "summary":
-        print(summary.write_summary(build_levels(config), train.abstract_state(config), FLAGS.out))
-        return
-    if not FLAGS.workdir:
-        raise ValueError(f"--mode={mode} needs --workdir, the folder of the run")
-    start_jax(FLAGS.workdir)  # first: a process that fails before it has met the others leaves them waiting
+        return summary.run(config, out)
+    # First: a process that fails before it has met the others leaves them waiting.
+    start_jax(FLAGS.workdir, FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     workdir = str(check_writable(FLAGS.workdir))
-    if mode == "sample":
-        sample.run(config, workdir, FLAGS.num_samples or config.sample.num_samples, FLAGS.out, FLAGS.weights)
-    elif mode == "evaluate":
-        evaluate.run(config, workdir, FLAGS.weights)
-    elif FLAGS.plan:
-        encode.plan(config, workdir, FLAGS.out)
-    elif mode == "export":
-        export.run(config, workdir, FLAGS.out)
-    elif mode == "compare":
-        compare.run(config, workdir, FLAGS.runs, FLAGS.num_samples or config.sample.columns)
-    else:
-        dict(
-            train=train.run, encode=encode.run, search=search.run, neighbors=neighbors.run,
-        )[mode](config, workdir)  # fmt: skip
+    if FLAGS.plan:
+        return encode.plan_encoding(config, workdir, out)
+    drivers = dict(
+        train=lambda: train.run(config, workdir),
+        encode=lambda: encode.run(config, workdir),
+        sample=lambda: sample.run(config, workdir, number or config.sample.num_samples, out, FLAGS.weights),
+        evaluate=lambda: evaluate.run(config, workdir, FLAGS.weights),
+        search=lambda: search.run(config, workdir),
+        neighbors=lambda: neighbors.run(config, workdir),
+        compare=lambda: compare.run(config, workdir, FLAGS.runs, number or config.sample.columns),
+        export=lambda: export.run(config, workdir, out),
+    )
+    return drivers[mode]()
 
 
 def is_ours(path: str) -> bool:
-    """Whether a source file is of this repository, not of a library."""
+    """Whether a source file belongs to this repository and not to a library."""
     return os.path.abspath(path).startswith(ROOT + os.sep) and "site-packages" not in path
 
 
-def main(argv) -> None:
+def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
-    # Libraries tell much at INFO (orbax every file, jax every missing backend): only their warnings are shown.
-    logging.get_absl_handler().addFilter(lambda log: log.levelno > logging.logging.INFO or is_ours(log.pathname))
+    # Libraries log much at INFO (orbax every file, jax every missing backend): only their warnings are shown.
+    logging.get_absl_handler().addFilter(lambda log: log.levelno > std_logging.INFO or is_ours(log.pathname))
     try:
         run()
     except Exception as error:

@@ -11,8 +11,7 @@ from helpers.tiny import with_changes
 from configs import common, imagenet, rcg
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import to_plain
-from nested.build.training import STATE_KEYS, build_optimizer, check_batch_size, check_init_from
-from nested.modes import train
+from nested.build.training import STATE_KEYS, abstract_state, build_optimizer, check_batch_size, check_init_from
 from nested.weights.fit import shared_levels
 
 # --- refusals of the model's part ------------------------------------------------------------------------------------
@@ -228,7 +227,7 @@ def test_conditioning_sees_all_coarser_levels_or_the_next_one():
     levels = build_levels(markovian)
     assert [level.cond_sigmas for level in levels] == [(), (0.25,), (1.0,)]
     assert levels[2].backbone.conditions == (("z2x2", markovian.levels[1].backbone.patch_size),)
-    state = train.abstract_state(markovian)
+    state = abstract_state(markovian)
     assert "cond_embed_z1x1" not in state.params["x"] and "cond_embed_z2x2" in state.params["x"]
 
 
@@ -238,7 +237,7 @@ def test_only_label_levels_see_the_label():
     assert [level.num_classes for level in levels] == [0, 0, 10]
     assert [level.backbone.num_classes for level in levels] == [0, 0, 10]
     assert [level.cond_drop for level in levels] == [0.0, 0.1, 0.1]  # the top level has nothing to drop
-    state = train.abstract_state(config)
+    state = abstract_state(config)
     assert state.params["x"]["label_emb"]["embedding"].shape == (11, 16)
     assert "label_emb" not in state.params["z2x2"]
 
@@ -274,7 +273,7 @@ def test_a_deeper_hierarchy_reuses_the_coarse_levels():
     """CVPR Sec. 4: L - 1 levels of an L-level model exist already; the finest sees another hierarchy."""
     shallow, deep = (imagenet.get_config(depth) for depth in ("L3", "L4"))
     assert shared_levels(to_plain(shallow), to_plain(deep)) == ("z1x1", "z2x2")
-    params = {name: train.abstract_state(config).params for name, config in (("shallow", shallow), ("deep", deep))}
+    params = {name: abstract_state(config).params for name, config in (("shallow", shallow), ("deep", deep))}
     for name in ("z1x1", "z2x2"):
         assert params["shallow"][name] == params["deep"][name]
     assert params["shallow"]["x"]["pos_embed"] != params["deep"]["x"]["pos_embed"]

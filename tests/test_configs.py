@@ -13,10 +13,9 @@ from helpers.shipped import ALL, ARGUMENTS, DEPTHS, get_config
 from configs import common, imagenet
 from nested.build.data import build_data
 from nested.build.levels import build_levels
-from nested.build.training import build_optimizer, check_batch_size, split_phases
+from nested.build.training import abstract_state, build_optimizer, check_batch_size, split_phases
 from nested.diffusion import samplers
 from nested.encoders import grids, vit
-from nested.modes import train
 
 
 def test_every_file_is_here():
@@ -54,7 +53,7 @@ def test_every_config_builds(name, argument):
         coarser = tuple(other.name for other in levels[:i])
         assert level.conditions == (coarser if config.hierarchy.conditioning == "all_higher" else coarser[-1:])
     if name in ("quickstart", "fashion_mnist") or (name == "imagenet" and argument.endswith("data")):
-        state = train.abstract_state(config)  # the others' levels are those of configs/imagenet.py
+        state = abstract_state(config)  # the others' levels are those of configs/imagenet.py
         assert set(state.params) == {level.name for level in levels}
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
 
@@ -205,5 +204,5 @@ def test_the_command_line_refuses_unknown_keys_and_sets_known_ones():
     config = get_config("quickstart")
     assert config.levels[2].backbone.depth < 12
     config.levels[2].backbone.depth = 12
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(train.abstract_state(config).params))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_state(config).params))
     assert int(right.stdout.split("total")[1].split()[0].replace(",", "")) == parameters

@@ -123,5 +123,5 @@ def test_stored_text_is_counted(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(encode, "encoding_job", lambda data, directory: None)
     captioned = type("Captioned", (), {"captions": ("one", ("two", "three"), "one")})()
     monkeypatch.setattr(Data, "open_images", lambda self: captioned)
-    encode.plan(config, str(tmp_path), "")
+    encode.plan_encoding(config, str(tmp_path), "")
     assert capsys.readouterr().out == "text:    3 captions, at most 3 kB of features beside (text.stored)\n"

@@ -14,6 +14,7 @@ from helpers.weight_files import write_safetensors, write_state
 from safetensors.numpy import load_file
 
 from nested.build.options import to_plain
+from nested.build.training import abstract_state
 from nested.modes import evaluate, export, sample, train
 from nested.runtime import checkpoint, partition
 from nested.weights import exchange
@@ -45,7 +46,7 @@ def exported(run):
 
 def abstract(config):
     """{level: parameters} as shapes, to be whole on every device."""
-    shapes, whole = train.abstract_state(config).ema, partition.replicated(partition.make_mesh(-1, 1))
+    shapes, whole = abstract_state(config).ema, partition.replicated(partition.make_mesh(-1, 1))
     return partition.abstract(shapes, jax.tree.map(lambda _: whole, shapes))
 
 

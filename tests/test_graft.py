@@ -16,7 +16,7 @@ from helpers.trees import assert_equal
 from configs import common
 from nested.build.levels import as_shape, build_levels
 from nested.build.options import to_plain
-from nested.build.training import split_phases
+from nested.build.training import abstract_state, split_phases
 from nested.diffusion import hierarchy
 from nested.diffusion.level import row_keys
 from nested.modes import train
@@ -53,7 +53,7 @@ def bits(workdir, phase):
 
 def state_of(path, config):
     """The train state in the newest checkpoint of the run in `path`."""
-    return checkpoint.restore_subtree(path, vars(train.abstract_state(config)))
+    return checkpoint.restore_subtree(path, vars(abstract_state(config)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,7 +148,7 @@ def test_a_phase_starts_from_the_average_of_the_one_before(grafted):
 def test_the_last_phase_takes_the_same_network_whole(straight):
     """From s4, of the same shapes: its first step starts from s4's average, so it differs from s4's last."""
     _, (_, second), (_, last) = split_phases(config_of())
-    abstract = train.abstract_state(last).params
+    abstract = abstract_state(last).params
     taken = transfer.load_initial_weights(to_plain(last), str(folder(straight, "s4")), abstract)
     assert list(taken) == [("x",)]
     assert_equal(taken[("x",)], state_of(folder(straight, "s4"), second)["ema"]["x"])
@@ -200,7 +200,7 @@ def test_a_phase_differs_in_what_it_says_alone():
 
 def test_two_new_levels_put_it_two_levels_down(straight, grafted):
     config = config_of(("init_from.path", str(folder(straight, "s2"))), kind="deep")
-    abstract = train.abstract_state(config).params
+    abstract = abstract_state(config).params
     ((place, tree),) = transfer.load_initial_weights(to_plain(config), config.init_from.path, abstract).items()
     assert place == ("x", "inner_unet", "inner_unet")
     assert_equal(tree, grafted[1])
@@ -217,7 +217,7 @@ def test_a_level_that_the_other_run_lacks_is_named(straight):
         transfer.load_initial_weights,
         to_plain(config),
         config.init_from.path,
-        train.abstract_state(config).params,
+        abstract_state(config).params,
         match=message,
     )
 
@@ -231,7 +231,7 @@ def test_the_deepest_of_several_places_is_taken():
 
 def test_weights_before_the_average_where_asked_for(straight, grafted):
     config = config_of(("init_from.path", str(folder(straight, "s2"))), ("init_from.weights", "params"), kind="nest")
-    taken = transfer.load_initial_weights(to_plain(config), config.init_from.path, train.abstract_state(config).params)
+    taken = transfer.load_initial_weights(to_plain(config), config.init_from.path, abstract_state(config).params)
     own = state_of(folder(straight, "s2"), grafted[0])["params"]["x"]
     assert_equal(taken[("x", "inner_unet")], own)
     assert not np.array_equal(own["conv_out"]["kernel"], grafted[1]["conv_out"]["kernel"])
@@ -287,5 +287,5 @@ def test_what_fits_nowhere_is_refused(straight, changes, message):
         for part in parts:
             place = place[int(part)] if part.isdigit() else place[part]
         place[key] = value
-    abstract = train.abstract_state(config).params
+    abstract = abstract_state(config).params
     refused(transfer.load_initial_weights, to_plain(config), config.init_from.path, abstract, match=message)

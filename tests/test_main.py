@@ -197,7 +197,7 @@ def test_a_workdir_is_needed():
 
 
 def test_weights_are_of_sampling_and_scoring():
-    message = "error: --weights is of --mode=sample and evaluate, not of encode (train has config.init_from.path)"
+    message = "error: --weights only applies to --mode=sample and --mode=evaluate, not to encode; remove it"
     assert refused("--mode=encode", "--weights=w.npz") == message
 
 

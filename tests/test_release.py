@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from configs import uvit_release
 from nested.build.levels import build_levels
 from nested.build.options import to_plain
+from nested.build.training import abstract_state
 from nested.diffusion import samplers, schedules
-from nested.modes import sample, summary, train
+from nested.modes import sample, summary
 from nested.runtime import partition
 from nested.weights import files as weights
 from nested.weights.exchange import load_parameters
@@ -50,7 +51,7 @@ def test_sizes_are_those_that_were_counted_on_the_authors_code(name):
 
 def shapes_of(config):
     """{name in torch: shape} of the config's only level."""
-    (template,) = train.abstract_state(config).ema.values()
+    (template,) = abstract_state(config).ema.values()
     return {name: array.shape for name, array in random_state(template).items()}
 
 
@@ -144,13 +145,13 @@ def shrunk(config, shape, steps, weights=""):
 
 
 def abstract(config):
-    shapes, whole = train.abstract_state(config).ema, partition.replicated(partition.make_mesh(-1, 1))
+    shapes, whole = abstract_state(config).ema, partition.replicated(partition.make_mesh(-1, 1))
     return partition.abstract(shapes, jax.tree.map(lambda _: whole, shapes))
 
 
 def released(config, path, around=lambda content: content):
     """A file of random weights as a release lays them out; what it holds, as parameters."""
-    (template,) = train.abstract_state(config).ema.values()
+    (template,) = abstract_state(config).ema.values()
     state = random_state(template, 0.1)
     write_state(path, state, around)
     return {config.levels[0].name: weights.from_torch(state, template)}

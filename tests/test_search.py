@@ -10,6 +10,7 @@ from helpers.small_runs import config_of
 from helpers.tiny import start_main
 from helpers.trees import assert_equal
 
+from nested.build.training import abstract_state
 from nested.modes import search, train
 from nested.runtime import checkpoint
 
@@ -172,7 +173,7 @@ def test_a_table_that_is_none_is_refused(runs, tmp_path):
 
 
 def state_of(path):
-    shapes = train.abstract_state(config_of(2))
+    shapes = abstract_state(config_of(2))
     return checkpoint.restore_subtree(path, {"params": shapes.params, "ema": shapes.ema})
 
 

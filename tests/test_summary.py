@@ -12,8 +12,9 @@ import pytest
 
 from configs import imagenet
 from nested.build.levels import build_levels
+from nested.build.training import abstract_state
 from nested.models.hdit import HDiT
-from nested.modes import summary, train
+from nested.modes import summary
 
 TABLE_6 = {  # depth: (million parameters, GMACs)
     "L1": (104, 26.82),
@@ -135,7 +136,7 @@ def test_macs_of_a_scan_count_every_turn_and_remat_counts_once():
 def test_json_holds_what_the_table_shows(tmp_path):
     config = imagenet.get_config("L2")
     out = tmp_path / "summary.json"
-    text = summary.write_summary(build_levels(config), train.abstract_state(config), str(out))
+    text = summary.write_summary(build_levels(config), abstract_state(config), str(out))
     content = json.loads(out.read_text())
     assert [level["name"] for level in content["levels"]] == ["z1x1", "x"]
     assert content["levels"][1]["shape"] == [32, 32, 4] and content["levels"][1]["tokens"] == 256

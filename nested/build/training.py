@@ -3,12 +3,15 @@
 import itertools
 import re
 
+import jax
 from ml_collections import ConfigDict
 
+from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import Config, choose, construct, override
 from nested.build.sources import source_kind
 from nested.training import optimizer as opt
 from nested.training.options import BatchSpan
+from nested.training.step import Step, TrainState, init_state
 
 # Parts of a config that decide what a train state is: a checkpoint made with others is refused.
 STATE_KEYS = (
@@ -26,6 +29,12 @@ def build_optimizer(config: Config) -> opt.OptimizerConfig:
         )
     total = steps if options.decay == "cosine" else None
     return construct("optimizer", opt.OptimizerConfig, options, dict(total_steps=total))
+
+
+def abstract_state(config: Config) -> TrainState:
+    """The shapes and dtypes of a config's train state; allocates nothing."""
+    step = Step(build_levels(config), None, build_optimizer(config), trained_level_names(config))
+    return jax.eval_shape(lambda key: init_state(step, key), jax.random.key(0))
 
 
 def batch_spans(config: Config) -> list[BatchSpan]:

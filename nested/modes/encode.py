@@ -37,7 +37,7 @@ def run(config: Config, workdir: str) -> None:
         print(said)
 
 
-def plan(config: Config, workdir: str, out: str) -> None:
+def plan_encoding(config: Config, workdir: str, out: str) -> None:
     """The mode with --plan: prints what encoding costs, and writes it as JSON to `out` unless that is ''."""
     data = build_data(config)
     if data.synthetic or not data.needs_encoding:

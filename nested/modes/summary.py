@@ -16,6 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nested.build.levels import build_levels
+from nested.build.options import Config
+from nested.build.training import abstract_state
 from nested.diffusion import conditioning, hierarchy
 from nested.diffusion.level import Level, buffer_predicate, is_shape, map_shape
 from nested.diffusion.process import Tree
@@ -117,9 +120,9 @@ def summarize_levels(levels: Sequence[Level]) -> list[LevelSummary]:
     return result
 
 
-def state_bytes(abstract_state: Any) -> int:
+def state_bytes(state: Any) -> int:
     """Bytes of the whole train state: parameters, EMA, optimizer moments."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def format_shape(shape: Tree) -> str:
@@ -127,11 +130,16 @@ def format_shape(shape: Tree) -> str:
     return str(shape) if is_shape(shape) else " + ".join("x".join(map(str, leaf)) for leaf in shape)
 
 
-def write_summary(levels: Sequence[Level], abstract_state: Any, out: str = "") -> str:
+def run(config: Config, out: str = "") -> None:
+    """Prints the table of the config's levels; with `out`, also writes it to that file as JSON."""
+    print(write_summary(build_levels(config), abstract_state(config), out))
+
+
+def write_summary(levels: Sequence[Level], state: Any, out: str = "") -> str:
     """The table as text; with `out`, the same as JSON in that file."""
     rows = summarize_levels(levels)
     total = {"parameters": sum(row.parameters for row in rows), "macs": sum(row.macs for row in rows)}
-    memory = state_bytes(abstract_state)
+    memory = state_bytes(state)
     shapes = [format_shape(row.shape) for row in rows]
     width = max(18, *(len(shape) + 2 for shape in shapes))
     lines = [f"{'level':<10}{'shape':<{width}}{'tokens':>9}{'parameters':>15}{'GMACs':>11}"]

@@ -23,6 +23,7 @@ from nested.build.saved import upgrade_saved_config
 from nested.build.sources import shard_window
 from nested.build.training import (
     STATE_KEYS,
+    abstract_state,
     batch_spans,
     build_optimizer,
     check_batch_size,
@@ -45,12 +46,6 @@ from nested.training.step import Step, TrainState, VariableReader, init_state
 from nested.weights import graft as transfer
 
 Tree = Any
-
-
-def abstract_state(config: Config) -> TrainState:
-    """The shapes and dtypes of a config's train state; allocates nothing."""
-    step = Step(build_levels(config), None, build_optimizer(config), trained_level_names(config))
-    return jax.eval_shape(lambda key: init_state(step, key), jax.random.key(0))
 
 
 def make_run(config: Config, latents: VariableReader, text: TextEncoder | None = None) -> Run:
