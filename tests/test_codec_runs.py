@@ -294,7 +294,7 @@ def test_training_sampling_scores_and_pictures(encoded, weights, tmp_path, capsy
 def test_all_images_are_compared_as_decoded_from_their_means(encoded, network, monkeypatch):
     monkeypatch.setattr(memorization, "BATCH", 16)
     _, source, latents = encoded
-    seen = memorization.make_decoder(latents, partition.make_mesh(1, 1))(batch_of(source)["sd_vae"])
+    seen = memorization.make_decoder(latents.finest, latents, partition.make_mesh(1, 1))(batch_of(source)["sd_vae"])
     mean = moments_of(network, Colours().images)[..., :4]
     expected = to_images(kl.decode(network.decoder, mean))
     assert np.abs(np.int32(seen) - np.int32(expected)).max() <= 2  # the means are stored in float16

@@ -116,7 +116,7 @@ def test_images_are_compared_as_the_samples_are_made(images):
     """A level of 2x2 pixels: training images are averaged to that; a sample that is one of them is at distance 0."""
     averages = np.round(images.reshape(70, 2, 2, 2, 2, 1).mean((2, 4))).astype(np.uint8)
     made = latents_of_images((level_source("x", "pixels", (2, 2, 1)),), (4, 4, 1))
-    seen = memorization.make_decoder(made, Generator.mesh)(images)
+    seen = memorization.make_decoder(made.finest, made, Generator.mesh)(images)
     assert seen.shape == (70, 2, 2, 1) and np.abs(seen.astype(int) - averages).max() <= 1  # halves round either way
     found = memorization.compare_groups(
         {"samples": seen[5:8], "held_out": seen[50:], "training": seen[:2]}, np.arange(2), [seen[:30], seen[30:50]],

@@ -29,7 +29,8 @@ from nested.figures.curves import memorization_picture
 from nested.runtime import partition
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
-from nested.sampling.generator import Generator
+from nested.sampling.generator import Decoder, Generator
+from nested.spaces.space import DecodableSpace
 
 Tree = Any
 Source = Any  # a sequence of records, dicts of arrays
@@ -127,22 +128,26 @@ def summary_line(kind: str, summary: dict[str, Any]) -> str:
     )
 
 
-def make_decoder(latents: Any, mesh: jax.sharding.Mesh) -> Decode:
-    """A function from stored images, or the stored moments of their latents, to what the finest level's codec makes of
-    them, at the samples' resolution. Its rows are split over the mesh."""
-    space, size = latents.finest, -(-BATCH // mesh.size) * mesh.size
-    size = latents.slices(size, mesh.size)[0].stop
+def make_decoder(space: DecodableSpace, latents: Decoder, mesh: jax.sharding.Mesh) -> Decode:
+    """A function from stored images to what the finest level's codec makes of them, as uint8 images.
+
+    Args:
+      space: of the finest level; its first field is stored, an image or the moments of its latent.
+      latents: the decoder of the same space, with its parameters on the devices.
+      mesh: the devices, over which rows are split.
+    """
+    size = latents.slices(-(-BATCH // mesh.size) * mesh.size, mesh.size)[0].stop
 
     @functools.partial(jax.jit, out_shardings=partition.replicated(mesh))
-    def decoded(stored, params):
+    def decode_rows(stored: jax.Array, params: Tree) -> jax.Array:
         return latents.decode(space.variable({space.fields[0]: stored}, None), params)
 
-    def seen(stored):
+    def decode(stored: np.ndarray) -> np.ndarray:
         chunks = (stored[start : start + size] for start in range(0, len(stored), size))
         padded = ((len(chunk), partition.split_rows(pad_rows(chunk, size), mesh)) for chunk in chunks)
-        return np.concatenate([np.asarray(decoded(chunk, latents.params))[:count] for count, chunk in padded])
+        return np.concatenate([np.asarray(decode_rows(chunk, latents.params))[:count] for count, chunk in padded])
 
-    return seen
+    return decode
 
 
 def decoded_batches(training: Source, field: str, decode: Decode) -> Iterator[np.ndarray]:
@@ -162,6 +167,7 @@ def report_memorization(
     generator: Generator,
     params: Tree,
     number: int,
+    space: DecodableSpace,
     training: Source,
     held_out: Source,
     features: Callable[[np.ndarray], np.ndarray],
@@ -173,6 +179,7 @@ def report_memorization(
     Args:
       generator, params: what draws the samples, and its parameters, of `step`.
       number: how many samples are drawn, and how many training images are compared with all others.
+      space: of the finest level. All images are compared as it decodes them.
       training: the records that are trained on.
       held_out: records that are not.
       features: uint8 images [N, H, W, C] -> [N, D], those of the scores.
@@ -180,7 +187,7 @@ def report_memorization(
       workdir: the folder of the two files.
     Returns: the lines to print, a summary for each kind of distance and the paths.
     """
-    field, decode = generator.latents.finest.fields[0], make_decoder(generator.latents, generator.mesh)
+    field, decode = space.fields[0], make_decoder(space, generator.latents, generator.mesh)
     own = np.linspace(0, len(training), min(number, len(training)), endpoint=False).astype(int)
     groups = {
         SAMPLES: generator.images(params, number, "samples, memorization"),

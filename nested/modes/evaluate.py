@@ -30,6 +30,7 @@ from nested.evaluation.features import pooled_features, reference_features
 from nested.evaluation.likelihood import Likelihood, measure_likelihood, noise_range, write_likelihood
 from nested.evaluation.memorization import report_memorization
 from nested.evaluation.report import Scorer, score_generator, weights_identity, write_scores
+from nested.latents.store import Latents
 from nested.modes import sample, sweep
 from nested.modes.encode import held_out_records, image_source, open_latents, split_records
 from nested.sampling.generator import Generator
@@ -207,7 +208,7 @@ def compute_likelihood(
     values = measure_likelihood(
         level,
         params[level.name],
-        generator.latents.variables,
+        latents_of(generator).variables,
         batches(),
         number,
         generator.mesh,
@@ -234,6 +235,11 @@ def text_encoder_of(generator: Generator) -> TextEncoder | None:
     return cast(TextEncoder | None, generator.text)
 
 
+def latents_of(generator: Generator) -> Latents:
+    """The Latents of a generator that a config builds, which give variables besides decoding them."""
+    return cast(Latents, generator.latents)
+
+
 def compare_with_training_images(
     generator: Generator, params: Tree, config: Config, source: Any, features: Features, step: int, workdir: str
 ) -> list[str]:
@@ -247,7 +253,8 @@ def compare_with_training_images(
         generator = dataclasses.replace(generator, prompts=build_data(config).some_captions(number))
     training = split_records(build_data(config), source)[0]
     held_out = [source[int(i)] for i in held_out_records(config.data.holdout, len(source))]
-    return report_memorization(generator, params, number, training, held_out, features, step, workdir)
+    space = latents_of(generator).finest
+    return report_memorization(generator, params, number, space, training, held_out, features, step, workdir)
 
 
 def run(config: Config, workdir: str, weights: str = "") -> None:

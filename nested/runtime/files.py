@@ -1,19 +1,23 @@
-"""Files that are either whole or absent.
+"""Files that are either complete or absent.
 
-A file is written beside its place, flushed to the disk (fsync), then renamed over the old one: on a POSIX file system
-the rename is atomic, so a reader, or a run restarted after kill -9, sees the old content or the new, never a half.
+A file is written beside its place, flushed to the disk (fsync), then renamed over the old one. On a POSIX file system
+the rename is atomic, so that a reader, or a run restarted after kill -9, sees the old content or the new one, never a
+part of either.
 """
 
 import contextlib
 import os
 import pathlib
+from collections.abc import Iterable
 
 
-def atomic_write(path, content):
-    """Writes `content` (bytes, str as UTF-8, or parts of it that follow each other, bytes each) to `path`, whole or not
-    at all; missing parent folders are made.
+def atomic_write(path: str | os.PathLike, content: bytes | str | Iterable[bytes]) -> None:
+    """Writes a file completely or not at all; missing parent folders are made.
 
-    Raises OSError, in one line, where the file cannot be written (no space, no permission); the old file then stays.
+    Args:
+      path: the file.
+      content: bytes, a str (written as UTF-8), or parts that follow each other.
+    Raises: OSError, in one line, if the file cannot be written (no space, no permission); the old file then stays.
     """
     path = pathlib.Path(path)
     content = content.encode() if isinstance(content, str) else content
@@ -34,17 +38,17 @@ def atomic_write(path, content):
         raise
 
 
-def local_path(directory):
-    """The absolute path of a folder (~ expanded); ValueError for an address such as gs://bucket."""
+def local_path(directory: str | os.PathLike) -> pathlib.Path:
+    """The absolute path of a folder, ~ expanded. Raises ValueError for an address such as gs://bucket."""
     if "://" in str(directory):
         raise ValueError(f"{directory}: not a folder; mount the bucket (gcsfuse, NFS) and give the path of the mount")
     return pathlib.Path(directory).expanduser().absolute()
 
 
-def check_writable(directory):
-    """Makes `directory` if need be, proves that a file can be written there, returns its absolute path (~ expanded).
+def check_writable(directory: str | os.PathLike) -> pathlib.Path:
+    """Makes a folder if it does not exist, proves that a file can be written there, and returns its absolute path.
 
-    Raises OSError, in one line, where it cannot; ValueError for an address such as gs://bucket.
+    Raises OSError, in one line, if it cannot; ValueError for an address such as gs://bucket.
     """
     path = local_path(directory)
     probe = path / f".write_probe.{os.getpid()}"
@@ -59,6 +63,6 @@ def check_writable(directory):
     return path
 
 
-def _remove(path):
+def _remove(path: pathlib.Path) -> None:
     with contextlib.suppress(OSError):  # it was never created, or its folder was not
         path.unlink()

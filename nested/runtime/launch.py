@@ -1,4 +1,4 @@
-"""The start of a process: jax.distributed where it is asked for, and a compilation cache that outlives the process."""
+"""Starting JAX: several processes as one program, and a compilation cache that outlives the process."""
 
 import os
 
@@ -11,13 +11,17 @@ def start_jax(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the other processes, and sets up the compilation cache. Call it before anything that can fail alone.
+    """Joins this process to the others of a run, if there are others, and sets the compilation cache.
+
+    Call it before anything else uses JAX, and before anything can fail: a process that ends before it has met the
+    others leaves them waiting.
 
     Args:
-      workdir: the folder of the run; the cache is in WORKDIR/compilation_cache unless JAX_COMPILATION_CACHE_DIR is set.
-      coordinator_address: HOST:PORT of process 0; None for JAX_COORDINATOR_ADDRESS or, if that is not set either, for a
-        single process.
-      num_processes, process_id: how many processes there are and which one this is; None where jax finds them out.
+      workdir: the run's folder. The cache is its subfolder compilation_cache, unless the environment variable
+        JAX_COMPILATION_CACHE_DIR names another folder.
+      coordinator_address: HOST:PORT of process 0. It is only needed if JAX cannot find it out by itself; with None the
+        process joins others if JAX_COORDINATOR_ADDRESS is set.
+      num_processes, process_id: how many processes there are, and the number of this one; with coordinator_address.
     """
     if coordinator_address or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
