@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.data_sets import source_kind
+from helpers.data_sets import open_images, source_kind
 from helpers.refusals import refused
 from helpers.run_data import latents_of, split_of
 from helpers.text_encoders import Lengths
@@ -14,7 +14,6 @@ from helpers.tiny import with_changes
 from helpers.toy_encoding import Source, Toy, encoder_kind
 
 from configs import common, imagenet
-from nested.build import sources as build_sources
 from nested.build.data import build_data
 from nested.build.options import declared_by_all
 from nested.build.parts import ENCODERS, SOURCES, SPACES
@@ -44,14 +43,14 @@ def test_frozen_networks_ask_for_their_files_before_the_data_are_asked_for(tmp_p
     ],
 )
 def test_images_refuse(changes, message):
-    refused(build_sources.images, with_changes(*changes), match=message)
+    refused(open_images, with_changes(*changes), match=message)
 
 
 def test_images_are_cropped_and_converted_as_the_config_says():
-    source = build_sources.images(with_changes(("data.image_size", 6), ("data.channels", 3)))
+    source = open_images(with_changes(("data.image_size", 6), ("data.channels", 3)))
     assert source.image_shape == source[0]["image"].shape == (6, 6, 3)
-    assert build_sources.images(with_changes(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
-    assert build_sources.images(with_changes(("data.channels", 1))).image_shape == (8, 8, 1)
+    assert open_images(with_changes(("data.image_size", 6)))[0]["image"].shape == (6, 6, 1)
+    assert open_images(with_changes(("data.channels", 1))).image_shape == (8, 8, 1)
 
 
 def write_idx(path, array):
@@ -61,14 +60,14 @@ def write_idx(path, array):
 
 def test_idx_files(tmp_path):
     config = with_changes(("data.source", "idx"), ("data.path", str(tmp_path)), ("data.num_classes", 4))
-    refused(build_sources.images, config, match="`apt-get install dataset-fashion-mnist` puts Fashion-MNIST in")
+    refused(open_images, config, match="`apt-get install dataset-fashion-mnist` puts Fashion-MNIST in")
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((3, 5, 5), np.uint8))
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([0, 3, 1], np.uint8))
-    source = build_sources.images(config)
+    source = open_images(config)
     assert source.image_shape == (5, 5, 1) and source[1]["label"] == 3
     config.data.num_classes = 3
     message = "label 3 of example 1 is out of range 0..2 (1 such labels): set num_classes"
-    refused(build_sources.images, config, match=message)
+    refused(open_images, config, match=message)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-from helpers.data_sets import animation, parquet_images, write_coco, write_imagenet_train, write_parquet
+from helpers.data_sets import animation, open_images, parquet_images, write_coco, write_imagenet_train, write_parquet
 from helpers.refusals import refused
 from helpers.tar_files import jpeg, levels, tar
 from helpers.tiny import with_changes
@@ -30,29 +30,29 @@ def test_imagenet_tars(tmp_path):
     write_imagenet_train(tmp_path)
     (tmp_path / "subset.txt").write_text("n02119789\n\n n01440764 \n")
     config = with_source("imagenet_tar", tmp_path, num_classes=3, image_size=2)
-    source = build_sources.images(config)
+    source = open_images(config)
     assert len(source) == 4 and source.class_names[0] == "n01440764" and source[0]["image"].shape == (2, 2, 3)
     config.data.update(classes=str(tmp_path / "subset.txt"), num_classes=2)
-    assert [int(record["label"]) for record in map(build_sources.images(config).__getitem__, range(3))] == [0, 1, 1]
+    assert [int(record["label"]) for record in map(open_images(config).__getitem__, range(3))] == [0, 1, 1]
     (tmp_path / "subset.txt").write_text("\n")
-    refused(build_sources.images, config, match="subset.txt (config.data.classes): no names of classes; write one per")
+    refused(open_images, config, match="subset.txt (config.data.classes): no names of classes; write one per")
 
 
 def test_webdataset_tars(tmp_path):
     (tmp_path / "0.tar").write_bytes(tar({"a.jpg": jpeg(9), "a.json": b'{"alt": "x"}', "b.jpg": b"", "b.txt": b"y"}))
     config = with_source("webdataset", tmp_path, caption_key="alt", max_bad_images=1, channels=1)
-    assert build_sources.images(config)[0]["image"].shape == (4, 5, 1)
+    assert open_images(config)[0]["image"].shape == (4, 5, 1)
     assert build_data(config).some_captions(9) == ("x", "y")
     (tmp_path / "1.tar").write_bytes(tar({"a.webp": animation(3), "a.txt": b"clip", "b.gif": b"", "b.txt": b"y"}))
     (tmp_path / "0.tar").unlink()
-    source = build_sources.images(with_source("webdataset_clips", tmp_path, frames=3, frame_stride=2))
+    source = open_images(with_source("webdataset_clips", tmp_path, frames=3, frame_stride=2))
     assert source[0]["image"][:, 0, 0, 0].tolist() == [3, 5, 7] and source.image_shape == (3, None, None, 3)
 
 
 def test_parquet_files(tmp_path):
     write_parquet(tmp_path, "a.parquet", {"img": parquet_images([8, 90]), "text": ["a", "b"], "fine": [1, 0]})
     config = with_source("parquet", tmp_path, image_key="img", caption_key="text", label_key="fine", num_classes=2)
-    source = build_sources.images(config)
+    source = open_images(config)
     assert source.captions == ("a", "b") and [int(source[i]["label"]) for i in range(2)] == [1, 0]
 
 
@@ -61,7 +61,7 @@ def test_coco_takes_the_first_captions_where_none_is_drawn(tmp_path):
     config = with_source("coco", tmp_path, split="train2014", image_size=4, crop="center_lanczos")
     assert build_data(config).some_captions(30_000) == ("a dog", "a cat", "a cow")
     assert build_data(config).some_captions(1) == ("a dog",)
-    assert build_sources.images(config).describe().endswith("center_lanczos to 4x4x3")
+    assert open_images(config).describe().endswith("center_lanczos to 4x4x3")
 
 
 def test_samples_are_scored_against_another_split(tmp_path):
@@ -74,7 +74,7 @@ def test_samples_are_scored_against_another_split(tmp_path):
     }
     (tmp_path / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
     config = with_source("coco", tmp_path, split="train2014", image_size=4)
-    run = build_sources.images(config)
+    run = open_images(config)
     assert evaluate.scored_against(config, run) == (config, run)
     config.evaluate.split = "val2014"
     other, source = evaluate.scored_against(config, run)
@@ -113,7 +113,7 @@ def test_samples_are_scored_against_another_split(tmp_path):
 def test_options_that_a_source_does_not_read_are_refused(source, option, value, readers):
     config = with_changes(("data.source", source), (f"data.{option}", value))
     message = f"config.data.{option} is {value!r}, but {source!r} does not read it, only {readers}"
-    refused(build_sources.images, config, match=message)
+    refused(open_images, config, match=message)
 
 
 def test_options_that_random_latents_do_not_read_are_refused():
@@ -129,23 +129,21 @@ def test_options_that_random_latents_do_not_read_are_refused():
 def test_the_window_of_parquet_is_the_buffer(tmp_path):
     write_parquet(tmp_path, "a.parquet", {"image": parquet_images([8] * 9), "label": [0] * 9}, group=1)
     config = with_source("parquet", tmp_path, num_classes=1)
-    kept = build_sources.images(config)._groups_kept
+    kept = open_images(config)._groups_kept
     config.data.update(shuffle="shards", shuffle_buffer=6)
-    assert build_sources.images(config)._groups_kept > kept
+    assert open_images(config)._groups_kept > kept
 
 
 def test_crops():
     config = with_changes(("data.crop", "stretch"))
-    refused(build_sources.images, config, match="config.data: crop is 'stretch' but image_size is 0, so that nothing")
+    refused(open_images, config, match="config.data: crop is 'stretch' but image_size is 0, so that nothing")
     small = with_changes(("data.small_images", "refuse"))
-    refused(build_sources.images, small, match="config.data: small_images is 'refuse' but image_size is 0, so that")
+    refused(open_images, small, match="config.data: small_images is 'refuse' but image_size is 0, so that")
     config.data.image_size = small.data.image_size = 4
-    (stretch,), (refuse,) = build_sources.images(config).maps, build_sources.images(small).maps
+    (stretch,), (refuse,) = open_images(config).maps, open_images(small).maps
     assert stretch.crop == "stretch" and refuse.small == "refuse"
     config.data.crop = "middle"
-    refused(
-        build_sources.images, config, match="config.data.crop: 'middle' given; choose from 'center', 'center_lanczos'"
-    )
+    refused(open_images, config, match="config.data.crop: 'middle' given; choose from 'center', 'center_lanczos'")
 
 
 def test_the_order_of_training():
@@ -168,7 +166,7 @@ def test_every_caption_of_coco_is_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "with_stored_text", lambda source, *how: source)
     config.text.update(encoder="minilm", stored=True)
     loaded = types.SimpleNamespace(fingerprint="f")
-    encode.with_text(build_data(config), build_sources.images(config), ("image",), loaded, str(tmp_path))
+    encode.with_text(build_data(config), open_images(config), ("image",), loaded, str(tmp_path))
     assert sorted(stored) == ["a cat", "a cow", "a dog", "ein Hund", "eine Kuh", "some dog"]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 from input_pipeline.options import DataOptions, ImageData, ImageSourceOptions, SourceOptions
-from input_pipeline.sources import ImageSource
 from nested.build.options import Config, check_unread, choose, construct, declared
 from nested.build.parts import SOURCES
 
@@ -54,11 +53,6 @@ def build_images(config: Config) -> ImageData:
     if not isinstance(source, ImageSourceOptions):
         raise ValueError(f"config.data.source {config.data.source!r} has no images: choose a source of images")
     return ImageData(source, options)
-
-
-def images(config: Config) -> ImageSource:
-    """The opened images of config.data."""
-    return build_images(config).open()
 
 
 def shard_window(config: Config) -> int:

@@ -22,7 +22,7 @@ from nested.build.data import build_data
 from nested.build.levels import as_shape, build_levels
 from nested.build.options import Config
 from nested.build.process import is_joint
-from nested.build.sources import images as open_images
+from nested.build.sources import build_images
 from nested.encoders.efficientnet import EfficientNetLite0, load_efficientnet
 from nested.encoders.text_encoder import TextEncoder
 from nested.evaluation.clip_score import Clip, load_clip
@@ -84,7 +84,7 @@ def scored_against(config: Config, source: Any) -> tuple[Config, Any]:
         return config, source
     other = with_scored_split(config)
     try:
-        return other, open_images(other)
+        return other, build_images(other).open()
     except (ValueError, OSError) as error:
         raise ValueError(f"config.evaluate.split {config.evaluate.split!r}: {error}") from error
 
@@ -270,7 +270,7 @@ def run(config: Config, workdir: str, weights: str = "") -> None:
     generator, params, step = sample.open_generator(config, workdir, weights)
     data = build_data(config)
     text = text_encoder_of(generator)
-    source = open_images(config) if images_alone else open_latents(data, workdir, text)[0]
+    source = build_images(config).open() if images_alone else open_latents(data, workdir, text)[0]
     cache_dir, identity = data.latents_dir(workdir), weights_identity(weights)
     if config.evaluate.sweep:
         todo = sweep.build_combinations(config, generator)  # all are checked before the first is drawn

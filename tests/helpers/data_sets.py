@@ -10,6 +10,7 @@ from PIL import Image
 
 from helpers.tar_files import jpeg, tar
 from input_pipeline.options import ImageSourceOptions
+from nested.build.sources import build_images
 
 COCO_IMAGES = [{"id": 30, "file_name": "c.jpg"}, {"id": 10, "file_name": "a.jpg"}, {"id": 20, "file_name": "b.jpg"}]
 COCO_CAPTIONS = {10: ("a dog", "ein Hund", "some dog"), 20: ("a cat",), 30: ("a cow", "eine Kuh")}
@@ -81,3 +82,8 @@ def source_kind(open_source):
             return open_source()
 
     return Kind
+
+
+def open_images(config):
+    """The opened images of config.data."""
+    return build_images(config).open()
