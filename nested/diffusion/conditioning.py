@@ -1,4 +1,4 @@
-"""What a level's network is told: coarser variables with noise, the label, the text, and how they are left out.
+"""The conditions of a level: coarser variables with noise, the label, the text, and how they are left out.
 
     z-hat_m = z_m + sigma_m n      what a finer level sees of level m in training (CVPR 2025, Sec. 3.3)
 

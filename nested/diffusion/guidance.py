@@ -1,4 +1,4 @@
-"""Guidance: functions Guider(denoise) -> denoise that change what a sampler is told of x0.
+"""Guidance: functions Guider(denoise) -> denoise that change the estimate of x0 that a sampler sees.
 
 Classifier-free guidance is written as U-ViT writes it (eval_ldm_discrete.py), out = cond + w (cond - null): w is one
 less than the scale of Ho & Salimans (arXiv 2207.12598), and w = 0 is no guidance. At fixed (x_t, t) the predictions

@@ -50,7 +50,7 @@ def init(levels: Sequence[Level], key: jax.Array) -> dict[str, Tree]:
 
 
 def scale_signal(level: Level, variable: Tree, power: int) -> Tree:
-    """Return the variable times signal_scales^power: -1 turns it into what is diffused, 1 turns that back."""
+    """Return the variable times signal_scales^power: -1 gives the diffused variable, 1 the original."""
     if not level.signal_scales:
         return variable
     leaves, structure = jax.tree.flatten(variable)

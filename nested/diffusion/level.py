@@ -54,7 +54,7 @@ class Network(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ConditionNoise:
-    """How a cascade noises coarser variables: the network sees alpha(s) z + sigma(s) n and is told s.
+    """How a cascade noises coarser variables: the network sees alpha(s) z + sigma(s) n, and s.
 
     s is a noise step: uniform in 0, 1, ..., steps while training, and `noise_step` in sampling, with one noise n per
     sample; the network reads it as cond['noise_step_NAME'] (Saharia et al., arXiv 2205.11487, Sec. 2.4; the values that
@@ -91,7 +91,8 @@ class Level:
         noise_resample at every time that the network is evaluated at. t/T: see conditioning.time_fraction.
     threshold: None, or a Guider that limits the estimate of x0 in sampling.
     inputs: names of further entries of the context that the network sees if they are there, such as 'augment'.
-    null_text: for a level with text, what it sees without it: {'text': [tokens, width], 'text_mask': [tokens]}.
+    null_text: what stands for an absent text, {'text': [tokens, width], 'text_mask': [tokens]}; None if the level sees
+        no text.
     condition_noise: how a cascade noises its conditions; None noises them by cond_sigmas.
     signal_scales: numbers that the leaves are divided by before they are diffused (Chen, arXiv 2301.10972); () if none.
     mixed: (q, ..., p): of every q training rows p have the leaf, coarse to fine; () if all rows have all leaves

@@ -102,11 +102,9 @@ class Process:
     ] = "uniform"
     discrete_steps: Annotated[int, "N > 0 trains at t = n / N, n uniform in 1..N; 0 at t uniform in [t_min, 1)"] = 1000
     t_min: Annotated[float, "the smallest training time, with discrete_steps 0"] = 0.0
-    time_scale: Annotated[float, "the network is told time_scale * noise_input + time_offset"] = 1000.0
+    time_scale: Annotated[float, "the network reads time_scale * noise_input + time_offset"] = 1000.0
     time_offset: Annotated[float, "-1 for networks that count their discrete steps from 0"] = 0.0
-    noise_input: Annotated[Literal["t", "log_sigma"], "the time as the network is told it: t | log(sigma / alpha)"] = (
-        "t"
-    )
+    noise_input: Annotated[Literal["t", "log_sigma"], "the time that the network reads: t | log(sigma / alpha)"] = "t"
     sigma_data: Annotated[float | None, "standard deviation of the data, for edm and some weightings"] = None
     gamma: Annotated[float | None, "the gamma of min_snr and soft_min_snr; None: 1 / sigma_data^2"] = None
     density: Annotated[
@@ -321,7 +319,7 @@ class Process:
         return self.t_min + (1 - self.t_min) * u
 
     def c_noise(self, t: jax.Array) -> jax.Array:
-        """Return what the network is told of t [B]: time_scale * (t or log(sigma / alpha)) + time_offset."""
+        """Return the time as the network reads it, [B]: time_scale * (t or log(sigma / alpha)) + time_offset."""
         return self.time_scale * (t if self.noise_input == "t" else -self.schedules[0].log_snr(t)) + self.time_offset
 
 

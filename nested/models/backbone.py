@@ -1,9 +1,9 @@
 """Backbone: the base class of a level's network, and what the hierarchy and the build need to know of one.
 
 A backbone is a linen module __call__(x, c_noise, cond, *, train) -> output like x: x is a level's variable, c_noise [B]
-the time as the network is told it, cond its conditions by name (nested/diffusion/conditioning.py). Its options are the
-fields annotated with a comment; the other fields (num_classes, conditions, dtype, remat, the size of the text) are
-decided by the hierarchy.
+the time as the network reads it (Process.c_noise), cond its conditions by name (nested/diffusion/conditioning.py). Its
+options are the fields annotated with a comment; the hierarchy decides the other fields (num_classes, conditions, dtype,
+remat, the size of the text).
 """
 
 import math
@@ -21,8 +21,8 @@ class Backbone(nn.Module):
         the others but never trained, averaged or counted.
     inputs: names of the entries of cond that the network reads if they are there, besides the label, the text and
         coarser variables.
-    takes_text: whether it reads 'text'; text_options then says what it is told of the encoder.
-    reads_patches: whether it is told the patch size of each coarser level; `conditions` then holds (name, patch size),
+    takes_text: whether it reads 'text'; text_options then gives the fields that describe the encoder.
+    reads_patches: whether it needs the patch size of each coarser level; `conditions` then holds (name, patch size),
         otherwise (name, None).
     sees_noise_steps: whether it reads cond['noise_step_NAME'], how noisy a coarser variable is.
     """

@@ -170,7 +170,7 @@ class DiT(TokenBackbone):
 
         Args:
             x_BHWC: the noisy variable.
-            c_noise_B: the time as the network is told it (DiT: 0..1000).
+            c_noise_B: the time as the network reads it (DiT: 0..1000).
             cond: 'label' [B] int if there are classes, each condition by its name [B, 1, 1, c] and, optional,
                 'keep_NAME' [B] bool.
             train: part of the contract of backbones; without dropout it changes nothing.

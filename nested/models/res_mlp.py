@@ -94,7 +94,7 @@ class ResMLP(TokenBackbone):
 
         Args:
             x_B11C: the noisy vector.
-            c_noise_B: the time as the network is told it (RCG: 0..999).
+            c_noise_B: the time as the network reads it (RCG: 0..999).
             cond: 'label' [B] int if there are classes.
             train: part of the contract of backbones; without dropout it changes nothing.
 

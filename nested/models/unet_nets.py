@@ -28,7 +28,7 @@ class Net:
     resample: Annotated[tuple[bool, ...], "whether each resolution halves to the next; (): all do"] = ()
     normalize_input: Annotated[bool, "whether each image or frame is divided by its standard deviation"] = False
     attention_ffn: Annotated[bool, "whether attention has a feed-forward"] = False
-    micro: Annotated[tuple[tuple[str, float], ...], "(name, default) of numbers that the net is told"] = ()
+    micro: Annotated[tuple[tuple[str, float], ...], "(name, default) of numbers that condition the net"] = ()
     groups: Annotated[int, "groups of the ResNets' norms"] = 32
     dropout: Annotated[float, "dropout rate in the ResNets"] = 0.0
     rotary: Annotated[bool, "whether temporal attention has rotary positions"] = False

@@ -126,7 +126,7 @@ class UViT(TokenBackbone):
 
         Args:
             x_BHWC: the noisy variable.
-            c_noise_B: the time as the network is told it (U-ViT: 0..1000).
+            c_noise_B: the time as the network reads it (U-ViT: 0..1000).
             cond: 'label' [B] int, 'text' [B, T, C], each condition by its name [B, h, w, c] and, optional, 'keep_NAME'
                 [B] bool. A 'text_mask' beside 'text' is allowed but not read.
             train: part of the contract of backbones; without dropout it changes nothing.

@@ -43,9 +43,9 @@ class DPMSolver(TableSampler):
 
     steps: Annotated[int, "network evaluations"]
     order: Annotated[Literal[1, 2, 3], "order of the solver"] = 3
-    algorithm: Annotated[
-        Literal["dpm_solver", "dpm_solver++"], "what is predicted: dpm_solver the noise, dpm_solver++ the data"
-    ] = "dpm_solver++"
+    algorithm: Annotated[Literal["dpm_solver", "dpm_solver++"], "the prediction it works on: the noise | the data"] = (
+        "dpm_solver++"
+    )
     method: Annotated[
         Literal["singlestep", "fast", "multistep"], "fast: singlestep, with lower orders at the end for any steps"
     ] = "fast"
