@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+from helpers.command_line import refused_here, run_here
 from helpers.processes import finish, wait_for
 from helpers.tiny import run_main, start_main
 from PIL import Image
@@ -104,7 +105,8 @@ def test_evaluate_repeats_the_score_of_training(trained, latents):
 
 
 def test_summary_needs_no_workdir(tmp_path):
-    out, _ = run_main("--mode=summary", f"--out={tmp_path / 'summary.json'}")
+    code, out, _ = run_here("--mode=summary", f"--out={tmp_path / 'summary.json'}")
+    assert code == 0
     content = json.loads((tmp_path / "summary.json").read_text())
     assert [level["tokens"] for level in content["levels"]] == [1, 4, 4]
     assert f"{content['total']['parameters']:,}" in out and "GMACs" in out
@@ -160,13 +162,18 @@ def test_a_finished_run_does_not_train_again_but_goes_on_to_more_steps(trained, 
 # --- one line for each mistake -----------------------------------------------------------------------------------
 
 
-def refused(*arguments, config="tests/helpers/tiny.py"):
-    """The one line, after what was logged, of a command that is refused: exit code 1, no traceback."""
-    out, err = finish(start_main(arguments, config=config), returncode=1)
-    assert out == "" and "Traceback" not in err
-    last = err.splitlines()[-1]
-    assert last.startswith("error: ") and err.count("error") == 1, err
-    return last
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--config.train.stepz=3", "error: option or config: Did you mean"),
+        ("--runs=a", "error: --runs only applies to --mode=compare"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(option, message):
+    """In a process of its own, after what was logged; what the line says of other mistakes is tested in this one."""
+    out, err = finish(start_main([option]), returncode=1)
+    assert out == "" and "Traceback" not in err and err.count("error") == 1, err
+    assert err.splitlines()[-1].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -183,39 +190,39 @@ def refused(*arguments, config="tests/helpers/tiny.py"):
     ],
 )
 def test_wrong_options(config, option, message):
-    assert refused(option, config=config).startswith(f"error: option or config: {message}")
+    assert refused_here(option, config=config).startswith(f"error: option or config: {message}")
 
 
 def test_a_workdir_that_is_not_writable(tmp_path):
     (tmp_path / "file").write_text("in the way")
     message = f"{tmp_path / 'file'}: not writable: a file of that name is in the way; give another folder (--workdir)"
-    assert message in refused(f"--workdir={tmp_path / 'file'}")
+    assert message in refused_here(f"--workdir={tmp_path / 'file'}")
 
 
 def test_a_workdir_is_needed():
-    assert refused() == "error: --mode=train needs --workdir, the folder of the run"
+    assert refused_here() == "error: --mode=train needs --workdir, the folder of the run"
 
 
 def test_weights_are_of_sampling_and_scoring():
     message = "error: --weights only applies to --mode=sample and --mode=evaluate, not to encode; remove it"
-    assert refused("--mode=encode", "--weights=w.npz") == message
+    assert refused_here("--mode=encode", "--weights=w.npz") == message
 
 
 def test_resuming_with_another_model(trained, latents):
     workdir, _ = trained
     options = ("--config.levels[2].backbone.width=32", "--config.optimizer.b2=0.99")
-    said = refused(f"--workdir={workdir}", f"--config.latents_dir={latents}", *options)
+    said = refused_here(f"--workdir={workdir}", f"--config.latents_dir={latents}", *options)
     assert said.startswith(f"error: {workdir}: checkpoint 4 was made with another config: ")
     assert "levels[2].backbone.width: checkpoint 16, config 32; optimizer.b2: checkpoint 0.999, config 0.99; " in said
 
 
 def test_sampling_before_training(latents, tmp_path):
-    said = refused(f"--workdir={tmp_path}", f"--config.latents_dir={latents}", "--mode=sample")
+    said = refused_here(f"--workdir={tmp_path}", f"--config.latents_dir={latents}", "--mode=sample")
     assert said.startswith(f"error: {tmp_path / 'checkpoints'}: no checkpoint found; give the --workdir of a run")
 
 
 def test_fashion_mnist_that_is_not_installed(tmp_path):
     options = (f"--config.data.path={tmp_path / 'absent'}", f"--workdir={tmp_path / 'run'}")
-    said = refused(*options, config="configs/fashion_mnist.py:L3")
+    said = refused_here(*options, config="configs/fashion_mnist.py:L3")
     assert str(tmp_path / "absent") in said and "dataset-fashion-mnist" in said
     assert not os.path.exists(tmp_path / "absent")

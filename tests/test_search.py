@@ -4,10 +4,9 @@ import json
 import os
 
 import pytest
-from helpers.processes import finish
+from helpers.command_line import refused_here
 from helpers.refusals import refused
 from helpers.small_runs import config_of
-from helpers.tiny import start_main
 from helpers.trees import assert_equal
 
 from nested.build.training import abstract_state
@@ -198,10 +197,7 @@ def test_a_search_scores_its_runs(searched):
 
 
 def test_main_has_the_modes(tmp_path):
-    started = {
-        "search": start_main([f"--workdir={tmp_path / 's'}", "--mode=search"], config="tests/helpers/tiny.py:L1"),
-        "compare": start_main([f"--workdir={tmp_path / 'c'}", "--mode=compare", "--runs=a"]),
-    }
-    said = {mode: finish(process, returncode=1)[1].splitlines()[-1] for mode, process in started.items()}
-    assert said["search"].startswith("error: the search of sigma needs 2 levels or more, config.levels has 1")
-    assert said["compare"].startswith("error: --runs names 1 run(s): give the folders of two or more")
+    said = refused_here(f"--workdir={tmp_path / 's'}", "--mode=search", config="tests/helpers/tiny.py:L1")
+    assert said.startswith("error: the search of sigma needs 2 levels or more, config.levels has 1")
+    said = refused_here(f"--workdir={tmp_path / 'c'}", "--mode=compare", "--runs=a")
+    assert said.startswith("error: --runs names 1 run(s): give the folders of two or more")
