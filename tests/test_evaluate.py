@@ -1,6 +1,7 @@
 """nested/modes/evaluate.py beyond a run of its own: weight files, and what is refused before anything is trained."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def test_a_weight_file_is_scored_without_encoding(pooler, tmp_path, monkeypatch,
         assert config.data.split == "val2014"
         return source
 
-    monkeypatch.setattr(evaluate, "open_images", read)
+    monkeypatch.setattr(evaluate, "build_images", lambda config: types.SimpleNamespace(open=lambda: read(config)))
     monkeypatch.setattr(evaluate, "open_latents", None)  # would encode
     monkeypatch.setattr(sample, "open_generator", fake_opened)
     evaluate.run(config, str(tmp_path), str(file))
@@ -44,7 +45,7 @@ def test_what_cannot_be_scored_is_said_before_training(monkeypatch, tmp_path):
     def read(config):
         raise FileNotFoundError("no folder of it")
 
-    monkeypatch.setattr(evaluate, "open_images", read)
+    monkeypatch.setattr(evaluate, "build_images", lambda config: types.SimpleNamespace(open=lambda: read(config)))
     with pytest.raises(ValueError, match="config.evaluate.split 'no such': no folder of it"):
         evaluate.check_evaluation(config)
     config.evaluate.split, config.text.encoder = "", "minilm"
