@@ -9,6 +9,7 @@ from helpers import tiny_mdm
 from nested.build.options import to_plain
 from nested.build.saved import upgrade_saved_config
 from nested.runtime.checkpoint import Checkpoints
+from nested.weights.fit import shared_levels
 
 
 def saved_today():
@@ -56,3 +57,7 @@ def test_checkpoints_of_an_earlier_version_are_compared_as_todays(tmp_path):
     with pytest.raises(ValueError, match="hierarchy.cond_noise_step: checkpoint 5, config 100"):
         opened._check_config(3, other)
     opened.close()
+
+
+def test_levels_of_an_earlier_run_fit():
+    assert shared_levels(upgrade_saved_config(saved_earlier()), saved_today()) == ("x2", "x4")

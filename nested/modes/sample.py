@@ -17,6 +17,7 @@ from nested import figures
 from nested.build.data import build_data
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import Config, to_plain
+from nested.build.saved import upgrade_saved_config
 from nested.diffusion import hierarchy
 from nested.diffusion.level import Level
 from nested.encoders.text_encoder import TextEncoder
@@ -75,7 +76,7 @@ def open_generator(config: Config, workdir: str, weights: str) -> tuple[Generato
     if not weights:
         return restore_generator(config, workdir)
     generator, abstract = prepare_generator(config, workdir)
-    return generator, load_parameters(weights, to_plain(config), abstract), 0
+    return generator, load_parameters(weights, to_plain(config), abstract, upgrade=upgrade_saved_config), 0
 
 
 def prepare_generator(config: Config, workdir: str) -> tuple[Generator, Tree]:

@@ -84,7 +84,9 @@ def initial_state(run: Run, config: Config, root: str = "") -> TrainState:
         return state
     params, ema = state.params, state.ema
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    for place, tree in transfer.load_initial_weights(to_plain(config), path, run.abstract.params).items():
+    for place, tree in transfer.load_initial_weights(
+        to_plain(config), path, run.abstract.params, upgrade_saved_config
+    ).items():
         params, ema = transfer.replace_subtree(params, place, tree), transfer.replace_subtree(ema, place, copy(tree))
     return state.replace(params=params, ema=ema)
 

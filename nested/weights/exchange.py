@@ -11,7 +11,7 @@ plain dicts here, as they are stored beside a checkpoint.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from nested.weights.files import (
 from nested.weights.fit import shared_levels
 
 Tree = Any
+Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # the config of an earlier run -> as it would be today
 SUFFIX = ".safetensors"
 CONFIG = "nested_config"  # the metadata key of a run's config; k-diffusion's files have a "config" of their own
 CONSTANTS = ("t_emb",)  # last names of tensors that a network's code computes: ml-mdm's frequencies of the time
@@ -58,7 +59,11 @@ def write_levels(path: str, params: Mapping[str, Tree], config: Mapping[str, Any
 
 
 def load_parameters(
-    path: str, config: Mapping[str, Any], abstract: Mapping[str, Tree], trained_on: bool = False
+    path: str,
+    config: Mapping[str, Any],
+    abstract: Mapping[str, Tree],
+    trained_on: bool = False,
+    upgrade: Upgrade = dict,
 ) -> Tree:
     """Loads the parameters of every level of a config from a weight file, or from a folder of weight files.
 
@@ -68,6 +73,7 @@ def load_parameters(
       abstract: {level: parameters} as jax.ShapeDtypeStruct with shardings.
       trained_on: whether training only starts from the parameters. Otherwise they are sampled from, and an exported
         file must also agree with the config in its processes, variables and codec.
+      upgrade: brings the config in a file that an earlier version made up to date (nested/build/saved.py).
     Returns: a tree like `abstract`, of arrays on the devices.
     Raises: what find_weight_files and load_network raise; ValueError, in one line, if the networks in the file are not
       those of the config (naming the options that differ, or the tensors that are missing, unknown or of another
@@ -76,7 +82,7 @@ def load_parameters(
     files = find_weight_files(path)
     notes = read_metadata(files[0]) if files[0].endswith(SUFFIX) else {}
     if CONFIG in notes:
-        saved = json.loads(notes[CONFIG])
+        saved = upgrade(json.loads(notes[CONFIG]))
         if not trained_on:
             check_same_process_and_space(files[0], saved, config, abstract)
         filled = read_exported_file(files[0], saved, config, abstract)

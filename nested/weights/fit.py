@@ -17,7 +17,7 @@ def shared_levels(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[s
     """Names of the levels of `ours` whose networks are those of `theirs`: same name, shape, backbone, conditions,
     classes and text.
 
-    Args: two whole configs as plain dicts (nested.build.options.to_plain).
+    Args: two whole configs as plain dicts (nested.build.options.to_plain), brought up to date if they were saved.
     """
     there, here = networks(theirs), networks(ours)
     return tuple(name for name in here if there.get(name) == here[name])
@@ -28,10 +28,10 @@ def networks(config: Mapping[str, Any]) -> dict[str, tuple]:
     hierarchy, coarser, result = config["hierarchy"], (), {}
     for level in config["levels"]:
         classes = config["data"]["num_classes"] if level["name"] in hierarchy["label_levels"] else 0
-        text = config["text"] if level["name"] in hierarchy.get("text_levels", ()) else {}
+        text = config["text"] if level["name"] in hierarchy["text_levels"] else {}
         text = [text.get(key) for key in ("encoder", "max_tokens", "width")]
         seen = CONDITIONINGS[hierarchy["conditioning"]](coarser)
-        noise = hierarchy.get("cond_noise", "sigma") if seen else ""
+        noise = hierarchy["cond_noise"] if seen else ""
         result[level["name"]] = (level["shape"], level["backbone"], seen, classes, text, noise)
         coarser += ((level["name"], level["shape"], level["backbone"].get("patch_size")),)
     return result

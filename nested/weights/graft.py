@@ -18,14 +18,16 @@ import jax
 from absl import logging
 
 from nested.runtime.checkpoint import read_config, restore_subtree, saved_shapes
-from nested.weights.exchange import levels_by_name, load_parameters
+from nested.weights.exchange import Upgrade, levels_by_name, load_parameters
 from nested.weights.fit import shared_levels
 
 Tree = Any
 Place = tuple[str, ...]  # the keys (level, module, ..., module) of a subtree of the parameters
 
 
-def load_initial_weights(config: Mapping[str, Any], path: str, abstract: Mapping[str, Tree]) -> dict[Place, Tree]:
+def load_initial_weights(
+    config: Mapping[str, Any], path: str, abstract: Mapping[str, Tree], upgrade: Upgrade = dict
+) -> dict[Place, Tree]:
     """Loads the parameters that config.init_from takes over from another run or from a weight file.
 
     Args:
@@ -33,6 +35,7 @@ def load_initial_weights(config: Mapping[str, Any], path: str, abstract: Mapping
       path: the --workdir of the other run, whose newest checkpoint is read, or a weight file (nested/weights/
         exchange.py), whose levels are taken whole.
       abstract: {level: parameters} of this run as jax.ShapeDtypeStruct with shardings.
+      upgrade: brings the config of a run that an earlier version made up to date (nested/build/saved.py).
     Returns: {place: subtree}, to be put into the parameters with replace_subtree.
     Raises: ValueError as find_places and load_parameters do; FileNotFoundError if there is no run.
     """
@@ -44,10 +47,12 @@ def load_initial_weights(config: Mapping[str, Any], path: str, abstract: Mapping
                 "config.init_from.weights to 'ema'"
             )
         names = tuple(options["levels"]) or tuple(abstract)
-        loaded = load_parameters(path, config, {name: abstract[name] for name in names}, trained_on=True)
+        loaded = load_parameters(
+            path, config, {name: abstract[name] for name in names}, trained_on=True, upgrade=upgrade
+        )
         logging.info("init_from %s: took %s; the rest starts fresh", path, ", ".join(names))
         return {(name,): tree for name, tree in loaded.items()}
-    other, weights, shapes = read_config(path), options["weights"], saved_shapes(path)
+    other, weights, shapes = upgrade(read_config(path)), options["weights"], saved_shapes(path)
     donors = {name: entries_below(shapes, f"{weights}/{name}/") for name in abstract}
     found = find_places(config, other, donors, abstract, path)
     restored = restore_subtree(path, {weights: {name: get_subtree(abstract, place) for name, place in found.items()}})
