@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from numpy.typing import ArrayLike
 
-from input_pipeline.sources import ImageSource
+from input_pipeline.sources import Source
 from nested.runtime.files import atomic_write
 
 EXTRACTOR = "EffLite0"
@@ -63,9 +63,7 @@ def rechunk(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             yield batch[start : start + size]
 
 
-def reference_features(
-    source: ImageSource, encoder: PooledEncoder, number: int, size: int, cache_dir: str
-) -> np.ndarray:
+def reference_features(source: Source, encoder: PooledEncoder, number: int, size: int, cache_dir: str) -> np.ndarray:
     """Computes the features of `number` images of a source once, and keeps them in a file in `cache_dir`.
 
     Args:

@@ -16,17 +16,20 @@ LeVeque (1979), which subtracts no large numbers from each other; in any order a
 import dataclasses
 import functools
 import io
+import os
 import pathlib
 import zipfile
+from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nested.runtime.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean and covariance of `count` feature vectors of one extractor; made by `fit`, `gather` or `load`."""
+    """Mean and covariance of `count` feature vectors of one extractor; made by the functions below."""
 
     extractor: str  # whose features, e.g. "EffLite0"; distances between two extractors are refused
     count: int
@@ -34,14 +37,14 @@ class Statistics:
     scatter: np.ndarray  # [d, d] float64, sum over samples of (x - mu)(x - mu)^T
 
     @property
-    def sigma(self):
+    def sigma(self) -> np.ndarray:
         """Covariance [d, d], divided by count - 1 as numpy.cov and the public FID code do."""
         if self.count < 2:
             raise ValueError(f"covariance of {self.extractor} features: found {self.count} sample, need 2 or more")
         return self.scatter / (self.count - 1)
 
-    def merge(self, other):
-        """Statistics of both sets together, exact. Raises ValueError for another extractor or dimension."""
+    def merge(self, other: "Statistics") -> "Statistics":
+        """The exact statistics of both sets together. Raises ValueError for another extractor or dimension."""
         _check_comparable(self, other)
         count = self.count + other.count
         delta = other.mu - self.mu
@@ -49,15 +52,15 @@ class Statistics:
         mu = self.mu + delta * (other.count / count)
         return Statistics(self.extractor, count, mu, self.scatter + other.scatter + between)
 
-    def save(self, path):
-        """Writes mu, sigma, n and extractor to an .npz, whole or not at all."""
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes mu, sigma, n and extractor to an .npz file that is either complete or absent."""
         buffer = io.BytesIO()
         np.savez(buffer, mu=self.mu, sigma=self.sigma, n=np.int64(self.count), extractor=np.str_(self.extractor))
         atomic_write(path, buffer.getvalue())
 
 
-def fit_statistics(features, extractor):
-    """Statistics of `features` [N, d] of any real type. Raises ValueError where they are empty or not finite."""
+def fit_statistics(features: ArrayLike, extractor: str) -> Statistics:
+    """The statistics of features [N, d] of any real type. Raises ValueError if there are none, or one is not finite."""
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or not len(features):
         raise ValueError(f"{extractor} features: found shape {features.shape}, expected [samples > 0, dimension]")
@@ -69,8 +72,10 @@ def fit_statistics(features, extractor):
     return Statistics(extractor, len(features), mu, centred.T @ centred)
 
 
-def gather_statistics(batches, extractor):
-    """Statistics of a stream of feature batches [n, d] (n may vary); holds one batch and two [d, d] sums at a time."""
+def gather_statistics(batches: Iterable[ArrayLike], extractor: str) -> Statistics:
+    """The statistics of a stream of feature batches [n, d]; n may vary. One batch is in memory at a time.
+
+    Raises ValueError if there are no batches, and as fit_statistics does."""
     fitted = (fit_statistics(batch, extractor) for batch in batches)
     first = next(fitted, None)
     if first is None:
@@ -78,8 +83,8 @@ def gather_statistics(batches, extractor):
     return functools.reduce(Statistics.merge, fitted, first)
 
 
-def load_statistics(path):
-    """Statistics saved by Statistics.save. Raises FileNotFoundError, or ValueError for a file that holds none."""
+def load_statistics(path: str | os.PathLike) -> Statistics:
+    """The statistics in a file of Statistics.save. Raises FileNotFoundError, or ValueError for any other file."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no feature statistics there; run --mode=evaluate once to make them")
@@ -95,16 +100,16 @@ def load_statistics(path):
     return Statistics(str(extractor), count, np.asarray(mu, np.float64), np.asarray(sigma, np.float64) * (count - 1))
 
 
-def statistics_distance(first, second):
-    """Frechet distance between two Statistics of the same extractor, in squared feature units; ValueError otherwise."""
+def statistics_distance(first: Statistics, second: Statistics) -> float:
+    """The Frechet distance of two Statistics, in squared feature units. Raises ValueError for different extractors."""
     _check_comparable(first, second)
     return frechet_distance(first.mu, first.sigma, second.mu, second.sigma)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Frechet distance (a float, squared feature units, 0 or more) of N(mu1 [d], sigma1 [d, d]) and N(mu2, sigma2).
+def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
+    """The Frechet distance of N(mu1 [d], sigma1 [d, d]) and N(mu2, sigma2), in squared feature units, 0 or more.
 
-    Error against a 40-digit computation: 2e-14 of the trace for regular covariances, 2e-8 for rank-deficient ones.
+    Its error against a 40-digit computation is 2e-14 of the trace for regular covariances, and 2e-8 for singular ones.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2))
     shapes = [array.shape for array in (mu1, sigma1, mu2, sigma2)]
@@ -117,7 +122,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float(np.sum((mu1 - mu2) ** 2) + trace))
 
 
-def _check_comparable(first, second):
+def _check_comparable(first: Statistics, second: Statistics) -> None:
     if first.extractor != second.extractor:
         raise ValueError(
             f"statistics of different extractors: {first.extractor} and {second.extractor}; use one extractor for both"

@@ -2,20 +2,22 @@
 
     |q - p|^2 / 2 = |q|^2 / 2 + |p|^2 / 2 - q.p
 
-One matrix product in float32 finds the candidates of a block of points; it loses digits where q is close to p, so the
-candidates' distances are then computed from q - p itself. Blocks bound the memory. Equal distances are ordered by the
-points' indices.
+One matrix product in float32 finds the candidates in a block of points. It loses digits if q is close to p, so that
+the distances of the candidates are then computed from q - p itself. Blocks bound the memory. Points at equal distances
+are ordered by their indices.
 
 The accuracy is leave-one-out: every image is classified by a vote of its k nearest others. Votes are equal, and a tie
 goes to the class of the nearest image among the tied. Nested Diffusion (CVPR 2025, Table 5) quotes 20-NN accuracies of
-its encoders on ImageNet, without saying which distance or vote; numbers of two distances do not compare.
+its encoders on ImageNet without saying which distance or vote it uses; numbers of two distances do not compare.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 SPARE = 4  # candidates of a block beyond k: what the matrix product orders wrongly is within rounding of the k-th
 QUERY_ROWS = 1024  # queries at a time
@@ -24,26 +26,29 @@ SMALLEST, LARGEST = 64, 16384  # points of a block
 
 
 class NearestStream:
-    """The k nearest to each query of all points added so far.
+    """Finds the k points nearest to each query among all points added so far.
 
-    queries: [Q, ...] of any real type, flattened. own: [Q] the index of the point that a query is itself, which does
-    not count; -1, or None for all: it is none of them.
+    queries: [Q, ...] of any real type; they are flattened. own: [Q] the index of the point that is the query itself
+    and does not count; -1, or None for all queries, if there is no such point. Raises ValueError for a k below 1.
     """
 
-    def __init__(self, queries, k, own=None):
+    def __init__(self, queries: ArrayLike, k: int, own: ArrayLike | None = None) -> None:
         if k < 1:
             raise ValueError(f"nearest neighbours: k is {k}; give 1 or more")
-        self._queries = np.asarray(queries).reshape(len(queries), -1)
+        queries = np.asarray(queries)
+        self._queries = queries.reshape(len(queries), -1)
         self._own = np.full(len(queries), -1) if own is None else np.asarray(own)
         self._shift = self._queries.mean(axis=0, dtype=np.float64).astype(np.float32)  # smaller norms, less rounding
         self._k, self._added = k, 0
         self._distances = np.full((len(queries), k), np.inf, np.float32)
         self._indices = np.full((len(queries), k), -1, np.int64)
 
-    def add(self, points, report=None):
-        """Points [N, ...], whose indices go on from those added before. report: called with the number of (query,
-        point) pairs done so far in this call."""
-        points, done = np.asarray(points).reshape(len(points), -1), 0
+    def add(self, points: ArrayLike, report: Callable[[int], None] | None = None) -> None:
+        """Adds points [N, ...]; their indices continue from those added before.
+
+        report: called with the number of (query, point) pairs that this call has compared so far."""
+        points, done = np.asarray(points), 0
+        points = points.reshape(len(points), -1)
         size = _power_of_two(min(len(points), max(SMALLEST, min(LARGEST, BLOCK_NUMBERS // points.shape[1]))))
         rows = min(QUERY_ROWS, _power_of_two(len(self._queries)))
         for first in range(0, len(points), size):
@@ -62,29 +67,36 @@ class NearestStream:
                     report(done)
             self._added += len(block)
 
-    def _merge(self, chosen, distances, places):
+    def _merge(self, chosen: slice, distances: np.ndarray, places: np.ndarray) -> None:
         distances = np.concatenate([self._distances[chosen], distances], axis=1)
         indices = np.concatenate([self._indices[chosen], places + self._added], axis=1)
         order = np.lexsort((indices, distances), axis=1)[:, : self._k]
         self._distances[chosen] = np.take_along_axis(distances, order, 1)
         self._indices[chosen] = np.take_along_axis(indices, order, 1)
 
-    def result(self):
-        """(distances float32 [Q, k] in rising order, indices int64 [Q, k]). ValueError where there are fewer points."""
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """(distances float32 [Q, k] in rising order, indices int64 [Q, k]). Raises ValueError if there are fewer than
+        k points."""
         if np.isinf(self._distances).any():
             raise ValueError(f"nearest neighbours: {self._k} asked for among {self._added} points; ask for fewer")
         return self._distances, self._indices
 
 
-def nearest_neighbors(queries, points, k, own=None, report=None):
-    """NearestStream's result for `points` [N, ...] held in memory."""
+def nearest_neighbors(
+    queries: ArrayLike,
+    points: ArrayLike,
+    k: int,
+    own: ArrayLike | None = None,
+    report: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(distances [Q, k], indices [Q, k]) of the points [N, ...] nearest to each query; arguments as NearestStream's."""
     stream = NearestStream(queries, k, own)
     stream.add(points, report)
     return stream.result()
 
 
-def majority_vote(neighbour_labels, num_classes):
-    """int [N, k] labels, nearest first -> int [N], the class with the most votes; a tie goes to the nearest's class."""
+def majority_vote(neighbour_labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The class with the most votes, int [N], of labels [N, k], nearest first; a tie goes to the nearest's class."""
     count, k = neighbour_labels.shape
     votes = np.zeros((count, num_classes))
     # 2^-r beside each vote: less than one vote in all, and a nearer neighbour's outweighs all those behind it.
@@ -92,18 +104,18 @@ def majority_vote(neighbour_labels, num_classes):
     return votes.argmax(axis=1)
 
 
-def knn_accuracy(neighbours, labels, num_classes):
-    """Share of the N points that their nearest others, int [N, k], classify as `labels` [N] says."""
+def knn_accuracy(neighbours: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
+    """The share of N points whose nearest others, int [N, k], vote for the point's own class in `labels` [N]."""
     return float((majority_vote(labels[neighbours], num_classes) == labels).mean())
 
 
-def _power_of_two(count):
+def _power_of_two(count: int) -> int:
     """The smallest power of two of at least `count`: few shapes, few compilations."""
     return 1 << (count - 1).bit_length()
 
 
-def pad_rows(rows, size):
-    """[n, ...] with zeros up to `size` rows."""
+def pad_rows(rows: np.ndarray, size: int) -> np.ndarray:
+    """Appends rows of zeros to [n, ...] up to `size` rows."""
     return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
