@@ -1,9 +1,9 @@
-"""What a config costs, from shapes alone: variables, tokens, parameters, multiply-accumulates, memory.
+"""The mode `summary`: what a config costs, from shapes alone (tokens, parameters, multiply-accumulates, memory).
 
 "GFlops" in the three papers are multiply-accumulates (MACs). They are counted on the traced forward pass of one
 sample: every matrix product and convolution, and 5 per element of a LayerNorm. That is fvcore's rule, and with it the
-counts of Nested Diffusion's Table 6 come out to .01 %. Neighborhood attention counts its kernel's keys, not what a
-portable form computes besides; so HDiT's counts are k-diffusion's, to the unit (tests/test_summary.py).
+counts of Nested Diffusion's Table 6 come out to .01 %. Neighborhood attention counts the keys of its kernel, whatever
+else its implementation computes, so that HDiT's counts equal k-diffusion's to the unit (tests/test_summary.py).
 """
 
 import dataclasses
@@ -30,8 +30,14 @@ LAYER_NORM_MACS = 5
 
 @dataclasses.dataclass(frozen=True)
 class LevelSummary:
-    """tokens: of the level's own variable, without time, label and condition tokens. parameters: without constants.
-    macs: of one forward pass."""
+    """The cost of one level.
+
+    Attributes:
+      name, shape: of the level.
+      tokens: of its own variable, without those of the time, the label and the conditions.
+      parameters: without constants.
+      macs: multiply-accumulates of one forward pass.
+    """
 
     name: str
     shape: Tree
@@ -41,9 +47,11 @@ class LevelSummary:
 
 
 def count_macs(function: Callable, *args) -> int:
-    """Multiply-accumulates of function(*args): matrix products and convolutions of its jaxpr, LayerNorms by fvcore's
-    rule; where a module has METHOD_macs beside a METHOD, whose result is like its first argument, by METHOD_macs.
-    `args` may be jax.ShapeDtypeStruct; nothing is computed. A scan counts its body times its length."""
+    """Multiply-accumulates of function(*args). Nothing is computed, and `args` may be jax.ShapeDtypeStruct.
+
+    Counted are the matrix products and convolutions of its jaxpr, LayerNorms by fvcore's rule, and the body of a scan
+    times its length. If a linen module has METHOD_macs beside a METHOD, whose result must have the shape of its first
+    argument, METHOD_macs says what METHOD costs."""
     by_rule = 0
 
     def count(next_function, module_args, module_kwargs, context):
@@ -62,7 +70,7 @@ def count_macs(function: Callable, *args) -> int:
     return by_rule + jaxpr_macs(jaxpr.jaxpr)
 
 
-def jaxpr_macs(jaxpr) -> int:
+def jaxpr_macs(jaxpr: Any) -> int:
     """Multiply-accumulates of dot_general and conv_general_dilated in a jaxpr and its sub-jaxprs."""
     total = 0
     for equation in jaxpr.eqns:
@@ -78,9 +86,11 @@ def jaxpr_macs(jaxpr) -> int:
     return total
 
 
-def convolution_macs(equation) -> int:
-    """The kernel once for every position of the output; of the input where the convolution is a transposed one, which
-    jax states as one padded by the whole kernel less one."""
+def convolution_macs(equation: Any) -> int:
+    """Multiply-accumulates of a convolution: its kernel once for every position of the output.
+
+    For a transposed convolution, which jax expresses as one that is padded by the kernel's size less one, it is once
+    for every position of the input."""
     (image, kernel), numbers = (variable.aval for variable in equation.invars), equation.params["dimension_numbers"]
     reach = [kernel.shape[axis] - 1 for axis in numbers.rhs_spec[2:]]
     transposed = any(reach) and list(equation.params["padding"]) == [(size, size) for size in reach]

@@ -1,4 +1,4 @@
-"""What a training run says of itself between two reports: means, rates, skipped steps."""
+"""What a training run reports about itself: means of the metrics, rates, skipped steps."""
 
 import time
 from collections.abc import Mapping
@@ -12,22 +12,27 @@ class NonFiniteError(RuntimeError):
 
 
 class Meter:
-    """Averages of the step metrics since the last report, the data wait, and the count of skipped steps in a row."""
+    """Averages the metrics of the steps since the last report, and counts the time that was spent waiting for data.
 
-    def __init__(self, max_bad_steps: int):
+    max_bad_steps: so many non-finite steps in a row raise NonFiniteError.
+    """
+
+    def __init__(self, max_bad_steps: int) -> None:
         self.max_bad_steps, self.bad_in_a_row, self.skipped = max_bad_steps, 0, 0
         self.reset()
 
-    def reset(self):
-        self.sums, self.good = {}, 0
+    def reset(self) -> None:
+        """Forgets everything since the last report."""
+        self.sums: dict[str, float] = {}
+        self.good = 0
         self.restart_clock()
 
-    def restart_clock(self):
-        """What was done so far is part of no rate."""
+    def restart_clock(self) -> None:
+        """Leaves everything that was done so far out of the rates."""
         self.rows, self.waited, self.start = 0, 0.0, time.perf_counter()
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]):
-        """Takes one step's metrics (already computed on the device); raises NonFiniteError when too many are bad."""
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of one step, which are already computed. Raises NonFiniteError after too many bad steps."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if values.pop("finite"):
             self.bad_in_a_row = 0
@@ -48,7 +53,7 @@ class Meter:
         """Means since the last report, with images/s, model FLOP/s (6 x multiply-accumulates) and the data wait."""
         elapsed, rows = time.perf_counter() - self.start, self.rows
         result = {name: total / max(self.good, 1) for name, total in self.sums.items()}
-        if rows:  # not where the only step since is the run's first, which compiles and is not timed
+        if rows:  # there are none if the only step since is the run's first, which compiles and is not timed
             result["images_per_second"] = rows / elapsed
             result["model_flops_per_second"] = 6 * macs_per_row * rows / elapsed
             result["data_wait_share"] = self.waited / elapsed
