@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested.encoders import text_layers as layers
-from nested.encoders.text_encoder import Params, Shapes, TextNetwork
+from nested.encoders.text_encoder import Shapes, TextNetwork
+from nested.encoders.text_layers import Params
 
 EPS, HEAD_WIDTH = 1e-5, 64
 POSITIONS, START, END = 77, 49406, 49407

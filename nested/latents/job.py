@@ -13,6 +13,7 @@ asks for.
 
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import pathlib
@@ -112,10 +113,10 @@ class Job:
         return bool(self.codec.statistics(self.image_shape) or self.codec_features)
 
     @property
-    def raw(self) -> dict[str, Grid]:
+    def raw(self) -> dict[str, tuple[int, ...]]:
         """name -> (h, w, C) of what records are made of, as far as pass 1 has it: raw features, and what the codec
         stores if pass 1 needs it."""
-        found = {name: self.grids[name] for name in self.stored}
+        found: dict[str, tuple[int, ...]] = {name: self.grids[name] for name in self.stored}
         codec = self.codec.fields(self.image_shape) if self.codec_in_pass_1 else ()
         return found | {field.name: field.shape for field in codec}
 
@@ -363,7 +364,7 @@ def load_parts(path: pathlib.Path, kind: type[Part], prefix: str = "") -> dict[s
     """The inverse of save_parts, for the parts under `prefix`, all of the dataclass `kind`."""
     with np.load(path, allow_pickle=False) as archive:
         names = dict.fromkeys(key.rpartition("/")[0] for key in archive.files if key.startswith(prefix))
-        fields = [field.name for field in dataclasses.fields(kind)]
+        fields = inspect.signature(kind).parameters
         return {
             name.removeprefix(prefix): kind(*(archive[f"{name}/{field}"][()] for field in fields)) for name in names
         }

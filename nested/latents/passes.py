@@ -63,7 +63,8 @@ BITS_AT = (0.5, 1.0)
 Features = dict[str, Any]  # {name: [B, h, w, C]}, on the device or on the host
 Cache = dict[int, list[Features]]  # {shard: raw features of each of its batches}
 Batch = tuple[int, np.ndarray, np.ndarray]  # index of the first image, images, labels
-Item, Begun = TypeVar("Item"), TypeVar("Begun")
+Item = TypeVar("Item")
+Begun = TypeVar("Begun")
 
 
 def encode(job: Job) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def _records(
     for (first, images, labels), encoded in _one_ahead(batches(job, *job.span(shard)), begin):
         stored = {name: np.asarray(grid)[: len(labels)] for name, grid in encoded.items()}
         for field, grid in stored.items():
-            bad = ~np.isfinite(grid).all((1, 2, 3))
+            bad = np.asarray(~np.isfinite(grid).all((1, 2, 3)))
             _refuse(bad, first, f"NaN, infinity or a value beyond float16 in feature {field!r}")
             name = field.removesuffix(records.MIRRORED)
             part = job.codec.moments(name, grid) if name in of_codec else Moments.of(grid)

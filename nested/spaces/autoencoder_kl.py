@@ -22,8 +22,8 @@ blocks and channels are read off the tensors; the 32 groups are not in them.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,8 @@ from nested.spaces.space import (
 from nested.spaces.svd import Basis, Covariance, Moments, standardisation
 from nested.weights import files as weights
 
+Shapes = dict[str, tuple[int, ...]]
+
 GROUPS, EPS = 32, 1e-6
 LOGVAR = (-30.0, 20.0)
 ANCHOR = "encoder.conv_in.weight"
@@ -58,7 +60,7 @@ FIELD = "sd_vae"  # the record field of the moments, and the key of what latents
 # --- the network -------------------------------------------------------------------------------------------------
 
 
-def _conv(params, name, x_BHWC, stride=1, padding=((1, 1), (1, 1))):
+def _conv(params: Params, name: str, x_BHWC: jax.Array, stride: int = 1, padding: Any = ((1, 1), (1, 1))) -> jax.Array:
     w_OIHW = params[f"{name}.weight"].astype(x_BHWC.dtype)
     layouts = ("NHWC", "OIHW", "NHWC")
     y = jax.lax.conv_general_dilated(
@@ -67,7 +69,7 @@ def _conv(params, name, x_BHWC, stride=1, padding=((1, 1), (1, 1))):
     return y + params[f"{name}.bias"].astype(x_BHWC.dtype)[None, None, None]
 
 
-def _norm(params, name, x_BHWC):
+def _norm(params: Params, name: str, x_BHWC: jax.Array) -> jax.Array:
     batch, height, width, channels = x_BHWC.shape
     dtype = jnp.promote_types(x_BHWC.dtype, jnp.float32)
     x = x_BHWC.astype(dtype).reshape(batch, height, width, GROUPS, channels // GROUPS)
@@ -77,18 +79,18 @@ def _norm(params, name, x_BHWC):
     return (x.reshape(x_BHWC.shape) * gain + bias).astype(x_BHWC.dtype)
 
 
-def _resnet(params, name, x_BHWC):
+def _resnet(params: Params, name: str, x_BHWC: jax.Array) -> jax.Array:
     y = _conv(params, f"{name}.conv1", jax.nn.silu(_norm(params, f"{name}.norm1", x_BHWC)))
     y = _conv(params, f"{name}.conv2", jax.nn.silu(_norm(params, f"{name}.norm2", y)))
     shortcut = f"{name}.conv_shortcut"
     return y + (_conv(params, shortcut, x_BHWC, padding="VALID") if f"{shortcut}.weight" in params else x_BHWC)
 
 
-def _attention(params, name, x_BHWC):
+def _attention(params: Params, name: str, x_BHWC: jax.Array) -> jax.Array:
     batch, height, width, channels = x_BHWC.shape
     x_BNC = _norm(params, f"{name}.group_norm", x_BHWC).reshape(batch, height * width, channels)
 
-    def linear(leaf, x_BNC):
+    def linear(leaf: str, x_BNC: jax.Array) -> jax.Array:
         w_OI, bias = (params[f"{name}.{leaf}.{part}"].astype(x_BNC.dtype) for part in ("weight", "bias"))
         return jnp.einsum("bni,oi->bno", x_BNC, w_OI, precision=PRECISION) + bias[None, None]
 
@@ -100,23 +102,23 @@ def _attention(params, name, x_BHWC):
     return x_BHWC + y_BNC.reshape(x_BHWC.shape)
 
 
-def _middle(params, name, x_BHWC):
+def _middle(params: Params, name: str, x_BHWC: jax.Array) -> jax.Array:
     x = _resnet(params, f"{name}.resnets.0", x_BHWC)
     return _resnet(params, f"{name}.resnets.1", _attention(params, f"{name}.attentions.0", x))
 
 
-def _resnets(params, name, x_BHWC):
+def _resnets(params: Params, name: str, x_BHWC: jax.Array) -> jax.Array:
     for i in range(_count(params, f"{name}.resnets.")):
         x_BHWC = _resnet(params, f"{name}.resnets.{i}", x_BHWC)
     return x_BHWC
 
 
-def _head(params, part, x_BHWC):
+def _head(params: Params, part: str, x_BHWC: jax.Array) -> jax.Array:
     return _conv(params, f"{part}.conv_out", jax.nn.silu(_norm(params, f"{part}.conv_norm_out", x_BHWC)))
 
 
-def _count(names, prefix):
-    """How many numbers follow the prefix in these names: of levels, of blocks."""
+def _count(names: Iterable[str], prefix: str) -> int:
+    """How many numbers follow the prefix in these names: the number of levels or blocks."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
 
 
@@ -164,9 +166,9 @@ class AutoencoderKL(PatchOptions):
     the mean of the variances.
     """
 
-    name: ClassVar[str] = "sd_vae"
-    needs_encoding: ClassVar[bool] = True
-    reads_images: ClassVar[bool] = False
+    name = "sd_vae"
+    needs_encoding = True
+    reads_images = False
 
     weights: Annotated[str, "a file, or a folder that diffusers saved the autoencoder to"] = ""
     prefix: Annotated[str, "start of its names in a file that holds more; '': found, '.': nothing"] = ""
@@ -230,7 +232,7 @@ class OpenAutoencoder:
 
     codec: AutoencoderKL
     network: "Network"
-    stores_images: ClassVar[bool] = False
+    stores_images = False
 
     @property
     def name(self) -> str:
@@ -299,9 +301,9 @@ class LatentSpace:
     rows_at_once: int
     dtype: str
     params: Params
-    fields: ClassVar[tuple[str, ...]] = (FIELD,)
-    explained_variance: ClassVar[float] = 1.0
-    standardised: ClassVar[bool] = True
+    fields = (FIELD,)
+    explained_variance = 1.0
+    standardised = True
 
     def variable(self, raw: Arrays, key: jax.Array | None) -> jax.Array:
         """Stored moments [B, h, w, 2 c] -> float32 latents [B, h, w, c] times the scale.
@@ -353,9 +355,10 @@ class Layout:
         """Side of the image patch that one latent position stands for."""
         return 2 ** (len(self.widths) - 1)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Shapes:
         """{name: shape} of all parameters."""
-        found, widths, c = {}, self.widths, self.channels
+        found: Shapes = {}
+        widths, c = self.widths, self.channels
         for part, order, blocks in (("encoder", widths, self.blocks), ("decoder", widths[::-1], self.blocks + 1)):
             block, sampler = ("down_blocks", "downsamplers") if part == "encoder" else ("up_blocks", "upsamplers")
             width = order[0]
@@ -375,15 +378,15 @@ class Layout:
         return found
 
 
-def _add_conv(found, name, width_in, width_out, kernel):
+def _add_conv(found: Shapes, name: str, width_in: int, width_out: int, kernel: int) -> None:
     found.update({f"{name}.weight": (width_out, width_in, kernel, kernel), f"{name}.bias": (width_out,)})
 
 
-def _add_norm(found, name, width):
+def _add_norm(found: Shapes, name: str, width: int) -> None:
     found.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
 
 
-def _add_resnet(found, name, width_in, width_out):
+def _add_resnet(found: Shapes, name: str, width_in: int, width_out: int) -> None:
     for i, width in enumerate((width_in, width_out), 1):
         _add_norm(found, f"{name}.norm{i}", width)
         _add_conv(found, f"{name}.conv{i}", width, width_out, 3)
@@ -391,7 +394,7 @@ def _add_resnet(found, name, width_in, width_out):
         _add_conv(found, f"{name}.conv_shortcut", width_in, width_out, 1)
 
 
-def _add_middle(found, name, width):
+def _add_middle(found: Shapes, name: str, width: int) -> None:
     for i in range(2):
         _add_resnet(found, f"{name}.resnets.{i}", width, width)
     _add_norm(found, f"{name}.attentions.0.group_norm", width)
@@ -494,7 +497,7 @@ def _public_name(name: str, levels: int) -> str:
 
 
 def _layout(tensors, where: str) -> Layout:
-    def shape(name):
+    def shape(name: str) -> tuple[int, ...]:
         if name not in tensors or tensors[name].ndim != 4:
             raise ValueError(f"{where}: tensor {name!r} of four axes is missing; give the file of an autoencoder")
         return tensors[name].shape

@@ -6,7 +6,6 @@ projection of the raw features to their leading principal components (nested/spa
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ class Feature:
 
     name: str
     codec: Codec
-    needs_encoding: ClassVar[bool] = True
-    reads_images: ClassVar[bool] = False
+    needs_encoding = True
+    reads_images = False
 
     def fit(self, level: LevelSource, encoded: Encoded) -> "FeatureSpace":
         """The space of a level. Raises ValueError, in one line that names the level, if the feature is not stored, if
@@ -97,14 +96,15 @@ class FeatureSpace:
     def variable(self, raw: Arrays, key: jax.Array | None) -> jax.Array:
         """{field: [B, h, w, K], as stored} -> [B, h', w', d]."""
         x = jnp.asarray(raw[self.field])[..., : len(self.mean)].astype(jnp.float32)
-        rows, columns = np.float32(self.rows), np.float32(self.columns)
+        rows, columns = self.rows.astype(np.float32), self.columns.astype(np.float32)
         x = jnp.einsum("bhwk,ih,jw->bijk", x, rows, columns, precision=jax.lax.Precision.HIGHEST)
-        x = (x - np.float32(self.mean)[None, None, None]) / np.float32(self.std)[None, None, None]
+        mean, std = self.mean.astype(np.float32), self.std.astype(np.float32)
+        x = (x - mean[None, None, None]) / std[None, None, None]
         if self.standardize != "sample":
             return x
         x = x - x.mean((1, 2, 3), keepdims=True)
-        std = jnp.std(x, (1, 2, 3), keepdims=True, ddof=1)
-        return x / jnp.where(std > 0, std, 1.0)
+        deviation = jnp.std(x, (1, 2, 3), keepdims=True, ddof=1)
+        return x / jnp.where(deviation > 0, deviation, 1.0)
 
 
 def fit_features(

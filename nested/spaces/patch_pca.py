@@ -11,7 +11,7 @@ every channel.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,8 @@ def _patches(images: jax.Array, patch: int) -> jax.Array:
 class PatchPCA(PatchOptions):
     """The codec `patch_pca`: records hold the image, pass 1 the covariance of its patches."""
 
-    name: ClassVar[str] = "patch_pca"
-    needs_encoding: ClassVar[bool] = True
+    name = "patch_pca"
+    needs_encoding = True
 
     def fit(self, level: LevelSource, encoded: Encoded) -> "PatchSpace":
         if STATISTIC not in encoded.bases:

@@ -4,7 +4,7 @@ The resolutions are Matryoshka's (2310.15111, Sec. 3.1 and 4.1), coarse to fine.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def to_images(x: jax.Array) -> jax.Array:
 class Pixels(ImageCodec):
     """The codec `pixels`: nothing is encoded unless other levels need it."""
 
-    name: ClassVar[str] = IMAGES_AS_SOURCE
+    name = IMAGES_AS_SOURCE
 
     def fit(self, level: LevelSource, encoded: Encoded) -> DecodableSpace:
         """The images themselves, or smaller ones; ValueError if the images cannot be brought to the level's shapes."""

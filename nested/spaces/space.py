@@ -14,7 +14,7 @@ computed from the stored image in every step inherits from ImageCodec and ImageS
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NoReturn, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -342,12 +342,12 @@ class ImageCodec:
     Subclasses give a name and fit(); those that encoding has to measure something for override more.
     """
 
-    name: ClassVar[str] = ""
-    needs_encoding: ClassVar[bool] = False
-    reads_images: ClassVar[bool] = True
-    stores_images: ClassVar[bool] = True
+    name = ""
+    needs_encoding = False
+    reads_images = True
+    stores_images = True
 
-    def open(self) -> Self:
+    def open(self) -> OpenCodec:
         return self
 
     def fit(self, level: LevelSource, encoded: Encoded) -> DecodableSpace:

@@ -44,19 +44,19 @@ class Covariance:
     mean: np.ndarray
     scatter: np.ndarray
 
-    def merge(self, other):
+    def merge(self, other: "Covariance") -> "Covariance":
         """The same sums over both sets (Chan, Golub & LeVeque 1979)."""
         n = self.n + other.n
         delta = other.mean - self.mean
         between = _outer(delta) * (self.n * other.n / n)
         return Covariance(n, self.mean + delta * (other.n / n), self.scatter + other.scatter + between)
 
-    def through(self, mean_C, vectors_CK):
+    def through(self, mean_C: np.ndarray, vectors_CK: np.ndarray) -> "Covariance":
         """The sums of (x - mean) @ vectors in place of x."""
         return Covariance(self.n, (self.mean - mean_C) @ vectors_CK, vectors_CK.T @ self.scatter @ vectors_CK)
 
 
-def _outer(x_GC):
+def _outer(x_GC: np.ndarray) -> np.ndarray:
     return x_GC[:, :, None] * x_GC[:, None, :]
 
 
@@ -83,12 +83,15 @@ class CovarianceStream:
     """Adds batches of features up to a Covariance: Gram matrices on the device, sums in float64 on the host, which
     takes a batch's when the next one is on its way. per_position: a group for every position."""
 
-    def __init__(self, per_position=False):
-        self._per_position, self._shift = per_position, None
-        self._vectors, self._sum, self._gram = 0, 0.0, 0.0
-        self._on_device = None
+    def __init__(self, per_position: bool = False):
+        self._per_position = per_position
+        self._shift: np.ndarray | None = None
+        self._vectors = 0
+        self._sum: np.ndarray | float = 0.0
+        self._gram: np.ndarray | float = 0.0
+        self._on_device: tuple[jax.Array, jax.Array] | None = None
 
-    def add(self, x_BhwC, valid):
+    def add(self, x_BhwC: jax.Array, valid: int) -> jax.Array:
         """x_BhwC: features [B, h, w, C], of which the first `valid` images count. Returns which of those are finite:
         bool [B], true for the others, still on the device."""
         if self._shift is None:
@@ -101,16 +104,19 @@ class CovarianceStream:
         self._vectors += valid * (1 if self._per_position else x_BhwC.shape[1] * x_BhwC.shape[2])
         return finite
 
-    def _collect(self):
+    def _collect(self) -> None:
         if self._on_device:
             total, gram = self._on_device
             self._sum = self._sum + np.asarray(total, np.float64)
             self._gram = self._gram + np.asarray(gram, np.float64)
             self._on_device = None
 
-    def result(self):
+    def result(self) -> Covariance:
+        """The sums over everything that was added. Raises ValueError if nothing was."""
         self._collect()
-        n, mean = self._vectors, self._sum / self._vectors
+        if self._shift is None:
+            raise ValueError("the covariance of no features at all: add some first")
+        n, mean = self._vectors, np.asarray(self._sum / self._vectors)
         return Covariance(n, self._shift.astype(np.float64) + mean, self._gram - n * _outer(mean))
 
 
@@ -127,10 +133,10 @@ class Basis:
     variances: np.ndarray
 
     @property
-    def components(self):
+    def components(self) -> int:
         return self.vectors.shape[2]
 
-    def explained_variance(self):
+    def explained_variance(self) -> np.ndarray:
         """Share of the variance kept by the first 1, 2, ..., K channels, [K]; 1 for data that do not vary at all."""
         total = self.variances.sum()
         kept = np.cumsum(self.variances.sum(0)[: self.components])
@@ -140,19 +146,20 @@ class Basis:
         """The share of the variance that the first `channels` channels keep."""
         return float(self.explained_variance()[channels - 1])
 
-    def after(self, mean_C, vectors_CD):
+    def after(self, mean_C: np.ndarray, vectors_CD: np.ndarray) -> "Basis":
         """The basis of D channels made from (x - mean) @ vectors, as one of x. vectors: of full column rank."""
         mean = mean_C + self.mean @ np.linalg.pinv(vectors_CD)
         return Basis(mean, vectors_CD @ self.vectors, self.variances)
 
-    def sha256(self):
+    def sha256(self) -> str:
+        """Of the three arrays, in hex."""
         digest = hashlib.sha256()
         for array in (self.mean, self.vectors, self.variances):
             digest.update(np.ascontiguousarray(array, "<f8").tobytes())
         return digest.hexdigest()
 
 
-def fit_basis(covariance, components, center=True):
+def fit_basis(covariance: Covariance, components: int, center: bool = True) -> Basis:
     """The leading min(components, C) eigenvectors; the largest entry of each is positive, so that signs are fixed."""
     mean = covariance.mean if center else np.zeros_like(covariance.mean)
     moment = covariance.scatter / covariance.n
@@ -162,7 +169,7 @@ def fit_basis(covariance, components, center=True):
     return Basis(mean, vectors * np.where(largest < 0, -1.0, 1.0), eigenvalues)
 
 
-def identity_basis(covariance):
+def identity_basis(covariance: Covariance) -> Basis:
     """All channels as they are: no rotation, no mean."""
     groups, channels = covariance.mean.shape
     vectors = np.tile(np.eye(channels), (groups, 1, 1))
@@ -170,7 +177,7 @@ def identity_basis(covariance):
 
 
 @jax.jit
-def project(x_BhwC, mean_GC, vectors_GCK):
+def project(x_BhwC: jax.Array, mean_GC: np.ndarray, vectors_GCK: np.ndarray) -> jax.Array:
     """(x - mean) @ vectors in float32: [B, h, w, C] -> [B, h, w, K]."""
     batch, height, width, channels = x_BhwC.shape
     x = x_BhwC.astype(jnp.float32).reshape(batch, -1, channels) - mean_GC[None]
@@ -193,16 +200,17 @@ class Moments:
     second: np.ndarray
 
     @classmethod
-    def of(cls, z_BhwK):
+    def of(cls, z_BhwK: np.ndarray) -> "Moments":
         """The moments of one batch of projected features (numpy, any float type)."""
         z_KBP = np.ascontiguousarray(z_BhwK.reshape(len(z_BhwK), -1, z_BhwK.shape[-1]).transpose(2, 0, 1), np.float64)
         return cls(len(z_BhwK), z_KBP.sum(1), z_KBP.transpose(0, 2, 1) @ z_KBP)
 
-    def merge(self, other):
+    def merge(self, other: "Moments") -> "Moments":
+        """The same sums over both sets."""
         return Moments(self.n + other.n, self.first + other.first, self.second + other.second)
 
 
-def standardisation(moments, pooling, channels):
+def standardisation(moments: Moments, pooling: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and standard deviation [d] of each of the first d channels after pooling [P', P], over images and
     positions, float64. Raises ValueError for a channel that does not vary (it carries nothing: fewer channels)."""
     mean = (moments.first[:channels] @ pooling.T).mean(1) / moments.n
@@ -221,7 +229,7 @@ def standardisation(moments, pooling, channels):
 # --- information -------------------------------------------------------------------------------------------------
 
 
-def information_bits(dimensions, sigma):
+def information_bits(dimensions: int, sigma: float) -> float:
     """Bits per image that pass through z + sigma noise: KL(N(z, sigma^2 I) || N(0, I)) averaged over standardised z
     of `dimensions` numbers in all = d (sigma^2 - log sigma^2) / (2 log 2); inf at sigma = 0 (nothing is hidden)."""
     if sigma == 0:

@@ -1,7 +1,6 @@
 """Random variables in the place of data: records hold a level's variable itself, leaf by leaf."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 
@@ -12,9 +11,9 @@ from nested.spaces.space import Arrays, Encoded, ImageSpace, LevelSource, Params
 class Synthetic:
     """The source of a level whose variable is random."""
 
-    name: ClassVar[str] = "synthetic"
-    needs_encoding: ClassVar[bool] = False
-    reads_images: ClassVar[bool] = False
+    name = "synthetic"
+    needs_encoding = False
+    reads_images = False
 
     def fit(self, level: LevelSource, encoded: Encoded) -> "SyntheticSpace":
         return SyntheticSpace(level.shape, level.name)
