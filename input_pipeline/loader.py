@@ -31,7 +31,7 @@ grain's own batching is not used, because it batches the rows of one shard, not 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -39,6 +39,16 @@ import numpy as np
 from input_pipeline.sources import Record, Source, draw, shard_ends
 
 Transform = Callable[[Record, np.random.Generator], Record]
+
+
+class Batches(Protocol):
+    """An iterator of batches; close() ends the threads and processes that read ahead."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None: ...
 
 
 def collate(records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -189,7 +199,7 @@ def batches(
     shuffle: bool = True,
     shard_window: int = 0,
     epochs: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
     """This host's rows of the global batches of the steps start_step, start_step + 1, ...
 
     Args:
@@ -240,7 +250,7 @@ def in_order(
     stop: int | None = None,
     threads: int = 2,
     workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
     """One pass over the examples start, ..., stop - 1 in order, for encoding and evaluation.
 
     The last batch may be short. Nothing is drawn, and records are not transformed.

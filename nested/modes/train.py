@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
+from input_pipeline import loader
 from nested.build.data import build_data
 from nested.build.levels import build_levels, trained_level_names
 from nested.build.options import Config, construct, to_plain
@@ -39,7 +40,7 @@ from nested.runtime.checkpoint import Checkpoints, Preemption, latest_step
 from nested.runtime.writers import MetricWriter
 from nested.sampling import generator as sampling
 from nested.training import optimizer as opt
-from nested.training.loop import Run, feed, fresh_state, train_loop
+from nested.training.loop import Run, fresh_state, train_loop
 from nested.training.meter import NonFiniteError
 from nested.training.options import TrainOptions
 from nested.training.step import Step, TrainState, VariableReader, init_state
@@ -92,17 +93,33 @@ def initial_state(run: Run, config: Config, root: str = "") -> TrainState:
 
 
 def training_batches(config: Config, records: Any, first: int) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size."""
-    return feed(
-        records,
-        batch_spans(config),
-        first,
-        seed=config.seed,
-        threads=config.train.threads,
-        workers=config.train.workers,
-        transform=build_data(config).augmentation,
-        shard_window=shard_window(config),
-    )
+    """Yields this process's rows of the batches of the steps first, first + 1, ..., each span with its own batch size.
+
+    records: the source of training records. first: the number of steps that have been taken.
+    """
+    augmentation, window = build_data(config).augmentation, shard_window(config)
+    for span in batch_spans(config):
+        if span.end <= first:
+            continue
+        start = max(first, span.start)
+        batches = loader.batches(
+            records,
+            seed=config.seed,
+            batch_size=span.batch_size,
+            start_step=start,
+            offset=span.rows - span.start * span.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=config.train.threads,
+            workers=config.train.workers,
+            transform=augmentation,
+            shard_window=window,
+        )
+        try:
+            for _ in range(start, span.end):
+                yield next(batches)
+        finally:
+            batches.close()
 
 
 def phase_dir(root: str, name: str) -> str:

@@ -8,19 +8,18 @@ would have read.
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from input_pipeline import loader
 from nested.runtime import partition
 from nested.runtime.checkpoint import Checkpoints, Preemption
 from nested.runtime.writers import MetricWriter, Progress
 from nested.training.meter import Meter
-from nested.training.options import BatchSpan, TrainOptions
+from nested.training.options import TrainOptions
 from nested.training.step import Step, TrainState, init_state, train_step, validation_losses
 
 Tree = Any
@@ -73,52 +72,6 @@ def to_device(run: Run, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     return raw if run.text_features is None else run.text_features(raw)
 
 
-def feed(
-    records: Any,
-    spans: Sequence[BatchSpan],
-    first: int,
-    *,
-    seed: int,
-    threads: int,
-    workers: int,
-    transform: Any = None,
-    shard_window: int = 0,
-) -> Generator[dict[str, np.ndarray], None, None]:
-    """Yields this process's rows of the batches of the steps first, first + 1, ....
-
-    Args:
-      records: the source of training records.
-      spans: the batch sizes of the run, in order.
-      first: number of steps that have been taken.
-      seed: of the run.
-      threads, workers: the loader's reading threads and processes.
-      transform: of the training records (input_pipeline/augment.py), or None.
-      shard_window: number of records to shuffle among, where shards are read in order; 0: a global shuffle.
-    """
-    for span in spans:
-        if span.end <= first:
-            continue
-        start = max(first, span.start)
-        batches = loader.batches(
-            records,
-            seed=seed,
-            batch_size=span.batch_size,
-            start_step=start,
-            offset=span.rows - span.start * span.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=threads,
-            workers=workers,
-            transform=transform,
-            shard_window=shard_window,
-        )
-        try:
-            for _ in range(start, span.end):
-                yield next(batches)
-        finally:
-            batches.close()
-
-
 def train_loop(
     run: Run,
     state: TrainState,
@@ -136,7 +89,7 @@ def train_loop(
     Args:
       run: the run.
       state: the state to go on from.
-      batches: this process's rows of the coming steps (feed()).
+      batches: this process's rows of the coming steps.
       held_out: this process's rows of the held-out batch, or None.
       checkpoints, preemption, writer: where the state goes, whether to stop, where the metrics go.
       macs: multiply-accumulates of one row's forward pass, for the rate that is reported.
