@@ -13,6 +13,7 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two threads on busy cores wait for each other in a loop
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -44,7 +44,7 @@ def one(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("data, fsdp", [(1, 2), (2, 2)])
+@pytest.mark.parametrize("data, fsdp", [pytest.param(1, 2, marks=pytest.mark.slow), (2, 2)])
 def test_devices_make_no_difference(one, tmp_path, data, fsdp):
     options = (f"--config.latents_dir={one / 'latents'}", f"--config.train.mesh_fsdp={fsdp}", *TRAIN)
     run_main(f"--workdir={tmp_path}", *options, config="tests/helpers/tiny.py:L2", devices=data * fsdp)

@@ -190,7 +190,7 @@ C_NOISE = jnp.array([-0.3, 0.8])
 
 def test_the_output_is_zero_at_the_start_and_buffers_are_named():
     model = tiny()
-    params = model.init(jax.random.key(0), IMAGES, C_NOISE, {}, train=False)["params"]
+    params = jax.jit(lambda: model.init(jax.random.key(0), IMAGES, C_NOISE, {}, train=False)["params"])()
     assert not np.any(apply(model, params, IMAGES, C_NOISE, {}))
     assert params["splits_0"]["fac"] == 0.5 and np.all(params["mid_level_0"]["self_attn"]["gain"] == 10)
     bound = 1 / math.sqrt(16)

@@ -238,6 +238,7 @@ def test_a_run_resumed_after_its_batch_grew_is_bit_for_bit_that_of_one_go(tmp_pa
     assert checkpoint.latest_step(str(two)) == 4
 
 
+@pytest.mark.slow
 def test_semantic_levels_above_an_hdit_train_and_sample(tmp_path):
     out, _ = run_main(f"--workdir={tmp_path}", config="tests/helpers/tiny.py:hdit")
     assert "hierarchy.png" in out and "FD-EffLite0" in out

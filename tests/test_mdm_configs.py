@@ -85,9 +85,10 @@ def test_the_cascade_is_two_levels():
 
 # --- one step of every kind ------------------------------------------------------------------------------------------
 
-SHRUNK = [("fashion_mnist_mdm", "progressive"), ("mdm_baselines", "latent_f8")]
+SHRUNK = [("fashion_mnist_mdm", "progressive")]
 SLOW = [  # 20 to 100 s each on two busy cores, of compilation
     ("mdm", "imagenet256"), ("mdm", "cc12m1024,released"), ("mdm", "webvid"), ("mdm", "s64s128s256s512s1024"),
+    ("mdm_baselines", "latent_f8"),
     ("mdm_baselines", "simple_nested"), ("mdm_baselines", "cascaded"), ("emoji_mdm", "mixed"), ("emoji_video", ""),
 ]  # fmt: skip
 SHRUNK += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]

@@ -70,7 +70,10 @@ def images(sides):
     return tuple((side, side, 3) for side in sides) if len(sides) > 1 else (sides[0], sides[0], 3)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+LARGE = ("s64s128s256", "s64s256s1024", "s64s128s256s512s1024")  # of the nets that the two smaller ones have, and more
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in IMAGES])
 def test_image_models(name):
     for preset, expected in zip(("released", "paper"), IMAGES[name], strict=True):
         assert costs(model_of(name, preset), images(SIDES[name])) == pytest.approx(expected, rel=1e-3)

@@ -31,7 +31,9 @@ def table_6_rows(depth):
     return summary.summarize_levels(build_levels(imagenet.get_config(depth)))
 
 
-@pytest.mark.parametrize("depth", TABLE_6)
+@pytest.mark.parametrize(
+    "depth", [pytest.param(d, marks=pytest.mark.slow) if d in ("L2", "L3", "L4") else d for d in TABLE_6]
+)
 def test_table_6(depth):
     parameters, gmacs = TABLE_6[depth]
     rows = table_6_rows(depth)
@@ -75,7 +77,7 @@ def only_row(name, arguments):
     return COUNTED[key]
 
 
-@pytest.mark.parametrize("place, side", [(0, "128"), (1, "256"), (2, "512")])
+@pytest.mark.parametrize("place, side", [(0, "128"), (1, "256"), pytest.param(2, "512", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("row", HDIT)
 def test_table_1_of_hdit(row, place, side):
     printed, counted = HDIT[row][place]
