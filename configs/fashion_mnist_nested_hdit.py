@@ -17,7 +17,7 @@ def get_config(arg: str = "class") -> common.Config:
     (kind,) = common.parse(arg, ("class", "uncond"))
     config = fashion_mnist.get_config(f"L3,{kind}")
     finest = fashion_mnist_hdit.get_config("hdit")
-    config.codec.update(name="pixels")
+    config.codec.update(common.default().codec)  # pixels
     config.encoder.features = ("map",)  # pixels have no latents to make levels of
     config.hierarchy.preset = ""  # CVPR's networks are U-ViTs
     guidance = 0.5 if kind == "class" else 0.8

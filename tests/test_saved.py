@@ -43,6 +43,12 @@ def test_a_value_of_the_run_is_kept_and_unknown_options_stay():
     assert upgrade_saved_config(saved)["hierarchy"] == saved["hierarchy"]
 
 
+def test_an_option_that_had_no_effect_gets_its_default():
+    saved = saved_today()
+    saved["codec"]["patch"] = 4  # of pixels, which have no patches
+    assert upgrade_saved_config(saved) == saved_today()
+
+
 def test_what_is_no_config_is_refused_in_one_line():
     with pytest.raises(ValueError, match="not the config of a run: it has no levels, only a, b"):
         upgrade_saved_config(dict(a=1, b=2))

@@ -4,9 +4,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from nested.build.options import default_values, to_plain
+from nested.build.options import declared, declared_by_all, default_values, to_plain
 from nested.build.parts import BACKBONES
-from nested.build.sections import LevelOptions, default_options
+from nested.build.sections import SECTIONS, LevelOptions, Section, default_options
 
 RENAMED = {"hierarchy": {"cond_level": "cond_noise_step"}}  # section -> {name in earlier versions: name today}
 
@@ -15,7 +15,8 @@ def upgrade_saved_config(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an earlier run as this version would have written it.
 
     Options that were renamed get today's names. An option that the run's version did not have gets its default, which
-    is what that version did. Everything else, unknown options included, stays as it is.
+    is what that version did. So does an option that the chosen part does not read, as some earlier versions let those
+    have other values. Everything else, unknown options included, stays as it is.
 
     Raises ValueError if `saved` is not a config.
     """
@@ -27,10 +28,21 @@ def upgrade_saved_config(saved: Mapping[str, Any]) -> dict[str, Any]:
             if old in result.get(section, {}):
                 result[section][new] = result[section].pop(old)
     _fill(result, to_plain(default_options()))
+    for name, section in SECTIONS.items():
+        result[name] |= to_plain(_unread_defaults(section, result[name]))
     for level in result["levels"]:
         _fill(level, to_plain(default_values(LevelOptions)))
         _fill(level["backbone"], to_plain(default_values(BACKBONES.get(level["backbone"].get("name")))))
     return result
+
+
+def _unread_defaults(section: Section, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the options that the part chosen in a section does not read."""
+    if not section.choice or saved[section.choice] not in section.parts:
+        return {}
+    read = declared(section.parts[saved[section.choice]])
+    of_parts = declared_by_all(section.parts.values())
+    return {name: option.default for name, option in of_parts.items() if name not in read}
 
 
 def _fill(options: dict[str, Any], defaults: Mapping[str, Any]) -> None:
