@@ -1,17 +1,19 @@
-"""Weight files of other code, read safely and without their frameworks, and the mapping between torch and linen names.
+"""Weight files of other code, read safely and without their frameworks; the mapping between torch and linen names.
 
 `find_weight_files` names the files of a download, and the shards of an index. `read_tensors` returns the arrays of a
 .npz, .safetensors or .pth file by their public names; nothing in a file is ever executed, and an array takes no memory
 before it is used. `load_network` finds one network among them, whatever wraps it; `check_tensors` accounts for each of
 its tensors. `write_safetensors` writes a .safetensors file.
-`from_torch` and `to_torch` rest on one rule. A linen module carries the public module's name; a list index is joined
-to it with an underscore ('in_blocks.0' is 'in_blocks_0', 'down_levels.0.1' is 'down_levels_0_1'). The leaf names differ
-by layer:
+
+`from_torch` and `to_torch` follow one rule. A linen module has the name of the public module; a list index is joined to
+it with an underscore ('in_blocks.0' is 'in_blocks_0', 'down_levels.0.1' is 'down_levels_0_1'). The names of leaves
+depend on the layer:
     Dense, Conv  kernel     <-  weight, (out, in, *window) -> (*window, in, out)
     LayerNorm, GroupNorm  scale  <-  weight
     Embed        embedding  <-  weight
     HDiT's RMSNorm, attention  gain  <-  scale
-    others (bias, pos_embed, ...)  by their own names
+    others (bias, pos_embed, ...)  keep their names
+
 safetensors: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data
 (https://huggingface.co/docs/safetensors); the data must cover the rest of the file without gaps.
 """
@@ -48,12 +50,15 @@ _SAFETENSORS_DTYPES = {
 
 
 def find_weight_files(path: str | os.PathLike) -> list[str]:
-    """The weight files of a download: `path` itself, or those of the folder `path`.
+    """Finds the weight files of a download.
 
-    Of a folder, by the names of SAVED_NAMES: the shards that an index ('model.safetensors.index.json') lists, or
-    model.safetensors, or all model*.safetensors; then the same of the next name.
-    Raises, in one line: FileNotFoundError where there are none, or a shard is missing; ValueError for a damaged index,
-    or one that names a file outside of its folder.
+    Args:
+      path: a file, or the folder that a library saved a model to. In a folder, for each of SAVED_NAMES in order, these
+        are tried: the shards that an index ('model.safetensors.index.json') lists, model.safetensors, and all files
+        model*.safetensors.
+    Returns: the absolute paths.
+    Raises: in one line, FileNotFoundError if there are none or a shard is missing; ValueError for a damaged index, or
+      one that names a file outside of its folder.
     """
     folder = pathlib.Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -70,7 +75,7 @@ def find_weight_files(path: str | os.PathLike) -> list[str]:
 
 
 def _indexed(index: pathlib.Path) -> list[str]:
-    """The shards that an index names, all of which are there."""
+    """The shards that an index names; all of them exist."""
     try:
         names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,14 +93,18 @@ def _indexed(index: pathlib.Path) -> list[str]:
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays in a weight file by their public names, in the dtypes they are stored in (bfloat16 by ml_dtypes).
+    """Reads the arrays in a weight file by their public names, in the dtypes they are stored in.
 
-    path: .npz, .safetensors, or .pth / .pt / .bin / .ckpt / .tar (torch zip, TorchScript or legacy stream). Nested
-    dicts are flattened with '.', so a wrapper stays in the name: 'state_dict.module.momentum_encoder.cls_token'.
-    Arrays are read-only views of the file, mapped into memory: what is not used takes none, and the file must stay as
-    it is while they are in use. Arrays of a .npz, and those that a zip holds compressed, are copies.
-    Errors, one line that names the file: FileNotFoundError; ValueError for an unknown suffix, an empty, truncated,
-    damaged or foreign file, one without tensors, a pickle that asks for code (named, not run).
+    Arrays are read-only views of the file, which is mapped into memory: an array that is not used takes no memory, and
+    the file must not change while one is in use. Arrays of a .npz, and those that a zip holds compressed, are copies.
+
+    Args:
+      path: .npz, .safetensors, or .pth / .pt / .bin / .ckpt / .tar (torch zip, TorchScript or legacy stream).
+    Returns: {name: array}. Nested dicts are flattened with '.', so that a wrapper stays in the name, as in
+      'state_dict.module.momentum_encoder.cls_token'. bfloat16 is that of ml_dtypes.
+    Raises: in one line that names the file, FileNotFoundError; ValueError for an unknown suffix, for an empty,
+      truncated, damaged or foreign file, for one without tensors, and for a pickle that asks for code, which is named
+      and not run.
     """
     path = _existing(path)
     suffix = os.path.splitext(path)[1]
@@ -115,7 +124,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return found
 
 
-# Weights that were averaged while training, by the words that public files have for them.
+# The words that public files use for weights that were averaged during training.
 AVERAGED = ("model_ema", "nnet_ema", "ema", "teacher", "momentum_encoder")
 
 
@@ -127,16 +136,19 @@ def load_network(
     prefer: Sequence[str] = AVERAGED,
     unused: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """The tensors of one network by its own names, from the file or the shards `paths`.
+    """Finds one network in a weight file, or in the shards of one, whatever wraps it there.
 
-    anchor: a name that the network has, such as 'cls_token'; what stands before it in the file ('state_dict.module.
-    momentum_encoder.') is the wrapper, and only what stands behind the same wrapper is returned, without it. Of several
-    names, which different files have for the same tensor, the first that the file has counts.
-    prefix: the wrapper to take, '.' for none; '' finds it. Of several, the one is taken that has a word of `prefer`
-    among its parts, the earlier word first. unused: starts of names (without the wrapper) that the network does not
-    need.
-    Raises, in one line: as read_tensors(); ValueError where nothing is called like the anchor, or two networks are and
-    none is preferred (named, to choose from).
+    Args:
+      paths: the file or the shards.
+      anchor: the name of a tensor that the network has, such as 'cls_token'. The part of the name before it in the file
+        ('state_dict.module.momentum_encoder.') is the wrapper. If different files have different names for the tensor,
+        give all of them; the first one that the file has counts.
+      prefix: the wrapper to take, '.' for no wrapper; '' finds it.
+      prefer: if there are several wrappers, the one that has the earliest of these words among its parts is taken.
+      unused: starts of names, without the wrapper, that the network does not need.
+    Returns: {name without the wrapper: array} of the tensors with that wrapper.
+    Raises: in one line, what read_tensors raises; ValueError if no tensor has the anchor's name, or if several networks
+      have it and none is preferred (they are listed to choose from).
     """
     tensors, where = {}, os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     for path in paths:
@@ -154,7 +166,7 @@ def load_network(
 
 
 def _wrapper(names: list[str], anchor: str, prefix: str, prefer: Sequence[str], where: str) -> tuple[str, tuple]:
-    """(the wrapper to take, those of other such networks inside of it)."""
+    """(the wrapper to take, the wrappers of other such networks inside it)."""
     found = [name.removesuffix(anchor) for name in names if f".{name}".endswith(f".{anchor}")]
     shown = _some(repr(wrapper or ".") for wrapper in found)
     if not found:
@@ -174,10 +186,14 @@ def _wrapper(names: list[str], anchor: str, prefix: str, prefer: Sequence[str], 
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple], what: str) -> dict[str, np.ndarray]:
-    """The tensors in the order of `shapes`, {name: shape} of all that the network has.
+    """Checks that tensors are exactly those of a network, and returns them in the network's order.
 
-    Raises ValueError, one line that begins with `what`, where a tensor is missing, unknown or of another shape: the
-    first is named with what was expected, and all are counted."""
+    Args:
+      tensors: {name: array}.
+      shapes: {name: shape} of every tensor of the network.
+      what: the beginning of the error.
+    Raises: ValueError, in one line, if a tensor is missing, unknown or of another shape: the first one is named with
+      what was expected, and all are counted."""
     problems = [f"tensor {name!r} {tuple(shapes[name])} is missing" for name in shapes if name not in tensors]
     problems += [f"tensor {name!r} {tensors[name].shape} is unknown" for name in tensors if name not in shapes]
     problems += [
@@ -192,7 +208,7 @@ def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple]
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The hex digest of a file's bytes: what identifies the weights that made a set of latents."""
+    """The hex digest of a file's bytes, which identifies the weights that made a set of latents."""
     with open(_existing(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -271,9 +287,9 @@ _WRITTEN_DTYPES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """A .safetensors of host arrays, whole or not at all; metadata: strings under '__metadata__'.
+    """Writes host arrays to a .safetensors file that is either complete or absent.
 
-    Raises OSError, in one line, where the file cannot be written."""
+    metadata: strings, stored under '__metadata__'. Raises OSError, in one line, if the file cannot be written."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, array in tensors.items():
@@ -287,7 +303,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The '__metadata__' of a .safetensors file, {} where it has none."""
+    """The '__metadata__' of a .safetensors file, or {}. Raises as read_tensors does."""
     path = _existing(path)
     with open(path, "rb") as stream:
         try:
@@ -318,10 +334,14 @@ def _from_torch_layout(path: KeyPath, array: np.ndarray) -> np.ndarray:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], template: Tree) -> dict:
-    """The tree of `template` (linen params as nested dicts of arrays or jax.ShapeDtypeStruct) filled from a state dict.
+    """Fills a tree of linen parameters from a state dict.
 
-    Arrays are cast to the template's dtypes and stay on the host. A tensor that is missing, left over or of another
-    shape is a ValueError that names all of them, with the shapes found and expected in linen's layout.
+    Args:
+      tensors: {name in torch: array}.
+      template: nested dicts of arrays or jax.ShapeDtypeStruct.
+    Returns: a tree like `template` of host arrays with the template's dtypes.
+    Raises: ValueError that names all tensors that are missing, left over or of another shape, with the shapes found
+      and expected in linen's layout.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
     names = torch_names(template)
@@ -343,11 +363,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], template: Tree) -> dict:
 
 
 def torch_names(template: Tree) -> list[str]:
-    """The names in torch of linen params, in the order of the tree's leaves."""
+    """The names that linen parameters have in torch, in the order of the tree's leaves."""
     return [_torch_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(template)[0]]
 
 
 def to_torch(params: Tree) -> dict[str, np.ndarray]:
-    """The state dict (torch names and layouts, host arrays) of linen params, or of gradients with the same tree."""
+    """The state dict of linen parameters, or of gradients in the same tree: torch's names and layouts, host arrays."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {_torch_name(path): _to_torch_layout(path, np.asarray(leaf)) for path, leaf in leaves}

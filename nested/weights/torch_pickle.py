@@ -1,15 +1,17 @@
 """Tensors of PyTorch checkpoints (.pth) as numpy arrays, without torch and without running what the file says.
 
-Two layouts are read. zip (torch >= 1.6): members `<name>/data.pkl` and `<name>/data/<key>`, one per storage; an archive
-of TorchScript has its modules as objects of classes `__torch__...`, whose state is read and whose code is not.
-Legacy stream: four pickles (magic number, protocol 1001, system facts, the object), a pickled list of storage keys,
-then for each key an int64 element count and the raw bytes.
-A pickle is a program. Here it can build dicts, lists, numbers, strings and *descriptions* of tensors, nothing else:
-every global it names is looked up in a short table (never imported), anything not in the table is refused by name,
-and storages are looked at only after the pickle has ended, with every offset and stride checked against the bytes
-present. Tensors are views of the file, which is mapped into memory; of a zip's members the checksums are tested.
-Nothing small may become large: the pickle's memo is as long as the pickle at most, compressed members have the size
-that is expected of them, and ITEMS bounds what containers that are shared can make of few bytes.
+Two layouts are read. The zip of torch >= 1.6 has the members `<name>/data.pkl` and `<name>/data/<key>`, one per
+storage; in an archive of TorchScript, modules are objects of classes `__torch__...`, whose state is read and whose code
+is not. The legacy stream has four pickles (magic number, protocol 1001, system facts, the object), a pickled list of
+storage keys, then for each key an int64 element count and the raw bytes.
+
+A pickle is a program. Here it can build dicts, lists, numbers, strings and *descriptions* of tensors, and nothing else:
+every global that it names is looked up in a short table (never imported), and one that is not in the table is refused
+by name. Storages are read only after the pickle has ended, and every offset and stride is checked against the bytes
+that exist. Tensors are views of the file, which is mapped into memory; the checksums of a zip's members are verified.
+
+A small file cannot become a large object: the pickle's memo is at most as long as the pickle, compressed members must
+have the expected size, and ITEMS bounds the containers that few bytes can make by sharing.
 """
 
 import collections
@@ -30,7 +32,7 @@ import numpy as np
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 LIMIT = 2**40  # elements in a tensor; a stride of 0 could claim any number of them
-ITEMS = 2**22  # of containers that are looked at
+ITEMS = 2**22  # items of containers that are visited
 PICKLE_BYTES = 2**24  # a compressed pickle may be larger than the whole file up to here
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -68,7 +70,7 @@ class Tensor:
 
 
 class _Inert:
-    """Stands for an object whose content is not wanted (argparse.Namespace, numpy scalars): swallows everything."""
+    """Stands for an object whose content is not needed (argparse.Namespace, numpy scalars); it ignores all content."""
 
     __slots__ = ()
 
@@ -85,7 +87,7 @@ class _Inert:
 
 
 class _ScriptModule(_Inert):
-    """Stands for a module of TorchScript: its attributes, tensors and other modules among them, and no code."""
+    """Stands for a module of TorchScript: its attributes, including tensors and other modules, but no code."""
 
     __slots__ = ("attributes",)
 
@@ -117,7 +119,7 @@ class _Refused(ValueError):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds containers and descriptions of tensors; refuses every other global by name. Notes each storage met."""
+    """Builds containers and descriptions of tensors, refuses every other global by name, and records the storages."""
 
     def __init__(self, stream):
         super().__init__(stream)
@@ -161,7 +163,7 @@ class _Unpickler(pickle.Unpickler):
         return Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
     def first(self, data, *_):
-        """What a parameter and a typed list are without their facts."""
+        """A parameter or a typed list without what comes beside its data."""
         return data
 
 
@@ -182,7 +184,7 @@ def _unpickle(stream: IO[bytes]) -> tuple[object, dict[str, Storage]]:
 
 
 def _flatten(content) -> Iterator[tuple[str, Tensor]]:
-    """(dotted name, tensor) for every tensor inside nested dicts, lists and modules; anything else is left out."""
+    """Yields (dotted name, tensor) for every tensor in nested dicts, lists and modules, and leaves out the rest."""
     number = itertools.count()
 
     def walk(value, name):
@@ -210,7 +212,7 @@ def _numbers(storage: Storage, raw: np.ndarray) -> np.ndarray:
 
 
 def _view(name: str, tensor: Tensor, numbers: np.ndarray) -> np.ndarray:
-    """The tensor's elements, read-only; a view that would leave its storage is refused."""
+    """A read-only view of the tensor's elements. Raises ValueError if it would leave its storage."""
     offset, shape, strides = tensor.offset, tensor.shape, tensor.strides
     whole = all(0 <= number < LIMIT for number in (offset, *shape, *strides)) and math.prod(shape) < LIMIT
     sane = whole and len(shape) == len(strides)
@@ -230,14 +232,16 @@ def _require_little_endian(little: bool) -> None:
 
 
 def map_file(stream: IO[bytes]) -> np.ndarray:
-    """The bytes of an open file, uint8 [size]: memory that the system fills when it is looked at and may take back. The
-    file must stay as it is while arrays made of it are in use."""
+    """Maps the bytes of an open file into memory, uint8 [size]; the system fills them when they are read.
+
+    The file must not change while arrays made of them are in use."""
     return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _member(archive: zipfile.ZipFile, name: str, file_bytes: np.ndarray, limit: int) -> np.ndarray:
-    """The bytes of a zip's member: where they lie in the file, if they are stored as they are. A compressed one of more
-    than `limit` bytes is refused."""
+    """The bytes of a zip's member: a view of the file if they are stored uncompressed, otherwise a copy.
+
+    Raises ValueError for a damaged member, and for a compressed one of more than `limit` bytes."""
     try:
         info = archive.getinfo(name)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -303,7 +307,7 @@ def _legacy_parts(stream: IO[bytes]) -> tuple[object, Callable[[Storage], np.nda
 
 
 def read_stream(stream: IO[bytes]) -> dict[str, np.ndarray]:
-    """The tensors of an open binary .pth file by their dotted names."""
+    """Reads the tensors of an open binary .pth file by their dotted names. Raises ValueError as described above."""
     start = stream.read(4)
     stream.seek(0)
     if start == b"PK\x03\x04":
