@@ -80,7 +80,7 @@ def build_combinations(config: Config, generator: Generator) -> list[Combination
     options = [option for option, _ in pairs]
     check_places(config, options)
     check_effects(generator.levels, options)
-    null_text, result = generator.text and generator.text.encode_one(), []
+    null_text, result = None if generator.text is None else generator.text.encode_one(), []
     for values in itertools.product(*(values for _, values in pairs)):
         changed = copy.deepcopy(config)
         for option, value in zip(options, values, strict=True):
