@@ -1,4 +1,7 @@
-"""Defaults of every option, and the helpers that configs are written with. Defaults live here and nowhere else.
+"""The default config, and the helpers that configs are written with.
+
+Every option is declared, with its default, beside the code that reads it; docs/options.md lists them all. Here they are
+composed into a config, and the recipes of the papers have names.
 
 A config file has get_config(arg) -> ConfigDict; `--config=configs/fashion_mnist.py:L3,uncond` passes "L3,uncond".
 Any value can be overridden on the command line: --config.train.steps=100, --config.levels[0].sigma=0.5.
@@ -10,18 +13,16 @@ from configs.backbones import dit, hdit, nested_unet, net, res_mlp, uvit  # noqa
 from nested.build.options import Config, default_values
 from nested.build.sections import LevelOptions, default_options
 
-# U-ViT's public variants and the 12-deep net of Nested Diffusion are named in nested/models/uvit.py VARIANTS.
-
 
 def default() -> Config:
-    """A config with every option; `levels` is left for the caller."""
+    """A config with every option at its default; the caller sets `levels`."""
     return ConfigDict(default_options())
 
 
 def parse(arg: str, *choices: tuple[str, ...]) -> list[str]:
-    """The chosen word of each group of `choices` ("L3,uncond"); the first of a group where none is named.
+    """The word of each group of `choices` that `arg` names ("L3,uncond"), or the first of a group if it names none.
 
-    Raises ValueError on a word of no group or two words of one."""
+    Raises ValueError for a word that is in no group and for two words of one group."""
     words = [word for word in arg.split(",") if word]
     unknown = [word for word in words if not any(word in group for group in choices)]
     if unknown:
@@ -50,13 +51,10 @@ def level(
     threshold: str = LevelOptions.threshold,
     standardize: str = LevelOptions.standardize,
 ) -> Config:
-    """One level. source: where its variable comes from: pixels | patch_pca | sd_vae | map | mapN (pooled to N x N
-    before the SVD) | crops1 | crops2 | crops4 | codec | codecN (of the codec's latents, not the encoder's).
+    """One level; nested/build/sections.py LevelOptions says what its options mean and which others there are.
 
-    shape: (h, w, c), of clips (frames, h, w, c), or a tuple of them, coarse to fine: resolutions diffused together.
-    patch_size: of the backbone's tokens; None for nested_unet, which has none.
-    sigma: the noise on this level's variable where it conditions a finer level (the paper's sigma_l).
-    standardize: channel (over the data set) | sample (over each image's own numbers, RCG) | none.
+    patch_size: of the backbone's tokens; None for a backbone without, such as nested_unet.
+    process, sampler: sd_process() and dpm_solver() if not given.
     """
     return ConfigDict(
         default_values(LevelOptions)

@@ -96,7 +96,7 @@ def network(row: str, extra: int, skip: str) -> dict:
 
 
 def process(row: str, size: int, loss: str) -> dict:
-    """The process of a row, with the loss weighting asked for."""
+    """The process of a row, with the loss weighting `loss`."""
     if row == "R1":
         return common.ddpm_process(learned_variance=True)
     weighting, gamma = ("soft_min_snr" if row in ("E", "R4") else "snr"), {}

@@ -26,7 +26,7 @@ Data: ImageNet prepared by TFDS; CC12M and WebVid as WebDataset tars with captio
 
 Published: ImageNet-256 FID-50k 8.92, guided (scale 1.2, here guidance .2) 6.62; COCO zero-shot FID-30k 18.35, guided
 (1.35) 13.43. S64 takes 190 to 193 GMACs per image, S64S256 302 to 305, S64S256S1024 517 to 520.
-Nothing here has been trained by us: no data, FLAN-T5 XL's weights (config.text.weights) and pods are at hand.
+Nothing here has been trained by us: we have neither the data nor FLAN-T5 XL's weights (config.text.weights) nor pods.
 Captions and labels are dropped with probability .1 for guidance; the public code drops no captions and the paper no
 labels (--config.hierarchy.cond_drop=0).
 """

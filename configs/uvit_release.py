@@ -19,7 +19,7 @@ are the 128x128 box at rows 57 to 185, columns 25 to 153 of the aligned 178x218,
 square (data.crop), so that training on CelebA and scores against it are not the release's. Samples are.
 
 Published FID-50k (COCO 30k): CIFAR-10 3.11, CelebA 2.87, ImageNet-256 L 3.40, H 2.29, ImageNet-512 L 4.67, H 4.05, COCO
-5.95, deep 5.48. The files were not at hand: networks and samplers are held to recordings of the authors' code, the way
+5.95, deep 5.48. We did not have the files: networks and samplers are held to recordings of the authors' code, the way
 from a file to images to random weights by the released names (tests/test_release.py).
 """
 
