@@ -324,7 +324,7 @@ def test_an_eta_that_leaves_nothing_but_noise(sampler):
         (lambda: DPMppSDE(5, r=1.5), "sampler.r = 1.5: expected 0 < r <= 1"),
         (lambda: LMS(5, order=0), "sampler.order = 0: expected at least 1"),
         (lambda: Heun(5, "karras", 0.01, 160.0).start(Process((LinearVP(),))), "level 160 is above 152.167, the sched"),
-        (lambda: Heun(5, s_churn=1.0).nfe(Process((sd_scaled_linear(),))), "lower sigma_max, or s_tmax where it comes"),
+        (lambda: Heun(5, s_churn=1.0).nfe(Process((sd_scaled_linear(),))), "lower sigma_max, or s_tmax if churn rais"),
         (lambda: DPMpp2M(5, t_end=0.0).nfe(Process((LinearVP(),))), "the noise level is 0 at t_end.*raise sampler.t_e"),
         (
             lambda: Heun(5, **KARRAS).tables(Process((VE, LinearVP())), (jnp.ones(3),) * 2),
