@@ -9,7 +9,6 @@ from helpers import tiny_mdm
 from helpers.processes import finish
 from helpers.refusals import refused
 from helpers.run_data import decoder_of
-from helpers.scoring import Pooler
 from helpers.tiny import start_main
 from PIL import Image
 
@@ -31,13 +30,6 @@ def cascade(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("cascade")
     train.run(config_of("cascade"), str(workdir))
     return workdir
-
-
-@pytest.fixture
-def pooler(monkeypatch):
-    pooler = Pooler()
-    monkeypatch.setattr(evaluate, "load_score_encoder", lambda config: pooler)
-    return pooler
 
 
 # --- a cascade and its sweeps ----------------------------------------------------------------------------------------
