@@ -21,6 +21,8 @@ The frozen networks' files are named by encoder.weights, codec.weights and text.
 without them. Not trained by us; the same path was run on captioned emoji (configs/emoji64.py:text).
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 ENCODERS = {"clip": "clip_vitb16", "mae": "mae_vitb16", "mocov3": "mocov3_vitb16", "dino": "dino_vitb16"}
@@ -49,7 +51,7 @@ def get_config(arg: str = "L2") -> common.Config:
     return common.synthetic(config, 20_000) if source == "synthetic" else config
 
 
-def text_training(config) -> None:
+def text_training(config: ConfigDict) -> None:
     """Data, text, codec, optimiser and evaluation of U-ViT's COCO recipe."""
     config.data.update(source="coco", split="train2014", image_size=256, crop="center_lanczos", channels=3, check=False)
     config.text.update(encoder="clip_vitl14", max_tokens=77, width=768)

@@ -23,6 +23,8 @@ Published FID-50k (COCO 30k): CIFAR-10 3.11, CelebA 2.87, ImageNet-256 L 3.40, H
 from a file to images to random weights by the released names (tests/test_release.py).
 """
 
+from ml_collections import ConfigDict
+
 from configs import coco, common
 
 MODELS = {  # name: (data, variant, image side, patch size, training steps)
@@ -65,30 +67,30 @@ def get_config(arg: str = "imagenet256_huge") -> common.Config:
     return config
 
 
-def recipe(config, batch_size: int, warmup: int, b1: float, b2: float) -> None:
-    """What of the training differs; the rest is in the defaults."""
+def recipe(config: ConfigDict, batch_size: int, warmup: int, b1: float, b2: float) -> None:
+    """The training options that differ from the defaults."""
     config.train.batch_size = batch_size
     config.optimizer.update(learning_rate=2e-4, warmup_steps=warmup, b1=b1, b2=b2, weight_decay=0.03)
 
 
-def imagenet_latents(config) -> None:
+def imagenet_latents(config: ConfigDict) -> None:
     config.data.update(source="tfds", num_classes=1000, flip=True)
     config.codec.update(name="sd_vae", patch=8, channels=4, scale=0.18215)
     recipe(config, 1024, 5000, 0.99, 0.99)
 
 
-def coco_latents(config) -> None:
+def coco_latents(config: ConfigDict) -> None:
     coco.text_training(config)
     config.codec.scale = 0.23010
     recipe(config, 256, 5000, 0.9, 0.9)
 
 
-def cifar10(config) -> None:
+def cifar10(config: ConfigDict) -> None:
     config.data.update(source="tfds", num_classes=10, flip=True)
     recipe(config, 128, 2500, 0.99, 0.999)
 
 
-def celeba(config) -> None:
+def celeba(config: ConfigDict) -> None:
     config.data.update(source="image_folder", flip=True)
     recipe(config, 128, 5000, 0.99, 0.99)
 

@@ -150,5 +150,19 @@ def test_no_pmap_and_no_mesh_context():
 
 
 def test_every_module_says_what_it_is():
-    silent = [name for name, path in FILES.items() if not ast.get_docstring(parse(name)) and path.read_text()]
+    silent = [name for name in FILES if not ast.get_docstring(parse(name)) and FILES[name].read_text()]
     assert silent == []
+
+
+def test_every_public_function_is_annotated():
+    bare = []
+    for name in FILES:
+        public = [node for node in ast.walk(parse(name)) if isinstance(node, (ast.Module, ast.ClassDef))]
+        for parent in (node for node in public if not getattr(node, "name", "").startswith("_")):
+            for node in parent.body:
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                    own = [one for one in every if one.arg not in ("self", "cls")]
+                    if node.returns is None or any(one.annotation is None for one in own):
+                        bare.append(f"{name}.{node.name}")
+    assert bare == []
