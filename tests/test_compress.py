@@ -164,7 +164,7 @@ def test_adaptive_pooling_is_the_mean_of_its_window(size, pooled):
 @pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 5), (2, 3, 2), (3, 1, 4)])
 def test_pooled_standardisation_equals_brute_force(shape):
     z = features(4, channels=5).astype(np.float16)
-    moments = svd.Moments.of(z[:23]).merge(svd.Moments.of(z[23:]))
+    moments = svd.Moments.of_batch(z[:23]).merge(svd.Moments.of_batch(z[23:]))
     assert moments.n == 60
     transform = fit_features(moments, (3, 4), shape)
     rows, columns = grids.pooling_matrix(3, shape[0]), grids.pooling_matrix(4, shape[1])
@@ -182,7 +182,7 @@ def test_a_channel_without_variance_is_refused():
     z = features(5, channels=4)
     z[..., 2] = 1.5
     with pytest.raises(ValueError, match="channel 2 of 4 has no variance left.*use at most 2 channels"):
-        fit_features(svd.Moments.of(z), (3, 4), (1, 1, 4))
+        fit_features(svd.Moments.of_batch(z), (3, 4), (1, 1, 4))
 
 
 def test_information_is_the_mean_divergence():

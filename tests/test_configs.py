@@ -24,7 +24,7 @@ def test_every_file_is_here():
 
 def check_encoder(config):
     """Its options are taken: what is missing is the file that comes in no package."""
-    if all(map(grids.of_codec, config.encoder.features)):
+    if all(map(grids.is_codec_feature, config.encoder.features)):
         assert build_data(config).open_encoder() is None
     elif config.encoder.name in vit.VARIANTS:
         with pytest.raises(FileNotFoundError, match=f"{config.encoder.name} comes in no package"):

@@ -80,7 +80,7 @@ class Data:
 
     def open_encoder(self) -> Encoder | None:
         """The frozen encoder, on every device; None if all features are made of the codec's latents."""
-        features = tuple(name for name in self.encoding.features if not grids.of_codec(name))
+        features = tuple(name for name in self.encoding.features if not grids.is_codec_feature(name))
         return self.encoder.open(features) if features else None
 
     def open_text_encoder(self) -> TextEncoder | None:

@@ -170,7 +170,7 @@ class EfficientNetLite0:
     def features(self, images: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}: the grids of
         nested/encoders/grids.py, of vectors of 1280 channels and of the map of the encoder's `map`."""
-        return grids.of_images(self._outputs, images, self.feature_names)
+        return grids.feature_grids(self._outputs, images, self.feature_names)
 
     def _outputs(self, images: Any, parts: tuple[str, ...]) -> dict[str, jax.Array]:
         names = {"vector": "pool", "map": self.map}
@@ -203,9 +203,9 @@ def load_efficientnet(
     """
     if input_size < 32 or input_size % 32:
         raise ValueError(f"encoder.input_size: {input_size} given; {NAME} takes positive multiples of 32 (its stride)")
-    grids.one_of("encoder.map", map, tuple(MAP_CHANNELS), NAME)
+    grids.require_one_of("encoder.map", map, tuple(MAP_CHANNELS), NAME)
     for feature in features:
-        grids.parse(feature)
+        grids.parse_feature(feature)
     path = pathlib.Path(path).expanduser() if path else package_file()
     tensors = weights.read_tensors(path)
     return EfficientNetLite0(_fold(tensors, path), weights.sha256(path), input_size, map, tuple(features))

@@ -23,43 +23,46 @@ CROPS = (1, 2, 4)
 Outputs = Callable[[Any, tuple[str, ...]], dict[str, jax.Array]]
 
 
-def one_of(key: str, found: object, allowed: Sequence[object], encoder: str) -> None:
+def require_one_of(key: str, found: object, allowed: Sequence[object], encoder: str) -> None:
     """Raises ValueError for a value of an option that the encoder of that name does not take."""
     if found not in allowed:
         raise ValueError(f"{key}: {found!r} given; {encoder} takes {', '.join(repr(word) for word in allowed)}")
 
 
-def parse(name: str) -> tuple[str, int]:
+def parse_feature(name: str) -> tuple[str, int]:
     """'map' -> ('map', 0), 'map4' -> ('map', 4), 'crops2' -> ('crops', 2); ValueError for another word."""
     match = re.fullmatch("(crops|map|codec)([1-9][0-9]*)?", name)
     kind, number = (match[1], int(match[2] or 0)) if match else ("", 0)
     if not kind or kind == "crops" and number not in CROPS:
         raise ValueError(
             f"encoder.features: {name!r} given; choose from 'crops1', 'crops2', 'crops4', 'map', 'codec', or 'mapN', "
-            "'codecN' for one of those two pooled to N x N"
+            "'codecN' for one of the last two pooled to N x N"
         )
     return kind, number
 
 
-def of_codec(name: str) -> bool:
-    """Whether the feature is made of the codec's latents: no encoder is asked for it."""
-    return parse(name)[0] == "codec"
+def is_codec_feature(name: str) -> bool:
+    """Whether the feature is made of the codec's latents, and not by an encoder."""
+    return parse_feature(name)[0] == "codec"
 
 
-def of_images(outputs: Outputs, images: Any, names: Sequence[str]) -> dict[str, jax.Array]:
-    """The grids `names` of images [B, H, W, C] -> {name: [B, h, w, C']}, each part of the network run once.
+def feature_grids(outputs: Outputs, images: Any, names: Sequence[str]) -> dict[str, jax.Array]:
+    """The grids of images [B, H, W, C] by their names, {name: [B, h, w, C']}; each part of the network runs once.
 
-    outputs(images, parts): {'vector': [B, C'], 'map': [B, g, g, C']} of images or crops, for the parts asked for.
-    Raises ValueError where the images do not divide into crops, or a map is smaller than it is to be pooled to.
+    Args:
+      outputs: (images or crops, parts) -> {'vector': [B, C'], 'map': [B, g, g, C']}, those of the two in `parts`.
+      names: of the grids.
+
+    Raises ValueError if the images do not divide into crops, or if a map is smaller than the grid it is pooled to.
     """
-    parsed = {name: parse(name) for name in names}
+    parsed = {name: parse_feature(name) for name in names}
     needed = {"map": any(kind == "map" for kind, _ in parsed.values()), "vector": ("crops", 1) in parsed.values()}
     parts = tuple(part for part, is_needed in needed.items() if is_needed)
     whole = outputs(images, parts) if parts else {}
     grids = {}
     for name, (kind, number) in parsed.items():
         if kind == "map":
-            grids[name] = pooled(whole["map"], name)
+            grids[name] = pool_feature(whole["map"], name)
         elif number == 1:
             grids[name] = whole["vector"][:, None, None]
         else:
@@ -82,9 +85,9 @@ def _crop_vectors(outputs: Outputs, images: Any, splits: int) -> jax.Array:
     return jnp.stack(vectors, 1).reshape(len(images), splits, splits, -1)
 
 
-def pooled(x_BhwC: jax.Array, name: str) -> jax.Array:
-    """The grid that `name` asks for: pooled to N x N for 'mapN' and 'codecN', as it is for 'map' and 'codec'."""
-    kind, number = parse(name)
+def pool_feature(x_BhwC: jax.Array, name: str) -> jax.Array:
+    """The grid of the feature `name`: pooled to N x N for 'mapN' and 'codecN', unchanged for 'map' and 'codec'."""
+    kind, number = parse_feature(name)
     height, width = x_BhwC.shape[1:3]
     if number > min(height, width):
         raise ValueError(

@@ -256,7 +256,7 @@ class VitEncoder:
     def features(self, images: np.ndarray | jax.Array) -> dict[str, jax.Array]:
         """uint8 or float images [B, H, W, 1 or 3], 0..255 -> {name: float32 [B, h, w, C]}: the grids of
         nested/encoders/grids.py, of the encoder's vectors and of its map of one token per patch."""
-        return grids.of_images(self._outputs, images, self.feature_names)
+        return grids.feature_grids(self._outputs, images, self.feature_names)
 
     def vectors(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Images as features() -> the vectors of the whole images, float32 [B, C]."""
@@ -272,23 +272,30 @@ class VitEncoder:
 def load_vit(
     name: str, path: str, *, input_size: int, map: str, vector: str, features: Sequence[str], prefix: str, dtype: str
 ) -> VitEncoder:
-    """VitEncoder `name`, a key of VARIANTS, with the weights of the file or folder `path` (nested.weights).
+    """Reads a vision transformer.
 
-    input_size: a positive multiple of the patch (pixels). map: 'last'. vector: 'cls' | 'pool' | 'projected' (CLIP,
-    MoCo-v3). features: names of grids.py, not those of the codec. prefix: what stands before the network's names in the
-    file, '' finds it (vit_files.read_vit). dtype: of the products, 'float32' | 'bfloat16'. Raises, in one line:
-    ValueError for another option or a foreign weight file, FileNotFoundError where there is none.
+    Args:
+      name: a key of VARIANTS.
+      path: its weight file, or a folder with it (nested.weights).
+      input_size: a positive multiple of the patch (pixels).
+      map: 'last'.
+      vector: 'cls' | 'pool' | 'projected' (CLIP, MoCo-v3).
+      features: names of nested/encoders/grids.py, not those of the codec.
+      prefix: start of the network's names in the file; '' finds it (vit_files.read_vit).
+      dtype: of the products, 'float32' | 'bfloat16'.
+
+    Raises, in one line: ValueError for another option or a foreign weight file, FileNotFoundError if there is none.
     """
     vit = VARIANTS[name]
     if input_size < 1 or input_size % vit.patch:
         raise ValueError(
             f"encoder.input_size: {input_size} given; {name} takes positive multiples of its patch, {vit.patch}"
         )
-    grids.one_of("encoder.map", map, (MAP,), name)
-    grids.one_of("encoder.vector", vector, VECTORS if vit.projector else VECTORS[:2], name)
-    grids.one_of("encoder.dtype", dtype, DTYPES, name)
+    grids.require_one_of("encoder.map", map, (MAP,), name)
+    grids.require_one_of("encoder.vector", vector, VECTORS if vit.projector else VECTORS[:2], name)
+    grids.require_one_of("encoder.dtype", dtype, DTYPES, name)
     for feature in features:
-        grids.parse(feature)
+        grids.parse_feature(feature)
     if not path:
         raise FileNotFoundError(
             f"{name} comes in no package: give its weight file, such as {vit.released}, in config.encoder.weights"

@@ -114,15 +114,18 @@ OPENAI = _layout(
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """layouts: the ways of naming, the first found is taken. prefer: words of the wrapper to take of several. unused:
-    starts of names of what the network does not need. head: starts of the projector's names, unused where the
-    projection is not asked for; counters: unused where it is."""
+    """The weight files of one public code.
 
-    layouts: tuple
-    prefer: tuple = weights.AVERAGED
-    unused: tuple = ()
-    head: tuple = ()
-    counters: tuple = ()
+    layouts: its ways of naming; the first that fits is used. prefer: words of the wrapper that is preferred to others.
+    unused: how names begin that the network does not need. head: how the projector's names begin, which are unused
+    without the projection. counters: names that are unused with it.
+    """
+
+    layouts: tuple[Layout, ...]
+    prefer: tuple[str, ...] = weights.AVERAGED
+    unused: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ()
 
 
 TEXT_TOWER = (

@@ -82,7 +82,7 @@ class Job:
 
     def channels(self, name: str) -> int:
         """Channels of a feature before its SVD: those of the codec's latents for a feature of the codec."""
-        if self.latent_grid is not None and grids.of_codec(name):
+        if self.latent_grid is not None and grids.is_codec_feature(name):
             return self.latent_grid.channels
         return self.grids[name][2]
 
@@ -96,12 +96,12 @@ class Job:
     @property
     def encoder_features(self) -> tuple[str, ...]:
         """The features that the encoder makes."""
-        return tuple(name for name in self.stored if not grids.of_codec(name))
+        return tuple(name for name in self.stored if not grids.is_codec_feature(name))
 
     @property
     def codec_features(self) -> tuple[str, ...]:
         """The features that are made of the codec's latents."""
-        return tuple(name for name in self.stored if grids.of_codec(name))
+        return tuple(name for name in self.stored if grids.is_codec_feature(name))
 
     def per_position(self, name: str) -> bool:
         """Whether the grid has a basis for every position; what the codec needs statistics of shares one."""
@@ -227,10 +227,10 @@ def _grids(
 ) -> dict[str, Grid]:
     """feature -> (h, w, C); the shapes of the encoder's are traced."""
     found, outputs = codec.statistics(image_shape), {}
-    if encoder is not None and not all(map(grids.of_codec, options.features)):
+    if encoder is not None and not all(map(grids.is_codec_feature, options.features)):
         outputs = jax.eval_shape(encoder.features, jax.ShapeDtypeStruct((options.batch_size, *image_shape), np.uint8))
     for name in options.features:
-        if not grids.of_codec(name):
+        if not grids.is_codec_feature(name):
             found[name] = tuple(outputs[name].shape[1:])
         elif latents is None:
             raise ValueError(
@@ -239,7 +239,7 @@ def _grids(
             )
         else:
             one = jax.ShapeDtypeStruct((1, *latents.shape), np.float32)
-            found[name] = jax.eval_shape(functools.partial(grids.pooled, name=name), one).shape[1:]
+            found[name] = jax.eval_shape(functools.partial(grids.pool_feature, name=name), one).shape[1:]
     return found
 
 

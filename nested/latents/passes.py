@@ -7,14 +7,14 @@ Two passes (raw 14x14x768 features of ImageNet would be 385 GB):
        second moments between positions        statistics/moments-00003-of-00012.npz
        merged                                  statistics.npz, latents.json
 
-Pass 2 reads raw features of pass 1 from memory while they fit (FEATURE_CACHE_BYTES); beyond that an image of the
-basis' fit goes through the encoder twice, so for large data encoder.fit_images should be a few per cent of them, and
+Pass 2 takes the raw features of pass 1 from memory if they fit (FEATURE_CACHE_BYTES). If they do not, the images that
+the basis is fitted to go through the encoder twice; with encoder.fit_images at a few per cent of a large data set,
 encoding runs at about the encoder's own rate. The device works on a batch while the host reads the next one and packs
 and writes the one before.
 
-What the codec stores, and whether in place of the image, is its own affair (OpenCodec in nested/spaces/space.py).
-With flips everything is stored of the mirrored image as well, in fields of their own ('map.mirrored'), as U-ViT stores
-both; the statistics are then over both, the SVD basis is fitted to the images as they are.
+The codec decides what it stores, beside the image or in its place (OpenCodec in nested/spaces/space.py). With flips
+everything is stored for the mirrored image as well, in separate fields ('map.mirrored'), as U-ViT stores both; the
+statistics then cover both, while the SVD basis is fitted to the images as they are.
 
 Shards are the unit of work: shard i belongs to process i % process_count; a finished file is kept, a half-written one
 never has its final name (input_pipeline/latent_records.py, nested/runtime/files.py); what a shard holds depends on
@@ -227,7 +227,7 @@ def _records(
             bad = np.asarray(~np.isfinite(grid).all((1, 2, 3)))
             _refuse(bad, first, f"NaN, infinity or a value beyond float16 in feature {field!r}")
             name = field.removesuffix(records.MIRRORED)
-            part = job.codec.moments(name, grid) if name in of_codec else Moments.of(grid)
+            part = job.codec.moments(name, grid) if name in of_codec else Moments.of_batch(grid)
             moments[name] = moments[name].merge(part) if name in moments else part
         for row, label in enumerate(labels):
             record = {name: grid[row] for name, grid in stored.items()}
@@ -327,7 +327,7 @@ def _raw_features(job: Job, images: np.ndarray) -> Features:
         features |= job.codec.encode(images, partition.local_devices("rows"))
         if job.codec_features:
             latents = job.codec.latents(features)
-            features |= {name: grids.pooled(latents, name) for name in job.codec_features}
+            features |= {name: grids.pool_feature(latents, name) for name in job.codec_features}
     return features
 
 

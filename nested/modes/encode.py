@@ -1,7 +1,7 @@
 """The mode `encode`, and the only place where data are encoded: the mode `train` calls open_latents() by name.
 
-Data that no encoder needs to see, where every level's variable is the image itself, are read as they are; all others
-are encoded once, into the latents' directory. Sampling never encodes (Data.open_decoder).
+Images are read as they are if every level's variable is computed from them alone; all other data are encoded once, into
+the latents' directory. Sampling never encodes (Data.open_decoder).
 """
 
 import json

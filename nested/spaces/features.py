@@ -47,7 +47,7 @@ class Feature:
             )
         except ValueError as error:
             raise ValueError(f"level {level.name} ({self.name}): {error}") from error
-        if grids.of_codec(self.name) and level.standardize == "none":  # features are made of latents without scale
+        if grids.is_codec_feature(self.name) and level.standardize == "none":  # made of latents without scale
             return dataclasses.replace(space, std=space.std / self.codec.latent_scale(encoded))
         return space
 

@@ -388,7 +388,7 @@ class ImageCodec:
         return None
 
     def moments(self, field: str, stored: np.ndarray) -> Moments:
-        return Moments.of(stored)
+        return Moments.of_batch(stored)
 
     def summary(self, image_shape: Grid, moments: Mapping[str, Moments]) -> dict[str, Any]:
         return {}

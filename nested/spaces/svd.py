@@ -152,7 +152,7 @@ class Basis:
         return Basis(mean, vectors_CD @ self.vectors, self.variances)
 
     def sha256(self) -> str:
-        """Of the three arrays, in hex."""
+        """The sha256 of the three arrays, in hex."""
         digest = hashlib.sha256()
         for array in (self.mean, self.vectors, self.variances):
             digest.update(np.ascontiguousarray(array, "<f8").tobytes())
@@ -200,7 +200,7 @@ class Moments:
     second: np.ndarray
 
     @classmethod
-    def of(cls, z_BhwK: np.ndarray) -> "Moments":
+    def of_batch(cls, z_BhwK: np.ndarray) -> "Moments":
         """The moments of one batch of projected features (numpy, any float type)."""
         z_KBP = np.ascontiguousarray(z_BhwK.reshape(len(z_BhwK), -1, z_BhwK.shape[-1]).transpose(2, 0, 1), np.float64)
         return cls(len(z_BhwK), z_KBP.sum(1), z_KBP.transpose(0, 2, 1) @ z_KBP)

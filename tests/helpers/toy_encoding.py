@@ -80,7 +80,7 @@ class Toy:
         return {"input_size": self.input_size, "map": "stage4", "vector": "pool", "prefix": "", "dtype": "float32"}
 
     def features(self, images):
-        return grids.of_images(self._outputs, images, self.feature_names)
+        return grids.feature_grids(self._outputs, images, self.feature_names)
 
     def _outputs(self, images, parts):
         x = jnp.asarray(images).astype(jnp.float32) / 127.5
@@ -106,7 +106,7 @@ def encoder_kind(open_encoder):
 
 def run(directory, source=None, encoder=None, config=CONFIG, codec=CODEC, **processes):
     source = Source() if source is None else source
-    encoder = encoder or Toy(feature_names=tuple(name for name in config.features if not grids.of_codec(name)))
+    encoder = encoder or Toy(feature_names=tuple(name for name in config.features if not grids.is_codec_feature(name)))
     return passes.encode(plan_job(source, encoder, config, codec, directory, **processes))
 
 
