@@ -112,7 +112,7 @@ def test_a_plan_of_nothing_is_refused(tmp_path):
     config = config_of(2)
     for level in config.levels:
         level.source = "pixels"
-    refused(encode.plan, config, str(tmp_path), "", match="--plan: this config encodes nothing")
+    refused(encode.plan_encoding, config, str(tmp_path), "", match="--plan: this config encodes nothing")
 
 
 def test_stored_text_is_counted(monkeypatch, tmp_path, capsys):
