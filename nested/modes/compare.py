@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from nested import figures as pictures
+from nested import figures
 from nested.build.options import Config, from_plain
 from nested.build.saved import upgrade_saved_config
 from nested.modes import sample
@@ -70,8 +70,8 @@ def run(config: Config, workdir: str, runs: Sequence[str], number: int) -> None:
         )
     if jax.process_index() == 0:
         captions = [format_caption(row["run"], row["levels"], row["step"], row["scores"]) for row in rows]
-        picture = pictures.image_grid(np.concatenate(list(images.values())), number, row_captions=captions)
-        pictures.save_png(picture, os.path.join(workdir, "compare.png"))
+        picture = figures.image_grid(np.concatenate(list(images.values())), number, row_captions=captions)
+        figures.save_png(picture, os.path.join(workdir, "compare.png"))
         content = dict(seed=config.seed, num_samples=number, runs=rows)
         atomic_write(os.path.join(workdir, "compare.json"), json.dumps(content, indent=2) + "\n")
         print("\n".join(f"picture: {os.path.join(workdir, name)}" for name in ("compare.png", "compare.json")))

@@ -64,7 +64,7 @@ def open_latents(data: Data, workdir: str, text: TextEncoder | None = None) -> t
         fields = ("label", "image")
         return (with_text(data, source, fields, text, workdir) if data.text else select_fields(source, fields)), latents
     of_images = None
-    if data.text:  # before all images are encoded: what is missing is said now
+    if data.text:  # before the images are encoded, so that missing captions are reported now
         text, of_images = text or data.open_text_encoder(), captions.captions(data.open_images())
     directory = encode_images(data, workdir)
     latents = read_latents(directory, data.levels)
@@ -86,7 +86,9 @@ def encode_images(data: Data, workdir: str) -> str:
 
 def encoding_job(data: Data, directory: str, source: ImageSource | None = None) -> Job:
     """The job of encoding images into a directory. source: of the images, those of the data if it is None."""
-    encoder = data.open_encoder()  # before the data: one that is not available is said before anyone fetches a data set
+    encoder = (
+        data.open_encoder()
+    )  # before the data, so that missing weights are reported before anyone fetches a data set
     codec = data.codec.open()
     return plan_job(
         data.open_images() if source is None else source,

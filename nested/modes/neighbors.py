@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from input_pipeline import loader
-from nested import figures as pictures
+from nested import figures
 from nested.build.data import build_data
 from nested.build.options import Config
 from nested.build.sources import source_kind
@@ -114,12 +114,12 @@ def neighbors_picture(found: Representations, queries: np.ndarray, results: list
     blocks = []
     for row, query in enumerate(queries):
         shown = np.concatenate([[query, *result.places[row]] for result in results])
-        blocks.append(pictures.image_grid(found.images[shown], len(columns), None, 2, captions, columns))
+        blocks.append(figures.image_grid(found.images[shown], len(columns), None, 2, captions, columns))
     return np.concatenate(blocks)
 
 
 def describe_neighbors(result: Neighbors, k: int) -> str:
-    """'z2x2 2x2x32: 20-NN accuracy 75.3 %', without the accuracy where there are no labels."""
+    """'z2x2 2x2x32: 20-NN accuracy 75.3 %', without the accuracy if there are no labels."""
     text = f"{result.name} {'x'.join(map(str, result.shape))}"
     return text if result.accuracy is None else f"{text}: {k}-NN accuracy {100 * result.accuracy:.1f} %"
 
@@ -169,7 +169,7 @@ def run(config: Config, workdir: str) -> None:
     }
     paths = [os.path.join(workdir, f"neighbors.{kind}") for kind in ("png", "json")]
     if jax.process_index() == 0:
-        pictures.save_png(neighbors_picture(found, queries, results, options.k), paths[0])
+        figures.save_png(neighbors_picture(found, queries, results, options.k), paths[0])
         atomic_write(paths[1], json.dumps(content, indent=1) + "\n")
         lines = [describe_neighbors(result, options.k) for result in results] + [f"neighbors: {path}" for path in paths]
         print("\n".join(lines))

@@ -37,7 +37,7 @@ from nested.build.data import build_data
 from nested.build.levels import build_levels
 from nested.build.options import Config
 from nested.build.training import check_images_exist
-from nested.figures import curves as plots
+from nested.figures import curves
 from nested.modes import sweep, train
 from nested.runtime.checkpoint import latest_step
 from nested.runtime.files import atomic_write
@@ -174,7 +174,7 @@ def train_and_score(trial: Trial, config: Config, workdir: str, known: Mapping[s
 
 
 def best_trial(rows: Sequence[dict]) -> int:
-    """The index of the row with the smallest FD, the guided one where there is one; process 0 decides for all."""
+    """The index of the row with the smallest FD, the guided FD if guidance is on. Process 0 decides for all."""
     best = np.argmin([row["scores"][0]["fd"] for row in rows]) if jax.process_index() == 0 else 0
     return int(multihost_utils.broadcast_one_to_all(np.int32(best)))
 
@@ -218,7 +218,7 @@ def plot_scores(rows: Sequence[dict], sigmas: Sequence[float], path: str) -> Non
         }
         for kind, scores in scores_by_kind(rows).items()
     }
-    plots.score_curves(sigmas, panels, "sigma of the newest level", path)
+    curves.score_curves(sigmas, panels, "sigma of the newest level", path)
 
 
 def format_conclusion(config: Config, kept: Mapping[str, float], best: dict) -> list[str]:

@@ -37,7 +37,7 @@ from nested.build.levels import build_levels
 from nested.build.options import Config, to_plain
 from nested.diffusion.level import Level
 from nested.evaluation.report import Score
-from nested.figures import curves as plots
+from nested.figures import curves
 from nested.runtime.files import atomic_write
 from nested.runtime.writers import Progress
 from nested.sampling.generator import Generator
@@ -184,7 +184,7 @@ def config_fingerprint(config: Config) -> str:
 
 
 def read_rows(path: str) -> list[dict]:
-    """The rows of an earlier sweep.json or search.json; none where there is no file. Process 0 alone reads them."""
+    """The rows of an earlier sweep.json or search.json; [] if there is no file. Only process 0 reads them."""
     if jax.process_index() or not os.path.exists(path):
         return []
     try:
@@ -287,6 +287,6 @@ def plot_scores(config: Config, rows: Sequence[dict], path: str) -> None:
             lines = np.moveaxis(scores, axis, -1).reshape(-1, len(x))
             panels[score.title] = dict(zip(names, lines, strict=True))
     against = ("CLIP score", "FD-EffLite0") if "CLIP score" in panels else ()
-    plots.score_curves(
+    curves.score_curves(
         [v if isinstance(v, (int, float)) else format_value(v) for v in x], panels, option, path, against
     )

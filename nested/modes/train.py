@@ -44,7 +44,7 @@ from nested.training.loop import Run, fresh_state, train_loop
 from nested.training.meter import NonFiniteError
 from nested.training.options import TrainOptions
 from nested.training.step import Step, TrainState, VariableReader, init_state
-from nested.weights import graft as transfer
+from nested.weights import graft
 
 Tree = Any
 
@@ -85,10 +85,10 @@ def initial_state(run: Run, config: Config, root: str = "") -> TrainState:
         return state
     params, ema = state.params, state.ema
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    for place, tree in transfer.load_initial_weights(
+    for place, tree in graft.load_initial_weights(
         to_plain(config), path, run.abstract.params, upgrade_saved_config
     ).items():
-        params, ema = transfer.replace_subtree(params, place, tree), transfer.replace_subtree(ema, place, copy(tree))
+        params, ema = graft.replace_subtree(params, place, tree), graft.replace_subtree(ema, place, copy(tree))
     return state.replace(params=params, ema=ema)
 
 
@@ -130,7 +130,7 @@ def phase_dir(root: str, name: str) -> str:
 def run(config: Config, workdir: str) -> None:
     """Trains the phases of the config in turn, going on where an earlier call was stopped."""
     phases = split_phases(config)
-    for _, phase in phases:  # what is wrong in a late phase is said before the first one trains
+    for _, phase in phases:  # errors of a late phase are reported before the first one trains
         build_levels(phase)
         build_optimizer(phase)
         check_batch_size(phase, partition.make_mesh(phase.train.mesh_data, phase.train.mesh_fsdp).size)
@@ -140,7 +140,7 @@ def run(config: Config, workdir: str) -> None:
         shapes = [(name, phase, abstract_state(phase).params) for name, phase in phases]
         for _, phase, params in shapes:
             opt.check_groups(build_optimizer(phase), params)
-        transfer.check_phases_fit([(name, to_plain(phase), params) for name, phase, params in shapes])
+        graft.check_phases_fit([(name, to_plain(phase), params) for name, phase, params in shapes])
     for name, phase in phases:
         folder = phase_dir(workdir, name)
         if name and (latest_step(folder) or 0) >= phase.train.steps:
