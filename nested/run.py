@@ -130,7 +130,7 @@ class Run:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:number], *parts)
 
     def encode(self, images: ArrayLike) -> dict[str, Tree]:
-        """The variable of every level: what training sees of these images, without noise.
+        """The variable of every level, coarse to fine: what training sees of these images, without noise.
 
         Args:
             images: uint8 images [N, H, W, C] or clips [N, T, H, W, C], of the size that the run was trained on. For a
@@ -139,8 +139,9 @@ class Run:
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim not in (4, 5) or not len(images):
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}: expected uint8 [N, H, W, C], of clips "
-                             "[N, T, H, W, C]")  # fmt: skip
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}: expected uint8 [N, H, W, C], or clips [N, T, H, W, C]"
+            )
         data = build_data(self.config)
         if not data.needs_encoding:
             latents, records = latents_of_images(data.levels, images.shape[1:]), {IMAGE: images}
@@ -152,7 +153,8 @@ class Run:
             source = ImagesInMemory(images, np.zeros(len(images), np.int32), 0, (), "images to encode")
             job = encoding_job(data, directory, source)
             records = encode_images(job, load_parts(job.statistics_path, Basis, "basis/"))
-        return jax.tree.map(np.asarray, jax.jit(latents.variables)(records, None))
+        variables = jax.tree.map(np.asarray, jax.jit(latents.variables)(records, None))
+        return {level.name: variables[level.name] for level in self.levels}
 
     def decode(self, variables: Mapping[str, Tree]) -> np.ndarray:
         """The images or clips of a hierarchy's variables, of which only the finest level's is used."""

@@ -105,8 +105,10 @@ def test_encoding_gives_what_training_saw(run):
     rows = [records[i] for i in range(BATCH)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     expected = latents.variables(batch, None)
-    jax.tree.map(np.testing.assert_array_equal, run.encode(batch["image"]), jax.tree.map(np.asarray, expected))
-    np.testing.assert_array_equal(run.decode(run.encode(batch["image"])), batch["image"])
+    found = run.encode(batch["image"])
+    assert list(found) == [level.name for level in run.levels]  # coarse to fine
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, dict(expected)))
+    np.testing.assert_array_equal(run.decode(found), batch["image"])
 
 
 def test_a_denoiser_sees_what_it_is_given(run, variables):
