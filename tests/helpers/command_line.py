@@ -33,7 +33,8 @@ def run_here(*arguments, config="tests/helpers/tiny.py"):
     """`main.py --config=CONFIG arguments...` without a process of its own -> (exit code or message, stdout, stderr)."""
     argv = ["main.py", f"--config={config}", *arguments]
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handler, verbosity = logging.get_absl_handler(), logging.get_verbosity()
+    handler, logger, verbosity = logging.get_absl_handler(), logging.get_absl_logger(), logging.get_verbosity()
+    level = logger.level
     filters = list(handler.filters)
     try:
         # ml_collections reads sys.argv, for what the options of a config override
@@ -51,6 +52,7 @@ def run_here(*arguments, config="tests/helpers/tiny.py"):
     finally:
         handler.filters[:] = filters
         logging.set_verbosity(verbosity)
+        logger.setLevel(level)  # set_verbosity() sets one where there was none
     return code, out.getvalue(), err.getvalue()
 
 
