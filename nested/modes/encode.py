@@ -86,9 +86,8 @@ def encode_images(data: Data, workdir: str) -> str:
 
 def encoding_job(data: Data, directory: str, source: ImageSource | None = None) -> Job:
     """The job of encoding images into a directory. source: of the images, those of the data if it is None."""
-    encoder = (
-        data.open_encoder()
-    )  # before the data, so that missing weights are reported before anyone fetches a data set
+    # Before the data, so that missing weights are reported before anyone fetches a data set.
+    encoder = data.open_encoder()
     codec = data.codec.open()
     return plan_job(
         data.open_images() if source is None else source,
