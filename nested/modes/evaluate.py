@@ -129,7 +129,7 @@ def check_likelihood(config: Config) -> None:
             f"{key}: bits per dimension are defined for a single level; this config has {len(config.levels)}, and the "
             "finest one's density is only conditional on the others; set it to 0"
         )
-    if level.source != "pixels" or is_joint(as_shape(level.shape)):
+    if not build_data(config).levels[-1].source.is_image or is_joint(as_shape(level.shape)):
         variable = "several resolutions" if is_joint(as_shape(level.shape)) else f"the source {level.source!r}"
         raise ValueError(f"{key}: needs a level of pixels, {level.name} has {variable}; set it to 0")
     if number > config.data.holdout:

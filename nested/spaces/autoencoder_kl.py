@@ -169,6 +169,7 @@ class AutoencoderKL(PatchOptions):
     name = "sd_vae"
     needs_encoding = True
     reads_images = False
+    is_image = False
 
     weights: Annotated[str, "a file, or a folder that diffusers saved the autoencoder to"] = ""
     prefix: Annotated[str, "start of its names in a file that holds more; '': found, '.': nothing"] = ""

@@ -26,6 +26,7 @@ class Feature:
     codec: Codec
     needs_encoding = True
     reads_images = False
+    is_image = False
 
     def fit(self, level: LevelSource, encoded: Encoded) -> "FeatureSpace":
         """The space of a level. Raises ValueError, in one line that names the level, if the feature is not stored, if

@@ -46,6 +46,7 @@ class Pixels(ImageCodec):
     """The codec `pixels`: nothing is encoded unless other levels need it."""
 
     name = IMAGES_AS_SOURCE
+    is_image = True
 
     def fit(self, level: LevelSource, encoded: Encoded) -> DecodableSpace:
         """The images themselves, or smaller ones; ValueError if the images cannot be brought to the level's shapes."""

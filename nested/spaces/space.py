@@ -203,6 +203,11 @@ class VariableSource(Protocol):
         """Whether the variable is computed from the image in every step, so that it sees how the image is augmented."""
         ...
 
+    @property
+    def is_image(self) -> bool:
+        """Whether the variable is the image itself in [-1, 1], so that its density is one of pixels."""
+        ...
+
     def fit(self, level: "LevelSource", encoded: Encoded) -> Space:
         """The space of a level. Raises ValueError, in one line that names the level, if its shape or standardisation
         cannot be had from these records."""
@@ -345,6 +350,7 @@ class ImageCodec:
     name = ""
     needs_encoding = False
     reads_images = True
+    is_image = False
     stores_images = True
 
     def open(self) -> OpenCodec:

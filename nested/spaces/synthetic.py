@@ -14,6 +14,7 @@ class Synthetic:
     name = "synthetic"
     needs_encoding = False
     reads_images = False
+    is_image = False
 
     def fit(self, level: LevelSource, encoded: Encoded) -> "SyntheticSpace":
         return SyntheticSpace(level.shape, level.name)

@@ -12,7 +12,7 @@ from nested.spaces.space import ImageCodec, ImageSpace
 
 @dataclasses.dataclass(frozen=True)
 class Averaged(ImageCodec):
-    name, needs_encoding, reads_images, stores_images = "averaged", True, False, False
+    name, needs_encoding, reads_images, is_image, stores_images = "averaged", True, False, False, False
 
     def fields(self, image_shape):
         return (Field("averages", "float16", (image_shape[0] // 2, image_shape[1] // 2, image_shape[2])),)
